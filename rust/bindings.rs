@@ -11,9 +11,20 @@
     non_camel_case_types,
     non_snake_case,
     non_upper_case_globals,
+    unused_imports,
     unreachable_pub,
     unsafe_op_in_unsafe_fn
 )]
+
+use kernel::bindings::{
+    file_operations,
+    folio,
+    mm_struct,
+    mutex,
+    page,
+    task_struct,
+    vm_area_struct, //
+};
 
 type __kernel_ssize_t = isize;
 type __kernel_size_t = usize;

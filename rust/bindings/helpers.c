@@ -2,6 +2,7 @@
 /* C helpers: see helpers.h for what and why. */
 #include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
+#include <linux/entry-common.h>
 #include <linux/entry-virt.h>
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
@@ -11,6 +12,7 @@
 #include <linux/smp.h>
 #include <asm/cpu_entry_area.h>
 #include <asm/cpufeature.h>
+#include <asm/cpuid/api.h>
 #include <asm/debugreg.h>
 #include <asm/desc.h>
 #include <asm/fpu/api.h>
@@ -24,6 +26,7 @@
 #include <asm/spec-ctrl.h>
 #include <asm/tsc.h>
 #include <asm/virt.h>
+#include <asm/vmx.h>
 
 #include "helpers.h"
 

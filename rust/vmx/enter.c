@@ -5,6 +5,7 @@
  * and lockdep believes interrupts to be on. Rust has no noinstr, so this is C.
  */
 #include <linux/context_tracking.h>
+#include <linux/entry-common.h>
 #include <linux/kvm_host.h>
 #include <asm/fred.h>
 #include <asm/irq_vectors.h>
