@@ -18,8 +18,12 @@
 
 use kernel::bindings::{
     file_operations,
+    file,
     folio,
+    inode,
+    lock_class_key,
     mm_struct,
+    module,
     mutex,
     page,
     task_struct,
