@@ -116,9 +116,15 @@ u64 rkvm_fpu_user_xfeatures(void)
 u32 rkvm_fpu_uabi_size(struct fpu_guest *fpu) { return fpu->uabi_size; }
 void *rkvm_fpu_fxsave(struct fpu_guest *fpu) { return &fpu->fpstate->regs.fxsave; }
 
-u64 rkvm_fpu_xstate_bv(struct fpu_guest *fpu)
+void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area)
 {
-	return fpu->fpstate->regs.xsave.header.xfeatures;
+	union fpregs_state *regs = &fpu->fpstate->regs;
+
+	/* The part that user space owns; the rest says what the kernel saved. */
+	memcpy(&regs->fxsave, area, offsetof(struct fxregs_state, padding));
+	regs->fxsave.mxcsr &= mxcsr_feature_mask;
+	if (cpu_feature_enabled(X86_FEATURE_XSAVE))
+		regs->xsave.header.xfeatures |= XFEATURE_MASK_FPSSE;
 }
 
 void rkvm_handle_interrupt(u32 vector)

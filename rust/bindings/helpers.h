@@ -76,8 +76,7 @@ void rkvm_fpu_load(void);
 u64 rkvm_fpu_user_xfeatures(void);
 u32 rkvm_fpu_uabi_size(struct fpu_guest *fpu);
 void *rkvm_fpu_fxsave(struct fpu_guest *fpu);
-u64 rkvm_fpu_xstate_bv(struct fpu_guest *fpu);
-void rkvm_fpu_reset(struct fpu_guest *fpu);
+void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area);
 
 /* An external interrupt or a machine check that ended a guest's run. */
 void rkvm_handle_interrupt(u32 vector);

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Safe wrappers over kernel services that the `kernel` crate lacks.
+//!
+//! One service a file. Each makes its misuse not compile where it can, by a guard or a type, and
+//! says in a `# Safety` section what is left to the caller where it cannot.
+
+pub(crate) mod cpu;
+pub(crate) mod debug;
+pub(crate) mod file;
+pub(crate) mod fpu;
+pub(crate) mod irq;
+pub(crate) mod msr;
+pub(crate) mod mutex;
+pub(crate) mod page;
+pub(crate) mod preempt;
+pub(crate) mod task;
