@@ -122,7 +122,7 @@ void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area)
 
 	/* The part that user space owns; the rest says what the kernel saved. */
 	memcpy(&regs->fxsave, area, offsetof(struct fxregs_state, padding));
-	regs->fxsave.mxcsr &= mxcsr_feature_mask;
+	regs->fxsave.mxcsr &= 0xffff;
 	if (cpu_feature_enabled(X86_FEATURE_XSAVE))
 		regs->xsave.header.xfeatures |= XFEATURE_MASK_FPSSE;
 }
@@ -259,3 +259,12 @@ unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma) { return vma->vm_pgoff;
 struct mm_struct *rkvm_current_mm(void) { return current->mm; }
 void rkvm_mmgrab(struct mm_struct *mm) { mmgrab(mm); }
 void rkvm_mmdrop(struct mm_struct *mm) { mmdrop(mm); }
+
+/*
+ * The VMCS that rkvm left current on a CPU, or all ones: a physical address.
+ * What is current and not this belongs to somebody else.
+ */
+static DEFINE_PER_CPU(u64, current_vmcs) = U64_MAX;
+
+u64 rkvm_current_vmcs(void) { return this_cpu_read(current_vmcs); }
+void rkvm_set_current_vmcs(u64 phys) { this_cpu_write(current_vmcs, phys); }

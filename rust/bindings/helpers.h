@@ -114,7 +114,11 @@ u32 rkvm_tsc_khz(void);
 void rkvm_cpuid(u32 leaf, u32 subleaf, u32 *regs);
 void rkvm_wbinvd_all(void);
 
-/* __init and exit glue. */
+/* The VMCS that rkvm left current on this CPU, or all ones. */
+u64 rkvm_current_vmcs(void);
+void rkvm_set_current_vmcs(u64 phys);
+
+/* CPUs, and what runs on each. */
 int rkvm_cpuhp_setup(int (*online)(unsigned int), int (*offline)(unsigned int));
 void rkvm_cpuhp_remove(int state);
 void rkvm_on_each_cpu(void (*f)(void *), void *arg);
