@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The x86 architecture, as a model: pure, without allocation, without `unsafe`.
+#![forbid(unsafe_code)]
+
+pub mod bits;
+pub mod decode;
+pub mod emulate;
+pub mod exception;
+pub mod insn;
+pub mod paging;
+pub mod regs;
+pub mod segment;
