@@ -15,3 +15,4 @@ pub(crate) mod mutex;
 pub(crate) mod page;
 pub(crate) mod preempt;
 pub(crate) mod task;
+pub(crate) mod user;
