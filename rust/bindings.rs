@@ -18,6 +18,7 @@
 )]
 
 use kernel::bindings::{
+    cpumask,
     file_operations,
     file,
     folio,
@@ -27,6 +28,8 @@ use kernel::bindings::{
     module,
     mutex,
     page,
+    rwlock_t,
+    srcu_struct,
     task_struct,
     vm_area_struct, //
 };

@@ -8,6 +8,9 @@ use kernel::prelude::*;
 
 mod bindings;
 mod linux;
+mod mem;
+mod mmu;
+mod tlb;
 
 module! {
     type: RkvmModule,
