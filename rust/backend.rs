@@ -11,8 +11,10 @@ use crate::linux::irq::PreemptOff;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::FollowsThread;
 use crate::linux::preempt::Following;
-use crate::mmu::EptCaps;
+use crate::mmu::ept::Access;
+use crate::mmu::ept::EptCaps;
 use crate::x86::exception::Fault;
+use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Dr7;
@@ -97,13 +99,6 @@ pub(crate) enum CrAccess {
     Lmsw(u16),
 }
 
-/// How memory was accessed.
-#[derive(Clone, Copy)]
-pub(crate) struct MemoryAccess {
-    pub(crate) write: bool,
-    pub(crate) fetch: bool,
-}
-
 /// Why the guest stopped running.
 pub(crate) enum Exit {
     /// An interrupt of the host, by its vector; it waits for [`Loaded::host_interrupt`].
@@ -133,7 +128,12 @@ pub(crate) enum Exit {
     Dr { dr: u8, gpr: Gpr, write: bool },
     Port(PortAccess),
     /// A guest-physical access that the page tables below do not allow.
-    PageFault { gpa: u64, access: MemoryAccess },
+    PageFault {
+        gpa: u64,
+        access: Access,
+        /// The linear address that was accessed, if `gpa` is what it translates to.
+        linear: Option<u64>,
+    },
     /// A guest-physical access to a page that is known to have no memory.
     KnownMmio { gpa: u64 },
     /// An instruction that the guest does not have: #UD.
@@ -144,15 +144,6 @@ pub(crate) enum Exit {
     EntryFailed(u64),
     /// Anything else: the hardware's reason.
     Unknown(u64),
-}
-
-/// A model-specific register that a backend holds.
-pub(crate) enum MsrAccess {
-    Done,
-    /// Not one of the backend's.
-    NotMine,
-    /// The value is not allowed.
-    Refused,
 }
 
 /// Instructions that work in a guest only if the hardware offers to let them.
@@ -228,9 +219,9 @@ pub(crate) trait Loaded {
     fn set_pdptes(&mut self, pdptes: &[u64; 4]);
 
     /// MSRs that the hardware holds.
-    fn read_msr(&mut self, msr: u32) -> Option<u64>;
-    /// The value has been checked as far as the architecture goes.
-    fn write_msr(&mut self, msr: u32, value: u64) -> MsrAccess;
+    fn read_msr(&mut self, msr: Msr) -> Option<u64>;
+    /// Whether the MSR is one of those. The value has been checked.
+    fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
     /// What the guest's time-stamp counter adds to the host's, in ticks, modulo 2^64.
     fn tsc_offset(&mut self) -> u64;
     fn set_tsc_offset(&mut self, offset: u64);

@@ -21,8 +21,8 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
 use crate::linux::page::KernelPage;
 use crate::linux::preempt::Followed;
-use crate::mmu::EptCaps;
-use crate::x86::msr as index;
+use crate::mmu::ept::EptCaps;
+use crate::x86::msr::Msr;
 use caps::VmxCaps;
 use fields::SecondaryControls;
 use kernel::error::to_result;
@@ -45,6 +45,10 @@ struct HostState {
     pat: u64,
     efer: u64,
     msrs: SwitchedMsrs,
+    /// Width of physical addresses, in bits.
+    phys_bits: u8,
+    /// An executable large page can be a machine check (the iTLB-multihit erratum).
+    multihit: bool,
 }
 
 impl HostState {
@@ -65,11 +69,14 @@ impl HostState {
             cs,
             ss,
             tr,
-            sysenter_cs: msr::read_safe(index::SYSENTER_CS)? as u32,
-            sysenter_eip: msr::read_safe(index::SYSENTER_EIP)?,
-            pat: msr::read_safe(index::PAT)?,
-            efer: msr::read_safe(index::EFER)?,
+            sysenter_cs: msr::read_safe(Msr::SYSENTER_CS.0)? as u32,
+            sysenter_eip: msr::read_safe(Msr::SYSENTER_EIP.0)?,
+            pat: msr::read_safe(Msr::PAT.0)?,
+            efer: msr::read_safe(Msr::EFER.0)?,
             msrs: SwitchedMsrs::host(),
+            phys_bits: msr::cpuid(0x8000_0008, 0)[0] as u8,
+            // SAFETY: Reads a bug bit.
+            multihit: unsafe { bindings::rkvm_cpu_has_itlb_multihit() },
         })
     }
 }
@@ -90,22 +97,23 @@ impl MsrBitmap {
         }
         let bitmap = Self(page);
         for msr in [
-            index::FS_BASE,
-            index::GS_BASE,
-            index::KERNEL_GS_BASE,
-            index::SYSENTER_CS,
-            index::SYSENTER_ESP,
-            index::SYSENTER_EIP,
+            Msr::FS_BASE,
+            Msr::GS_BASE,
+            Msr::KERNEL_GS_BASE,
+            Msr::SYSENTER_CS,
+            Msr::SYSENTER_ESP,
+            Msr::SYSENTER_EIP,
         ] {
             bitmap.pass(msr, true);
         }
-        for msr in [index::TSC, index::STAR, index::LSTAR, index::FMASK] {
+        for msr in [Msr::TSC, Msr::STAR, Msr::LSTAR, Msr::SYSCALL_MASK] {
             bitmap.pass(msr, false);
         }
         Ok(bitmap)
     }
 
-    fn pass(&self, msr: u32, write: bool) {
+    fn pass(&self, msr: Msr, write: bool) {
+        let Msr(msr) = msr;
         let base = if msr < 0x2000 {
             Self::READ_LOW
         } else {
@@ -244,7 +252,10 @@ impl Backend for Vmx {
             ad_bits: self.caps.ept_ad,
             page_2m: self.caps.ept_2m,
             page_1g: self.caps.ept_1g,
-            exec_only: self.caps.ept_exec_only,
+            five_level: false,
+            walk_wb: true,
+            phys_bits: self.host.phys_bits,
+            nx_huge: self.host.multihit,
         }
     }
 

@@ -16,15 +16,15 @@ use crate::backend::Event;
 use crate::backend::EventKind;
 use crate::backend::Exit;
 use crate::backend::Loaded;
-use crate::backend::MemoryAccess;
-use crate::backend::MsrAccess;
 use crate::backend::PortAccess;
 use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
+use crate::mmu::ept::Access;
 use crate::x86::exception::Fault;
 use crate::x86::exception::Vector;
+use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Dr7;
@@ -153,12 +153,19 @@ impl LoadedVcpu<'_> {
     fn decode_ept_violation(&mut self) -> Exit {
         let qualification = self.read(f::EXIT_QUALIFICATION);
         self.restore_nmi_blocking(qualification & 1 << 12 != 0);
+        let gpa = self.read(f::GUEST_PHYSICAL_ADDRESS);
+        // Bits 7 and 8: the linear address is valid, and `gpa` is what it translates to, rather than
+        // the address of a table that the walk needed.
+        let linear =
+            (qualification & 0x180 == 0x180).then(|| self.read(f::GUEST_LINEAR_ADDRESS));
         Exit::PageFault {
-            gpa: self.read(f::GUEST_PHYSICAL_ADDRESS),
-            access: MemoryAccess {
+            gpa,
+            access: Access {
+                read: qualification & 1 != 0,
                 write: qualification & 2 != 0,
-                fetch: qualification & 4 != 0,
+                exec: qualification & 4 != 0,
             },
+            linear,
         }
     }
 
@@ -353,16 +360,12 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_pdptes(self, pdptes);
     }
 
-    fn read_msr(&mut self, msr: u32) -> Option<u64> {
+    fn read_msr(&mut self, msr: Msr) -> Option<u64> {
         LoadedVcpu::read_msr(self, msr)
     }
 
-    fn write_msr(&mut self, msr: u32, value: u64) -> MsrAccess {
-        if LoadedVcpu::write_msr(self, msr, value) {
-            MsrAccess::Done
-        } else {
-            MsrAccess::NotMine
-        }
+    fn write_msr(&mut self, msr: Msr, value: u64) -> bool {
+        LoadedVcpu::write_msr(self, msr, value)
     }
 
     fn tsc_offset(&mut self) -> u64 {
@@ -510,10 +513,6 @@ impl Loaded for LoadedVcpu<'_> {
     #[inline]
     fn prepare(&mut self, preempt: &PreemptOff) {
         self.follow.get().prepare(preempt);
-        if self.follow.get().take_arrived(preempt) {
-            self.v.flush_memory = true;
-            self.v.flush_guest = true;
-        }
     }
 
     #[inline]

@@ -22,7 +22,7 @@ use crate::bindings;
 use crate::linux::irq::PreemptOff;
 use crate::linux::msr;
 use crate::linux::preempt::FollowsThread;
-use crate::x86::msr as index;
+use crate::x86::msr::Msr;
 use core::cell::UnsafeCell;
 use kernel::sync::Arc;
 
@@ -47,9 +47,9 @@ impl SwitchedMsrs {
         // SAFETY: Every 64-bit processor has the three MSRs.
         unsafe {
             Self {
-                star: msr::read(index::STAR),
-                lstar: msr::read(index::LSTAR),
-                fmask: msr::read(index::FMASK),
+                star: msr::read(Msr::STAR.0),
+                lstar: msr::read(Msr::LSTAR.0),
+                fmask: msr::read(Msr::SYSCALL_MASK.0),
                 ..Self::default()
             }
         }
@@ -63,17 +63,17 @@ impl SwitchedMsrs {
     /// other thread runs.
     unsafe fn switch_from(&self, current: &Self) {
         let pairs = [
-            (index::STAR, self.star, current.star),
-            (index::LSTAR, self.lstar, current.lstar),
-            (index::FMASK, self.fmask, current.fmask),
-            (index::TSC_AUX, self.tsc_aux, current.tsc_aux),
+            (Msr::STAR, self.star, current.star),
+            (Msr::LSTAR, self.lstar, current.lstar),
+            (Msr::SYSCALL_MASK, self.fmask, current.fmask),
+            (Msr::TSC_AUX, self.tsc_aux, current.tsc_aux),
         ];
         for (msr, new, old) in pairs {
             if new != old {
                 // SAFETY: The MSR exists (TSC_AUX never differs where it does not); the guest's
                 // values were checked when they were set; system calls, which these are for, come
                 // from user space only.
-                unsafe { msr::write(msr, new) };
+                unsafe { msr::write(msr.0, new) };
             }
         }
     }
@@ -91,8 +91,6 @@ struct State {
     /// Values last written to the VMCS's host-state fields.
     vmcs_fs_base: u64,
     vmcs_gs_base: u64,
-    /// The vCPU came from another CPU, where the TLB was told of changes; this one was not.
-    arrived: bool,
 }
 
 /// A VMCS and the state that goes on and off a CPU with it.
@@ -122,7 +120,6 @@ impl Loadable {
                 segments: bindings::rkvm_host_segments::default(),
                 vmcs_fs_base: 0,
                 vmcs_gs_base: 0,
-                arrived: true,
             }),
         }
     }
@@ -168,7 +165,7 @@ impl Loadable {
         }
         if self.has_rdtscp {
             // SAFETY: The MSR exists where RDTSCP does.
-            s.host.tsc_aux = unsafe { msr::read(index::TSC_AUX) };
+            s.host.tsc_aux = unsafe { msr::read(Msr::TSC_AUX.0) };
         } else {
             s.host.tsc_aux = s.guest.tsc_aux;
         }
@@ -176,7 +173,7 @@ impl Loadable {
         // base is canonical, as a processor or a check made it.
         unsafe {
             s.guest.switch_from(&s.host);
-            msr::write(index::KERNEL_GS_BASE, s.guest.kernel_gs_base);
+            msr::write(Msr::KERNEL_GS_BASE.0, s.guest.kernel_gs_base);
         }
         s.guest_msrs_loaded = true;
     }
@@ -184,17 +181,11 @@ impl Loadable {
     fn unload_guest(s: &mut State) {
         // SAFETY: `load_guest` put the guest's values there; this restores the thread's.
         unsafe {
-            s.guest.kernel_gs_base = msr::read(index::KERNEL_GS_BASE);
+            s.guest.kernel_gs_base = msr::read(Msr::KERNEL_GS_BASE.0);
             s.host.switch_from(&s.guest);
             bindings::rkvm_host_segments_restore(&s.segments);
         }
         s.guest_msrs_loaded = false;
-    }
-
-    /// Whether the vCPU has come to this CPU since the last call, and must flush its TLB.
-    #[inline]
-    pub(crate) fn take_arrived(&self, preempt: &PreemptOff) -> bool {
-        self.with(preempt, |s| core::mem::take(&mut s.arrived))
     }
 
     /// The guest's MSRs, as they are now.
@@ -202,7 +193,7 @@ impl Loadable {
         self.with(&PreemptOff::new(), |s| {
             if s.guest_msrs_loaded {
                 // SAFETY: Every 64-bit processor has the MSR.
-                s.guest.kernel_gs_base = unsafe { msr::read(index::KERNEL_GS_BASE) };
+                s.guest.kernel_gs_base = unsafe { msr::read(Msr::KERNEL_GS_BASE.0) };
             }
             s.guest
         })
@@ -231,7 +222,6 @@ impl FollowsThread for Loadable {
             let ours = unsafe { bindings::rkvm_current_vmcs() };
             // What we left there ourselves is nobody's to want back.
             s.previous = (current != ours && current != u64::MAX).then_some(current);
-            s.arrived |= moved;
             current != self.vmcs.phys()
         });
         self.vmcs.make_current(cpu);

@@ -20,7 +20,7 @@ use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::msr as host_msr;
 use crate::linux::preempt::Following;
-use crate::x86::msr as index;
+use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Dr7;
@@ -30,6 +30,9 @@ use crate::x86::regs::Rflags;
 use crate::x86::segment::SegAttr;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
+
+/// IA32_PAT after reset (SDM vol. 3, table 12-12).
+const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 
 /// CR0 bits that the guest changes without an exit.
 const CR0_GUEST_OWNED: u64 =
@@ -76,6 +79,8 @@ pub(crate) struct VmxVcpu {
     entry_controls: EntryControls,
     tsc_offset: u64,
     pat: u64,
+    /// IA32_CSTAR, which Intel's processors keep and never use.
+    cstar: u64,
     pub(super) host_cr3: u64,
     pub(super) host_cr4: u64,
     pub(super) eptp: u64,
@@ -116,7 +121,8 @@ impl VmxVcpu {
             secondary: vmx.caps.secondary,
             entry_controls: vmx.caps.entry,
             tsc_offset: 0,
-            pat: index::PAT_RESET,
+            pat: PAT_RESET,
+            cstar: 0,
             host_cr3: 0,
             host_cr4: 0,
             eptp,
@@ -423,42 +429,46 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_PDPTE3, pdptes[3]);
     }
 
-    pub(super) fn read_msr(&mut self, msr: u32) -> Option<u64> {
+    pub(super) fn read_msr(&mut self, msr: Msr) -> Option<u64> {
         Some(match msr {
-            index::FS_BASE => self.read(SegmentFields::of(SegReg::Fs).base),
-            index::GS_BASE => self.read(SegmentFields::of(SegReg::Gs).base),
-            index::SYSENTER_CS => u64::from(self.read(f::GUEST_SYSENTER_CS)),
-            index::SYSENTER_ESP => self.read(f::GUEST_SYSENTER_ESP),
-            index::SYSENTER_EIP => self.read(f::GUEST_SYSENTER_EIP),
-            index::KERNEL_GS_BASE => self.follow.get().guest_msrs().kernel_gs_base,
-            index::STAR => self.follow.get().guest_msrs().star,
-            index::LSTAR => self.follow.get().guest_msrs().lstar,
-            index::FMASK => self.follow.get().guest_msrs().fmask,
-            index::TSC_AUX => self.follow.get().guest_msrs().tsc_aux,
-            index::PAT => self.v.pat,
-            index::TSC => host_msr::rdtsc().wrapping_add(self.v.tsc_offset),
+            Msr::FS_BASE => self.read(SegmentFields::of(SegReg::Fs).base),
+            Msr::GS_BASE => self.read(SegmentFields::of(SegReg::Gs).base),
+            Msr::SYSENTER_CS => u64::from(self.read(f::GUEST_SYSENTER_CS)),
+            Msr::SYSENTER_ESP => self.read(f::GUEST_SYSENTER_ESP),
+            Msr::SYSENTER_EIP => self.read(f::GUEST_SYSENTER_EIP),
+            Msr::KERNEL_GS_BASE => self.follow.get().guest_msrs().kernel_gs_base,
+            Msr::STAR => self.follow.get().guest_msrs().star,
+            Msr::LSTAR => self.follow.get().guest_msrs().lstar,
+            Msr::SYSCALL_MASK => self.follow.get().guest_msrs().fmask,
+            Msr::TSC_AUX => self.follow.get().guest_msrs().tsc_aux,
+            Msr::PAT => self.v.pat,
+            Msr::CSTAR => self.v.cstar,
+            Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
+            Msr::TSC => host_msr::rdtsc().wrapping_add(self.v.tsc_offset),
             _ => return None,
         })
     }
 
     /// Whether the MSR was one of these. The value has been checked.
-    pub(super) fn write_msr(&mut self, msr: u32, value: u64) -> bool {
+    pub(super) fn write_msr(&mut self, msr: Msr, value: u64) -> bool {
         match msr {
-            index::FS_BASE => self.write(SegmentFields::of(SegReg::Fs).base, value),
-            index::GS_BASE => self.write(SegmentFields::of(SegReg::Gs).base, value),
-            index::SYSENTER_CS => self.write(f::GUEST_SYSENTER_CS, value as u32),
-            index::SYSENTER_ESP => self.write(f::GUEST_SYSENTER_ESP, value),
-            index::SYSENTER_EIP => self.write(f::GUEST_SYSENTER_EIP, value),
-            index::KERNEL_GS_BASE => self.change_msrs(|m| m.kernel_gs_base = value),
-            index::STAR => self.change_msrs(|m| m.star = value),
-            index::LSTAR => self.change_msrs(|m| m.lstar = value),
-            index::FMASK => self.change_msrs(|m| m.fmask = value),
-            index::TSC_AUX => self.change_msrs(|m| m.tsc_aux = value),
-            index::PAT => {
+            Msr::FS_BASE => self.write(SegmentFields::of(SegReg::Fs).base, value),
+            Msr::GS_BASE => self.write(SegmentFields::of(SegReg::Gs).base, value),
+            Msr::SYSENTER_CS => self.write(f::GUEST_SYSENTER_CS, value as u32),
+            Msr::SYSENTER_ESP => self.write(f::GUEST_SYSENTER_ESP, value),
+            Msr::SYSENTER_EIP => self.write(f::GUEST_SYSENTER_EIP, value),
+            Msr::KERNEL_GS_BASE => self.change_msrs(|m| m.kernel_gs_base = value),
+            Msr::STAR => self.change_msrs(|m| m.star = value),
+            Msr::LSTAR => self.change_msrs(|m| m.lstar = value),
+            Msr::SYSCALL_MASK => self.change_msrs(|m| m.fmask = value),
+            Msr::TSC_AUX => self.change_msrs(|m| m.tsc_aux = value),
+            Msr::PAT => {
                 self.v.pat = value;
                 self.write(f::GUEST_PAT, value);
             }
-            index::TSC => self.set_tsc_offset(value.wrapping_sub(host_msr::rdtsc())),
+            Msr::CSTAR => self.v.cstar = value,
+            Msr::DEBUGCTL => self.write(f::GUEST_DEBUGCTL, value),
+            Msr::TSC => self.set_tsc_offset(value.wrapping_sub(host_msr::rdtsc())),
             _ => return false,
         }
         true
