@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bits;
+pub mod cpuid;
 pub mod decode;
 pub mod emulate;
 pub mod exception;
