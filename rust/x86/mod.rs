@@ -9,6 +9,7 @@ pub mod decode;
 pub mod emulate;
 pub mod exception;
 pub mod insn;
+pub mod msr;
 pub mod paging;
 pub mod regs;
 pub mod segment;
