@@ -50,7 +50,7 @@ pub enum TableError {
 ///
 /// # Invariants
 ///
-/// Every number in `heads` and `next` is the position of an entry or [`END`], and a chain's positions only grow, so that
+/// Every number in `heads` and `next` is the position of an entry or [`u16::MAX`], and a chain's positions only grow, so that
 /// following one ends.
 #[derive(Clone, Debug)]
 pub struct CpuidTable<S> {
