@@ -13,7 +13,10 @@ use crate::linux::preempt::FollowsThread;
 use crate::linux::preempt::Following;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
-use crate::x86::exception::Fault;
+use crate::x86::event::Exception;
+use crate::x86::event::Injection;
+use crate::x86::event::Shadow;
+use crate::x86::event::Vectoring;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -32,44 +35,6 @@ pub(crate) struct TableReg {
     pub(crate) base: u64,
     /// Limit in bytes.
     pub(crate) limit: u16,
-}
-
-/// What kind of event is delivered through the IDT.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum EventKind {
-    /// An external interrupt.
-    Interrupt,
-    /// A non-maskable interrupt.
-    Nmi,
-    /// An exception that the processor found.
-    Exception,
-    /// INT n.
-    SoftInterrupt,
-    /// INT1.
-    PrivilegedSoftException,
-    /// INT3 or INTO.
-    SoftException,
-}
-
-/// An event to deliver to the guest.
-#[derive(Clone, Copy)]
-pub(crate) struct Event {
-    pub(crate) kind: EventKind,
-    pub(crate) vector: u8,
-    pub(crate) error: Option<u32>,
-    /// Length of the instruction that asked for it, for the software kinds, in bytes.
-    pub(crate) instruction_len: u8,
-}
-
-impl From<Fault> for Event {
-    fn from(fault: Fault) -> Self {
-        Self {
-            kind: EventKind::Exception,
-            vector: fault.vector.0,
-            error: fault.error,
-            instruction_len: 0,
-        }
-    }
 }
 
 /// A port access, as an exit describes it.
@@ -107,8 +72,8 @@ pub(crate) enum Exit {
     Nmi,
     /// A machine check of the host.
     MachineCheck,
-    /// An exception that is intercepted: vector, error code, and for #DB the new bits of DR6.
-    Exception(Fault, u64),
+    /// An exception that is intercepted, to be raised for the guest.
+    Exception(Exception),
     TripleFault,
     InterruptWindow,
     NmiWindow,
@@ -226,9 +191,9 @@ pub(crate) trait Loaded {
     fn tsc_offset(&mut self) -> u64;
     fn set_tsc_offset(&mut self, offset: u64);
 
-    /// Whether interrupts are held off for one instruction, by STI and by a load of SS.
-    fn shadow(&mut self) -> (bool, bool);
-    fn set_shadow(&mut self, sti: bool, mov_ss: bool);
+    /// Whether interrupts are held off for one instruction.
+    fn shadow(&mut self) -> Shadow;
+    fn set_shadow(&mut self, shadow: Shadow);
     fn nmi_blocked(&mut self) -> bool;
     fn set_nmi_blocked(&mut self, blocked: bool);
     /// Asks for an exit as soon as an interrupt could be taken.
@@ -236,9 +201,11 @@ pub(crate) trait Loaded {
     /// Asks for an exit as soon as an NMI could be taken.
     fn set_nmi_window(&mut self, open: bool);
     /// Delivers an event with the next entry.
-    fn inject(&mut self, event: &Event);
-    /// Takes back an event that the last exit found undelivered, or that no entry has delivered.
-    fn take_undelivered(&mut self) -> Option<Event>;
+    fn inject(&mut self, injection: &Injection);
+    /// There is no next entry for now: it is to be told anew what to deliver.
+    fn cancel_injection(&mut self);
+    /// The event whose delivery the last exit broke off, if it is one that can.
+    fn vectoring(&mut self) -> Option<Vectoring>;
     /// A single step is due after an instruction that was completed for the guest.
     fn set_pending_step(&mut self);
 

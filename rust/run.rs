@@ -6,13 +6,14 @@
 //! [`Run::enter_once`] stays with interrupts off and handles what needs nothing else;
 //! [`Run::handle`] takes the others, with interrupts on, and decides whether to go back in.
 
-mod cr;
+pub(crate) mod cr;
 mod memory;
-mod msr;
+pub(crate) mod msr;
 mod port;
 
 use crate::abi;
 use crate::arch::Arch;
+use crate::events;
 use crate::backend::Exit;
 use crate::backend::Loaded;
 use crate::linux::debug;
@@ -23,8 +24,10 @@ use crate::linux::msr as host_msr;
 use crate::linux::task;
 use crate::mem::GuestMemory;
 use crate::run_page::RunPages;
+use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
+use crate::x86::event::Shadow;
 use crate::x86::exception::Fault;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Gpr;
@@ -63,19 +66,18 @@ pub(crate) struct Run<'a, L: Loaded> {
     pub(crate) memory: &'a GuestMemory,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) page: &'a RunPages,
-    /// The host's XCR0, 0 if it does not use XSAVE.
-    pub(crate) host_xcr0: u64,
+    pub(crate) host: &'a Host,
 }
 
 impl<L: Loaded> Run<'_, L> {
     /// KVM_RUN, from the completion of what the last one left to the outputs of this one.
     pub(crate) fn run(&mut self) -> Result {
         let result = self.run_inner();
-        let ready = self.arch.events.ready_for_interrupt(&mut self.hw)
+        let ready = events::ready_for_interrupt(&mut self.hw, &self.arch.events)
             && matches!(self.arch.pending, Pending::Nothing);
         let interrupts_on = self.hw.rflags().has(Rflags::IF);
         self.page
-            .set_outputs(ready, interrupts_on, self.arch.cr8, self.arch.apic_base);
+            .set_outputs(ready, interrupts_on, self.arch.cr8, self.arch.msrs.apic_base());
         result
     }
 
@@ -105,8 +107,7 @@ impl<L: Loaded> Run<'_, L> {
     fn guest_loop(&mut self) -> Result {
         self.page.set_exit_reason(abi::exit::UNKNOWN);
         loop {
-            if self.arch.events.triple_fault {
-                self.arch.events.triple_fault = false;
+            if self.arch.events.take_triple_fault() {
                 self.page.set_exit_reason(abi::exit::SHUTDOWN);
                 return Ok(());
             }
@@ -131,15 +132,16 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Whether the VMM waits for a moment to queue an interrupt, and this is it.
     fn window_is_open(&mut self) -> bool {
-        self.page.request_interrupt_window() && self.arch.events.ready_for_interrupt(&mut self.hw)
+        self.page.request_interrupt_window()
+            && events::ready_for_interrupt(&mut self.hw, &self.arch.events)
     }
 
     /// Enters the guest, unless something came up: `None` then, or if the exit is dealt with.
     fn enter_once(&mut self) -> Option<Exit> {
         let wanted = self.page.request_interrupt_window();
-        self.arch
-            .events
-            .deliver(&mut self.hw, &mut self.arch.dr6, wanted);
+        let arch = &mut *self.arch;
+        let exit_at_once =
+            events::deliver(&mut self.hw, &mut arch.events, &mut arch.dr6, wanted);
 
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
@@ -153,10 +155,14 @@ impl<L: Loaded> Run<'_, L> {
             self.shared.leave_guest_mode();
             drop(irqs);
             drop(preempt);
-            self.arch.events.recover(&mut self.hw);
+            self.hw.cancel_injection();
             return None;
         }
 
+        if exit_at_once {
+            // It waits for interrupts to be on, which is in the guest, after the delivery.
+            preempt.interrupt_self();
+        }
         self.fpu.load();
         let switched = self.load_guest_state(&irqs);
         task::guest_time_begins(&irqs);
@@ -180,17 +186,8 @@ impl<L: Loaded> Run<'_, L> {
         drop(irqs);
         drop(preempt);
 
-        match exit {
-            // Only these can come from the delivery of an event, or before it.
-            Some(
-                Exit::PageFault { .. }
-                | Exit::KnownMmio { .. }
-                | Exit::Exception(..)
-                | Exit::TaskSwitch
-                | Exit::EntryFailed(_)
-                | Exit::Unknown(_),
-            ) => self.arch.events.recover(&mut self.hw),
-            _ => {}
+        if !matches!(exit, Some(Exit::EntryFailed(_))) {
+            self.arch.events.redeliver(self.hw.vectoring());
         }
         exit
     }
@@ -224,8 +221,8 @@ impl<L: Loaded> Run<'_, L> {
             xcr0: false,
             debugctl: debug::host_debugctl(),
         };
-        if self.host_xcr0 != 0
-            && self.arch.xcr0 != self.host_xcr0
+        if self.host.xcr0 != 0
+            && self.arch.xcr0 != self.host.xcr0
             && self.hw.cr4().has(Cr4::OSXSAVE)
         {
             host_msr::load_xcr0(irqs, self.arch.xcr0);
@@ -247,7 +244,7 @@ impl<L: Loaded> Run<'_, L> {
             debug::restore_host_breakpoints();
         }
         if switched.xcr0 {
-            host_msr::load_xcr0(irqs, self.host_xcr0);
+            host_msr::load_xcr0(irqs, self.host.xcr0);
         }
         if switched.debugctl != 0 {
             debug::restore_host_debugctl(switched.debugctl);
@@ -282,8 +279,9 @@ impl<L: Loaded> Run<'_, L> {
             Exit::Cr(access) => self.cr_access(access),
             Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
             Exit::Xsetbv => self.xsetbv(),
-            Exit::Exception(fault, dr6) => {
-                self.arch.events.raise(fault, dr6);
+            Exit::Exception(exception) => {
+                events::mark_restart(&mut self.hw, exception.vector);
+                self.arch.events.raise(exception);
                 Ok(Next::Guest)
             }
             Exit::Vmcall => {
@@ -341,7 +339,8 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Raises an exception in the place of completing the instruction.
     fn raise(&mut self, fault: Fault) -> Result<Next> {
-        self.arch.events.raise(fault, 0);
+        events::mark_restart(&mut self.hw, fault.vector);
+        self.arch.events.raise(fault.into());
         Ok(Next::Guest)
     }
 
@@ -382,7 +381,7 @@ fn retire(hw: &mut impl Loaded) {
 
 /// The same for an instruction that was emulated, which may have changed TF.
 fn retire_emulated(hw: &mut impl Loaded, step: bool) {
-    hw.set_shadow(false, false);
+    hw.set_shadow(Shadow::None);
     if step {
         hw.set_pending_step();
     }

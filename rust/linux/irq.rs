@@ -60,6 +60,13 @@ impl PreemptOff {
         // SAFETY: Reads a per-CPU variable.
         unsafe { bindings::rkvm_smp_processor_id() }
     }
+
+    /// Sends this CPU an interrupt, which ends a guest's run as soon as it has begun.
+    pub(crate) fn interrupt_self(&self) {
+        // SAFETY: The number is that of an online CPU. The interrupt makes it look if it must
+        // reschedule, no more.
+        unsafe { bindings::rkvm_kick_cpu(self.cpu()) };
+    }
 }
 
 impl Drop for PreemptOff {

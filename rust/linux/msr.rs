@@ -89,3 +89,9 @@ pub(crate) fn load_xcr0(_irqs: &super::irq::IrqsOff, value: u64) {
     // SAFETY: Only `run` calls this, with such values.
     unsafe { bindings::rkvm_xsetbv(value) };
 }
+
+/// The host's IA32_XSS, 0 if the CPU has no XSAVES.
+pub(crate) fn host_xss() -> u64 {
+    // SAFETY: Reads the MSR only if it exists.
+    unsafe { bindings::rkvm_host_xss() }
+}

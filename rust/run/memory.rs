@@ -164,7 +164,7 @@ impl<L: Loaded> Run<'_, L> {
             // The loop finds the signal.
             MemFault::Interrupted => Ok(Next::Guest),
             MemFault::HwPoison(hva) => {
-                crate::linux::mm::send_hwpoison(hva);
+                crate::linux::mm::send_hwpoison_signal(hva);
                 Err(EFAULT)
             }
             MemFault::BadHva(_) => Err(EFAULT),
@@ -174,7 +174,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Emulates the instruction at RIP, which accessed a device.
     pub(super) fn emulate(&mut self, _gpa: u64, hint: Option<Hint>) -> Result<Next> {
         // An event whose delivery touches a device cannot be delivered: there is nothing to resume.
-        if self.arch.events.injected.is_some() {
+        if self.hw.vectoring().is_some() {
             let raw = self.hw.raw_exit();
             self.page
                 .set_internal_error(crate::abi::internal::DELIVERY_EVENT, &raw);

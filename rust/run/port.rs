@@ -12,9 +12,12 @@ use super::Pending;
 use super::Run;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
+use crate::x86::insn::Size;
+use crate::x86::io::IoError;
 use crate::x86::io::StringIo;
-use crate::x86::io::StringStop;
+use crate::x86::io::Transfer;
 use crate::x86::regs::Gpr;
+use crate::x86::segment::SegReg;
 use kernel::prelude::*;
 
 /// The most bytes of a string instruction that go to user space at once.
@@ -26,8 +29,8 @@ pub(crate) struct PendingPort {
     access: PortAccess,
     /// Length of the instruction in bytes.
     len: u8,
-    /// What a string instruction was about to do.
-    string: Option<StringIo>,
+    /// The memory of a string instruction's elements.
+    transfer: Option<Transfer>,
 }
 
 impl<L: Loaded> Run<'_, L> {
@@ -46,7 +49,7 @@ impl<L: Loaded> Run<'_, L> {
             PendingPort {
                 access,
                 len,
-                string: None,
+                transfer: None,
             },
             1,
         )
@@ -60,62 +63,75 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     fn string_access(&mut self, access: PortAccess, len: u8) -> Result<Next> {
-        let info = self.hw.string_io_info();
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
-        let mut memory = EmuMemory(self.memory);
+        let (seg, address_size) = match self.hw.string_io_info() {
+            Some(info) => info,
+            // The few processors that do not tell: no override is the rule.
+            None => (SegReg::Ds, crate::arch::mode(&mut self.hw).address_size()),
+        };
+        let io = StringIo {
+            input: access.input,
+            size: match access.size {
+                1 => Size::Byte,
+                2 => Size::Word,
+                _ => Size::Dword,
+            },
+            rep: access.rep,
+            address_size,
+            seg,
+        };
         let mut buf = [0; CHUNK];
-        let started = StringIo::begin(
-            &mut cpu,
-            &mut memory,
-            access.size,
-            access.input,
-            access.rep,
-            info,
-            &mut buf,
-        );
-        match started {
-            Ok(string) => {
-                let count = string.count();
-                if count == 0 {
-                    // REP with a count of zero does nothing.
-                    super::skip(&mut self.hw, len);
-                    return Ok(Next::Guest);
+        let mut memory = EmuMemory(self.memory);
+        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let begun = io
+            .prepare(&mut cpu, &mut memory, CHUNK as u32)
+            .and_then(|transfer| {
+                if let (Some(t), false) = (&transfer, access.input) {
+                    t.gather(&mut memory, &mut buf)?;
                 }
-                let bytes = count as usize * usize::from(access.size);
-                if !access.input {
-                    self.page.set_port_data(buf.get(..bytes).unwrap_or(&buf));
-                }
-                self.leave_for_port(
-                    PendingPort {
-                        access,
-                        len,
-                        string: Some(string),
-                    },
-                    count,
-                )
+                Ok(transfer)
+            });
+        let transfer = match begun {
+            Ok(Some(transfer)) => transfer,
+            Ok(None) => {
+                // REP with a count of zero does nothing.
+                super::skip(&mut self.hw, len);
+                return Ok(Next::Guest);
             }
-            Err(stop) => self.string_stop(stop),
+            Err(error) => return self.string_error(error),
+        };
+        if !access.input {
+            self.page
+                .set_port_data(buf.get(..transfer.bytes()).unwrap_or(&buf));
         }
+        let count = transfer.count();
+        self.leave_for_port(
+            PendingPort {
+                access,
+                len,
+                transfer: Some(transfer),
+            },
+            count,
+        )
     }
 
-    fn string_stop(&mut self, stop: StringStop<()>) -> Result<Next> {
-        match stop {
-            StringStop::Fault(fault) => self.raise(fault),
-            StringStop::Retry => Ok(Next::Guest),
-            // Between a port and a device, or where the host has nothing: nobody does that.
-            StringStop::Mmio => {
+    fn string_error(&mut self, error: IoError<()>) -> Result<Next> {
+        match error {
+            IoError::Fault(fault) => self.raise(fault),
+            IoError::Contended => Ok(Next::Guest),
+            // Between a port and a device: nobody does that.
+            IoError::Mmio => {
                 let raw = self.hw.raw_exit();
                 self.page.set_emulation_error(&[], &raw);
                 Ok(Next::User)
             }
-            StringStop::Host(()) => Err(EFAULT),
+            IoError::Host(()) => Err(EFAULT),
         }
     }
 
     /// The VMM has done what it was asked for.
     pub(super) fn complete_port(&mut self, pending: PendingPort) -> Result<Next> {
         let access = &pending.access;
-        let Some(string) = pending.string else {
+        let Some(transfer) = pending.transfer else {
             if access.input {
                 let mut data = [0; 4];
                 let size = usize::from(access.size).min(4);
@@ -135,22 +151,19 @@ impl<L: Loaded> Run<'_, L> {
             return Ok(Next::Guest);
         };
 
-        let mut buf = [0; CHUNK];
-        let bytes = string.count() as usize * usize::from(access.size);
-        let data = buf.get_mut(..bytes).unwrap_or(&mut [0; 0]);
         if access.input {
+            let mut buf = [0; CHUNK];
+            let data = buf.get_mut(..transfer.bytes()).unwrap_or(&mut [0; 0]);
             self.page.port_data(data);
-        }
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
-        let mut memory = EmuMemory(self.memory);
-        match string.complete(&mut cpu, &mut memory, data) {
-            Ok(true) => {
-                super::skip(&mut self.hw, pending.len);
-                Ok(Next::Guest)
+            if let Err(error) = transfer.scatter(&mut EmuMemory(self.memory), data) {
+                return self.string_error(error);
             }
-            // More to do: the guest executes the instruction again.
-            Ok(false) => Ok(Next::Guest),
-            Err(stop) => self.string_stop(stop),
         }
+        let over = transfer.finish(&mut EmuCpu::new(&mut self.hw, self.arch));
+        if over {
+            super::skip(&mut self.hw, pending.len);
+        }
+        // Else the guest executes the instruction again, for the rest.
+        Ok(Next::Guest)
     }
 }

@@ -12,8 +12,6 @@ use super::fields::SecondaryControls;
 use super::vcpu::LoadedVcpu;
 use super::vmcs;
 use crate::backend::CrAccess;
-use crate::backend::Event;
-use crate::backend::EventKind;
 use crate::backend::Exit;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
@@ -22,7 +20,11 @@ use crate::bindings;
 use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::mmu::ept::Access;
-use crate::x86::exception::Fault;
+use crate::x86::event::Exception;
+use crate::x86::event::Injection;
+use crate::x86::event::Interrupt;
+use crate::x86::event::Shadow;
+use crate::x86::event::Vectoring;
 use crate::x86::exception::Vector;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
@@ -135,19 +137,22 @@ impl LoadedVcpu<'_> {
         let error = info
             .has_error_code()
             .then(|| self.read(f::EXIT_ERROR_CODE));
-        let dr6 = if vector == Vector::DB {
-            self.read(f::EXIT_QUALIFICATION)
-        } else {
-            0
-        };
-        Exit::Exception(
-            Fault {
-                vector,
-                error,
-                cr2: None,
-            },
-            dr6,
-        )
+        Exit::Exception(Exception {
+            vector,
+            error,
+            payload: (vector == Vector::DB).then(|| self.read(f::EXIT_QUALIFICATION)),
+            insn_len: self.soft_len(info.kind(), f::EXIT_INSTRUCTION_LENGTH),
+        })
+    }
+
+    /// The length of the instruction that asked for a software event; zero for the others.
+    fn soft_len(&self, kind: IntrKind, field: f::Field<u32>) -> u8 {
+        match kind {
+            IntrKind::SoftInterrupt
+            | IntrKind::SoftException
+            | IntrKind::PrivilegedSoftException => self.read(field) as u8,
+            _ => 0,
+        }
     }
 
     fn decode_ept_violation(&mut self) -> Exit {
@@ -377,21 +382,23 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     #[inline]
-    fn shadow(&mut self) -> (bool, bool) {
+    fn shadow(&mut self) -> Shadow {
         let state = self.interruptibility();
-        (
-            state.has(Interruptibility::STI),
-            state.has(Interruptibility::MOV_SS),
-        )
+        if state.has(Interruptibility::MOV_SS) {
+            Shadow::MovSs
+        } else if state.has(Interruptibility::STI) {
+            Shadow::Sti
+        } else {
+            Shadow::None
+        }
     }
 
     #[inline]
-    fn set_shadow(&mut self, sti: bool, mov_ss: bool) {
+    fn set_shadow(&mut self, shadow: Shadow) {
         let old = self.interruptibility();
-        // Both at once is a state that no entry accepts.
         let new = old
-            .with_if(Interruptibility::STI, sti && !mov_ss)
-            .with_if(Interruptibility::MOV_SS, mov_ss);
+            .with_if(Interruptibility::STI, shadow == Shadow::Sti)
+            .with_if(Interruptibility::MOV_SS, shadow == Shadow::MovSs);
         self.set_interruptibility(old, new);
     }
 
@@ -414,70 +421,75 @@ impl Loaded for LoadedVcpu<'_> {
         self.set_primary(PrimaryControls::NMI_WINDOW, open);
     }
 
-    fn inject(&mut self, event: &Event) {
-        let kind = match event.kind {
-            EventKind::Interrupt => IntrKind::External,
-            EventKind::Nmi => IntrKind::Nmi,
-            EventKind::Exception => IntrKind::HardException,
-            EventKind::SoftInterrupt => IntrKind::SoftInterrupt,
-            EventKind::PrivilegedSoftException => IntrKind::PrivilegedSoftException,
-            EventKind::SoftException => IntrKind::SoftException,
+    fn inject(&mut self, injection: &Injection) {
+        let (kind, vector, error, len) = match injection {
+            Injection::Exception(e) => {
+                let kind = match e.vector {
+                    _ if e.insn_len == 0 => IntrKind::HardException,
+                    Vector::DB => IntrKind::PrivilegedSoftException,
+                    _ => IntrKind::SoftException,
+                };
+                (kind, e.vector.0, e.error, e.insn_len)
+            }
+            Injection::Nmi => {
+                // The entry blocks NMIs, and refuses to if they are blocked.
+                self.set_nmi_blocked(false);
+                (IntrKind::Nmi, Vector::NMI.0, None, 0)
+            }
+            Injection::Interrupt(i) if i.is_soft() => {
+                (IntrKind::SoftInterrupt, i.vector, None, i.insn_len)
+            }
+            Injection::Interrupt(i) => (IntrKind::External, i.vector, None, 0),
         };
         // Real mode pushes no error codes, and the entry would be refused with one.
-        let error = event.error.filter(|_| self.cr0().has(Cr0::PE));
+        let error = error.filter(|_| self.cr0().has(Cr0::PE));
         if let Some(code) = error {
-            // Bits above 15 are not checked as zero for #PF only by processors that have SGX.
+            // The upper half is pushed as zero by every processor, and must be so here.
             self.write(f::ENTRY_ERROR_CODE, code & 0xffff);
         }
-        self.write(
-            f::ENTRY_INSTRUCTION_LENGTH,
-            u32::from(event.instruction_len),
-        );
+        self.write(f::ENTRY_INSTRUCTION_LENGTH, u32::from(len));
         self.write(
             f::ENTRY_INTR_INFO,
-            IntrInfo::event(kind, event.vector, error.is_some()).bits(),
+            IntrInfo::event(kind, vector, error.is_some()).bits(),
         );
     }
 
-    fn take_undelivered(&mut self) -> Option<Event> {
-        // An entry that failed, or was given up, leaves the event in the entry's own field.
-        let entry = IntrInfo::new(self.read(f::ENTRY_INTR_INFO));
-        let (info, error, len) = if entry.is_valid() {
-            self.write(f::ENTRY_INTR_INFO, 0);
-            (
-                entry,
-                f::ENTRY_ERROR_CODE,
-                self.read(f::ENTRY_INSTRUCTION_LENGTH),
-            )
-        } else {
-            (
-                IntrInfo::new(self.read(f::IDT_VECTORING_INFO)),
-                f::IDT_VECTORING_ERROR_CODE,
-                self.read(f::EXIT_INSTRUCTION_LENGTH),
-            )
-        };
+    fn cancel_injection(&mut self) {
+        self.write(f::ENTRY_INTR_INFO, 0);
+    }
+
+    fn vectoring(&mut self) -> Option<Vectoring> {
+        // Of the exits that are taken here, these alone happen in the middle of a delivery. An entry
+        // that failed has not touched the event.
+        match self.v.entry.exit_reason {
+            reason::EXCEPTION_NMI
+            | reason::EPT_VIOLATION
+            | reason::EPT_MISCONFIG
+            | reason::TASK_SWITCH => {}
+            _ => return None,
+        }
+        let info = IntrInfo::new(self.read(f::IDT_VECTORING_INFO));
         if !info.is_valid() {
             return None;
         }
-        let kind = match info.kind() {
-            IntrKind::External => EventKind::Interrupt,
-            IntrKind::Nmi => {
-                // Its delivery blocks NMIs only once it is complete.
-                let old = self.interruptibility();
-                self.set_interruptibility(old, old.without(Interruptibility::NMI));
-                EventKind::Nmi
-            }
-            IntrKind::HardException => EventKind::Exception,
-            IntrKind::SoftInterrupt => EventKind::SoftInterrupt,
-            IntrKind::PrivilegedSoftException => EventKind::PrivilegedSoftException,
-            IntrKind::SoftException => EventKind::SoftException,
+        let insn_len = self.soft_len(info.kind(), f::EXIT_INSTRUCTION_LENGTH);
+        Some(match info.kind() {
+            IntrKind::Nmi => Vectoring::Nmi,
+            IntrKind::External | IntrKind::SoftInterrupt => Vectoring::Interrupt(Interrupt {
+                vector: info.vector(),
+                insn_len,
+            }),
+            IntrKind::HardException
+            | IntrKind::SoftException
+            | IntrKind::PrivilegedSoftException => Vectoring::Exception(Exception {
+                vector: Vector(info.vector()),
+                error: info
+                    .has_error_code()
+                    .then(|| self.read(f::IDT_VECTORING_ERROR_CODE)),
+                payload: None,
+                insn_len,
+            }),
             IntrKind::Other => return None,
-        };
-        Some(Event {
-            kind,
-            vector: info.vector(),
-            error: info.has_error_code().then(|| self.read(error)),
-            instruction_len: len as u8,
         })
     }
 

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KVM_GET_MSRS and KVM_SET_MSRS.
+
+use super::Locked;
+use crate::abi::kvm_msr_entry;
+use crate::abi::kvm_msrs;
+use crate::abi::MAX_MSR_ENTRIES;
+use crate::backend::Loaded;
+use crate::linux::user;
+use crate::run::msr;
+use crate::x86::msr::Msr;
+use kernel::prelude::*;
+
+impl<L: Loaded> Locked<'_, L> {
+    /// The entries that user space gave: E2BIG if they are too many.
+    fn msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
+        let count = user::read::<kvm_msrs>(arg)?.nmsrs as usize;
+        if count >= MAX_MSR_ENTRIES {
+            return Err(E2BIG);
+        }
+        user::read_array(arg.wrapping_add(size_of::<kvm_msrs>()), count)
+    }
+
+    /// Reads MSRs until one is refused; returns how many there were.
+    pub(super) fn get_msrs(&mut self, arg: usize) -> Result<isize> {
+        let mut entries = Self::msr_entries(arg)?;
+        let mut done = 0;
+        for entry in &mut entries {
+            match msr::read(self.hw, self.arch, Msr(entry.index), true) {
+                Ok(value) => entry.data = value,
+                Err(_) => break,
+            }
+            done += 1;
+        }
+        user::write_array(arg.wrapping_add(size_of::<kvm_msrs>()), &entries)?;
+        Ok(done)
+    }
+
+    /// Writes MSRs until one is refused; returns how many there were.
+    pub(super) fn set_msrs(&mut self, arg: usize) -> Result<isize> {
+        let entries = Self::msr_entries(arg)?;
+        let mut done = 0;
+        for entry in &entries {
+            let msr = Msr(entry.index);
+            if msr::write(self.hw, self.arch, self.host, msr, entry.data, true).is_err() {
+                break;
+            }
+            done += 1;
+        }
+        Ok(done)
+    }
+}
