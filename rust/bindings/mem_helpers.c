@@ -15,6 +15,7 @@
 #include <asm/cpufeature.h>
 #include <asm/e820/api.h>
 #include <asm/memtype.h>
+#include <trace/events/ipi.h>
 
 #include "mem_helpers.h"
 
