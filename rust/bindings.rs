@@ -39,3 +39,30 @@ type __kernel_size_t = usize;
 type __kernel_ptrdiff_t = isize;
 
 include!("bindings/bindings_generated.rs");
+
+macro_rules! abi_types {
+    ($($ty:ident),* $(,)?) => { $(
+        // SAFETY: A structure of the KVM ABI: integers and arrays of them, whose padding is named.
+        unsafe impl kernel::transmute::FromBytes for $ty {}
+        // SAFETY: As above: every byte of it is initialised.
+        unsafe impl kernel::transmute::AsBytes for $ty {}
+    )* };
+}
+
+abi_types! {
+    kvm_cpuid2,
+    kvm_cpuid_entry2,
+    kvm_debugregs,
+    kvm_fpu,
+    kvm_interrupt,
+    kvm_mp_state,
+    kvm_msr_entry,
+    kvm_msr_list,
+    kvm_msrs,
+    kvm_regs,
+    kvm_signal_mask,
+    kvm_sregs,
+    kvm_userspace_memory_region,
+    kvm_vcpu_events,
+    kvm_xcrs,
+}

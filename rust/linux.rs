@@ -19,3 +19,4 @@ pub(crate) mod preempt;
 pub(crate) mod rwlock;
 pub(crate) mod srcu;
 pub(crate) mod task;
+pub(crate) mod user;

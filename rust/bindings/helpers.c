@@ -114,6 +114,23 @@ u64 rkvm_fpu_user_xfeatures(void)
 }
 
 u32 rkvm_fpu_uabi_size(struct fpu_guest *fpu) { return fpu->uabi_size; }
+/* The kernel's own image has the same layout, and no component that guests may not have. */
+u32 rkvm_fpu_uabi_max_size(void)
+{
+	u64 permitted = xstate_get_guest_group_perm();
+	u32 size = sizeof(struct kvm_xsave), eax, ebx, ecx, edx, i;
+
+	for (i = 2; i < 63 && boot_cpu_has(X86_FEATURE_XSAVE); i++) {
+		if (!(permitted & BIT_ULL(i)))
+			continue;
+		cpuid_count(0xd, i, &eax, &ebx, &ecx, &edx);
+		/* Components of XSS have no place in the standard format. */
+		if (!(ecx & 1))
+			size = max(size, ebx + eax);
+	}
+	return size;
+}
+
 void *rkvm_fpu_fxsave(struct fpu_guest *fpu) { return &fpu->fpstate->regs.fxsave; }
 
 void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area)
@@ -122,7 +139,7 @@ void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area)
 
 	/* The part that user space owns; the rest says what the kernel saved. */
 	memcpy(&regs->fxsave, area, offsetof(struct fxregs_state, padding));
-	regs->fxsave.mxcsr &= mxcsr_feature_mask;
+	regs->fxsave.mxcsr &= 0xffff;
 	if (cpu_feature_enabled(X86_FEATURE_XSAVE))
 		regs->xsave.header.xfeatures |= XFEATURE_MASK_FPSSE;
 }
@@ -160,6 +177,7 @@ bool rkvm_cpu_has_l1tf(void)
 	       l1tf_vmx_mitigation != VMENTER_L1D_FLUSH_NOT_REQUIRED;
 }
 
+bool rkvm_cpu_has_itlb_multihit(void) { return boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT); }
 bool rkvm_cpu_flushes_l1d(void) { return boot_cpu_has(X86_FEATURE_FLUSH_L1D); }
 void rkvm_enable_l1d_flush(void) { static_branch_enable(&rkvm_l1d_flush); }
 
@@ -178,22 +196,12 @@ void rkvm_mark_guest_ran(void)
 bool rkvm_hw_breakpoint_active(void) { return hw_breakpoint_active(); }
 void rkvm_hw_breakpoint_restore(void) { hw_breakpoint_restore(); }
 
-void rkvm_set_debugregs(const u64 *dr, u64 dr6)
+void rkvm_set_debugregs(const u64 *dr)
 {
 	set_debugreg(dr[0], 0);
 	set_debugreg(dr[1], 1);
 	set_debugreg(dr[2], 2);
 	set_debugreg(dr[3], 3);
-	set_debugreg(dr6, 6);
-}
-
-void rkvm_get_debugregs(u64 *dr, u64 *dr6)
-{
-	get_debugreg(dr[0], 0);
-	get_debugreg(dr[1], 1);
-	get_debugreg(dr[2], 2);
-	get_debugreg(dr[3], 3);
-	get_debugreg(*dr6, 6);
 }
 
 void rkvm_clear_dr7(void) { set_debugreg(DR7_FIXED_1, 7); }
@@ -221,13 +229,6 @@ void rkvm_cpuid(u32 leaf, u32 subleaf, u32 *regs)
 {
 	cpuid_count(leaf, subleaf, &regs[0], &regs[1], &regs[2], &regs[3]);
 }
-
-static void wbinvd_this_cpu(void *unused)
-{
-	wbinvd();
-}
-
-void rkvm_wbinvd_all(void) { on_each_cpu(wbinvd_this_cpu, NULL, 1); }
 
 int rkvm_cpuhp_setup(int (*online)(unsigned int), int (*offline)(unsigned int))
 {
@@ -259,3 +260,12 @@ unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma) { return vma->vm_pgoff;
 struct mm_struct *rkvm_current_mm(void) { return current->mm; }
 void rkvm_mmgrab(struct mm_struct *mm) { mmgrab(mm); }
 void rkvm_mmdrop(struct mm_struct *mm) { mmdrop(mm); }
+
+/*
+ * The VMCS that rkvm left current on a CPU, or all ones: a physical address.
+ * What is current and not this belongs to somebody else.
+ */
+static DEFINE_PER_CPU(u64, current_vmcs) = U64_MAX;
+
+u64 rkvm_current_vmcs(void) { return this_cpu_read(current_vmcs); }
+void rkvm_set_current_vmcs(u64 phys) { this_cpu_write(current_vmcs, phys); }

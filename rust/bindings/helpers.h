@@ -75,6 +75,7 @@ void rkvm_fpu_load(void);
 /* The thread's guest FPU image, where a task's own would be. */
 u64 rkvm_fpu_user_xfeatures(void);
 u32 rkvm_fpu_uabi_size(struct fpu_guest *fpu);
+u32 rkvm_fpu_uabi_max_size(void);
 void *rkvm_fpu_fxsave(struct fpu_guest *fpu);
 void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area);
 
@@ -89,6 +90,7 @@ int rkvm_vmx_get_ref(void);
 void rkvm_vmx_put_ref(void);
 bool rkvm_cpu_has_l1tf(void);
 bool rkvm_cpu_flushes_l1d(void);
+bool rkvm_cpu_has_itlb_multihit(void);
 void rkvm_enable_l1d_flush(void);
 DECLARE_STATIC_KEY_FALSE(rkvm_l1d_flush);
 /* Between two vCPUs on one CPU, where the kernel wants it. */
@@ -98,8 +100,7 @@ void rkvm_mark_guest_ran(void);
 
 bool rkvm_hw_breakpoint_active(void);
 void rkvm_hw_breakpoint_restore(void);
-void rkvm_set_debugregs(const u64 *dr, u64 dr6);
-void rkvm_get_debugregs(u64 *dr, u64 *dr6);
+void rkvm_set_debugregs(const u64 *dr);
 void rkvm_clear_dr7(void);
 
 u64 rkvm_get_debugctl(void);
@@ -112,9 +113,12 @@ int rkvm_rdmsr_safe(u32 msr, u64 *value);
 int rkvm_wrmsr_safe(u32 msr, u64 value);
 u32 rkvm_tsc_khz(void);
 void rkvm_cpuid(u32 leaf, u32 subleaf, u32 *regs);
-void rkvm_wbinvd_all(void);
 
-/* __init and exit glue. */
+/* The VMCS that rkvm left current on this CPU, or all ones. */
+u64 rkvm_current_vmcs(void);
+void rkvm_set_current_vmcs(u64 phys);
+
+/* CPUs, and what runs on each. */
 int rkvm_cpuhp_setup(int (*online)(unsigned int), int (*offline)(unsigned int));
 void rkvm_cpuhp_remove(int state);
 void rkvm_on_each_cpu(void (*f)(void *), void *arg);

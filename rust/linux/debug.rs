@@ -23,20 +23,11 @@ pub(crate) fn disarm() {
     unsafe { bindings::rkvm_clear_dr7() };
 }
 
-/// Loads a guest's DR0 to DR3 and DR6; DR7 is the VMCS's.
-///
-/// Breakpoints are disarmed, so that the addresses have no effect on the host.
+/// Loads a guest's DR0 to DR3, while the host's DR7 arms none; the guest's DR7 is the VMCS's.
 #[inline]
-pub(crate) fn load_guest(dr: &[u64; 4], dr6: u64) {
-    // SAFETY: With DR7 clear the address registers and the status are just storage.
-    unsafe { bindings::rkvm_set_debugregs(dr.as_ptr(), dr6) };
-}
-
-/// Reads DR0 to DR3 and DR6 as the guest left them.
-#[inline]
-pub(crate) fn save_guest(dr: &mut [u64; 4], dr6: &mut u64) {
-    // SAFETY: Four words and one are written.
-    unsafe { bindings::rkvm_get_debugregs(dr.as_mut_ptr(), dr6) };
+pub(crate) fn load_guest(dr: &[u64; 4]) {
+    // SAFETY: With no breakpoint armed the address registers are just storage.
+    unsafe { bindings::rkvm_set_debugregs(dr.as_ptr()) };
 }
 
 /// The host's IA32_DEBUGCTL, which a VM exit clears.

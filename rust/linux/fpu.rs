@@ -139,3 +139,9 @@ pub(crate) fn permitted_xfeatures() -> u64 {
     // SAFETY: Reads the permissions of the current process.
     unsafe { bindings::rkvm_fpu_user_xfeatures() }
 }
+
+/// The greatest number of bytes that [`GuestFpu::uabi_size`] can be for this process.
+pub(crate) fn uabi_max_size() -> usize {
+    // SAFETY: Reads CPUID's leaf 0xd for the permitted components.
+    unsafe { bindings::rkvm_fpu_uabi_max_size() as usize }
+}

@@ -69,3 +69,10 @@ impl Drop for PreemptOff {
         unsafe { bindings::rkvm_preempt_enable() };
     }
 }
+
+/// Hands a machine check that ended a guest's run to the kernel.
+#[cold]
+pub(crate) fn machine_check(_irqs: &IrqsOff) {
+    // SAFETY: Interrupts are off, as in the exception's own entry.
+    unsafe { bindings::rkvm_handle_machine_check() };
+}

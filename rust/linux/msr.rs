@@ -79,20 +79,13 @@ pub(crate) fn host_xcr0() -> u64 {
     }
 }
 
-/// Loads XCR0.
+/// Loads XCR0 for a guest, or the host's back. The kernel does not use the FPU while interrupts are
+/// off, unless somebody says so; both loads are in one such section.
 ///
-/// # Safety
-///
-/// The host uses XSAVE, the value is valid for this CPU, interrupts are off, and the host's value is
-/// back before they are on again.
+/// A value that the CPU refuses would be a #GP in the kernel: it must come from
+/// [`crate::x86::cr::check_xcr0`] with what the host has, or from [`host_xcr0`].
 #[inline]
-pub(crate) unsafe fn xsetbv(value: u64) {
-    // SAFETY: As the caller promises.
+pub(crate) fn load_xcr0(_irqs: &super::irq::IrqsOff, value: u64) {
+    // SAFETY: Only `run` calls this, with such values.
     unsafe { bindings::rkvm_xsetbv(value) };
-}
-
-/// Writes back and invalidates the caches of every CPU.
-pub(crate) fn wbinvd_all() {
-    // SAFETY: WBINVD loses nothing; interrupts are on in every caller, as the IPI demands.
-    unsafe { bindings::rkvm_wbinvd_all() };
 }

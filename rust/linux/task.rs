@@ -67,3 +67,18 @@ pub(crate) fn signal_pending() -> bool {
     // SAFETY: Reads the flags of the current thread.
     unsafe { bindings::rkvm_signal_pending() }
 }
+
+/// From here on the thread's time is its guest's.
+#[inline]
+pub(crate) fn guest_time_begins(_irqs: &super::irq::IrqsOff) {
+    // SAFETY: Interrupts are off.
+    unsafe { bindings::rkvm_guest_timing_enter() };
+}
+
+/// From here on the thread's time is its own. After the interrupt that ended the guest's run, so
+/// that a tick which it may have been finds the guest running.
+#[inline]
+pub(crate) fn guest_time_ends(_irqs: &super::irq::IrqsOff) {
+    // SAFETY: Interrupts are off.
+    unsafe { bindings::rkvm_guest_timing_exit() };
+}
