@@ -12,7 +12,6 @@
 #include <linux/uaccess.h>
 #include <linux/unaligned.h>
 #include <linux/vmstat.h>
-#include <asm/cpufeature.h>
 #include <asm/e820/api.h>
 #include <asm/memtype.h>
 #include <trace/events/ipi.h>
@@ -194,11 +193,6 @@ void rkvm_table_set_link(void *table, u64 link)
 }
 
 u64 rkvm_table_link(const void *table) { return page_private(virt_to_page(table)); }
-
-bool rkvm_cpu_has_itlb_multihit(void)
-{
-	return boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT);
-}
 
 void rkvm_kick_cpu(int cpu)
 {

@@ -57,8 +57,6 @@ void *rkvm_table_virt(u64 phys);
 void rkvm_table_set_link(void *table, u64 link);
 u64 rkvm_table_link(const void *table);
 
-bool rkvm_cpu_has_itlb_multihit(void);
-
 /* IPIs. The second waits until each CPU of @mask has taken it, and clears @mask. */
 void rkvm_kick_cpu(int cpu);
 void rkvm_ipi_and_wait(struct cpumask *mask);

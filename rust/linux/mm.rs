@@ -251,9 +251,3 @@ pub(crate) fn cond_resched() {
     // SAFETY: The caller may sleep.
     unsafe { own::rkvm_cond_resched() };
 }
-
-/// Returns if large executable pages let a guest crash this machine (iTLB multihit).
-pub(crate) fn has_itlb_multihit() -> bool {
-    // SAFETY: Reads a bit of the boot CPU's data.
-    unsafe { own::rkvm_cpu_has_itlb_multihit() }
-}

@@ -168,7 +168,8 @@ impl<T: MmuNotifier> Listening<T> {
     ) -> bool {
         // SAFETY: mm/ calls with a registered notifier of these operations.
         let inner = unsafe { Self::from_notifier(notifier) };
-        inner.test_young(address as u64..address as u64 + 1)
+        let address = address as u64;
+        inner.test_young(address..address.saturating_add(1))
     }
 
     unsafe extern "C" fn release(

@@ -34,8 +34,8 @@ impl GuestMemory {
             return Err(MemError::NoSlot);
         }
         let offset = gpa & 0xfff;
-        let left = ((slot.gfns().end - gfn) << 12) - offset;
-        f(slot.hva_of(gfn) + offset, left)
+        let hva = slot.hva_of(gfn) | offset;
+        f(hva, slot.hvas.end.wrapping_sub(hva))
     }
 
     /// Reads guest memory, across pages and memslots. What could not be read leaves `buf` undefined.
