@@ -9,13 +9,11 @@
 //! It belongs to the address space of the task that made it. Whatever touches user memory must run
 //! in that address space; the files' ioctls see to it, and answer EIO otherwise.
 
-mod access;
-mod fault;
+pub(crate) mod access;
+pub(crate) mod fault;
 mod notify;
 mod slots;
 
-pub(crate) use access::MemError;
-pub(crate) use fault::Fault;
 pub(crate) use slots::MAX_SLOTS;
 
 use crate::bindings::kvm_userspace_memory_region;
