@@ -9,6 +9,7 @@ pub(crate) mod cpu;
 pub(crate) mod debug;
 pub(crate) mod file;
 pub(crate) mod fpu;
+pub(crate) mod ipi;
 pub(crate) mod irq;
 pub(crate) mod mm;
 pub(crate) mod mmu_notifier;

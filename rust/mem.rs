@@ -9,13 +9,11 @@
 //! It belongs to the address space of the task that made it. Whatever touches user memory must run
 //! in that address space; the files' ioctls see to it, and answer EIO otherwise.
 
-mod access;
-mod fault;
+pub(crate) mod access;
+pub(crate) mod fault;
 mod notify;
 mod slots;
 
-pub(crate) use access::MemError;
-pub(crate) use fault::Fault;
 pub(crate) use slots::MAX_SLOTS;
 
 use crate::bindings::kvm_userspace_memory_region;
@@ -102,34 +100,31 @@ impl GuestMemory {
         let _update = inner.update.lock();
         let (old, next) = {
             let slots = inner.slots.read();
-            let old = slots.by_id(region.slot).copied();
-            let Some(new) = &new else {
-                old.ok_or(EINVAL)?;
-                let next = slots.with(region.slot, None)?;
-                drop(slots);
-                return inner.replace_slot(old, next);
-            };
-            if let Some(old) = &old {
-                if new.hva != old.hva
-                    || new.pages != old.pages
-                    || (new.flags ^ old.flags) & KVM_MEM_READONLY != 0
-                {
-                    return Err(EINVAL);
+            let old = slots.by_id(region.slot).cloned();
+            match (&old, &new) {
+                (None, None) => return Err(EINVAL),
+                (Some(old), Some(new)) => {
+                    if new.hvas != old.hvas || new.read_only != old.read_only {
+                        return Err(EINVAL);
+                    }
+                    if new.gfns == old.gfns && new.flags == old.flags {
+                        return Ok(());
+                    }
                 }
-                if new.base_gfn == old.base_gfn && new.flags == old.flags {
-                    return Ok(());
+                _ => {}
+            }
+            if let Some(new) = &new {
+                if slots.occupied(&new.gfns, new.id) {
+                    return Err(EEXIST);
                 }
             }
-            if slots.occupied(&new.gfns(), new.id) {
-                return Err(EEXIST);
-            }
-            (old, slots.with(new.id, Some(*new))?)
+            (old, slots.with(region.slot, new)?)
         };
         inner.replace_slot(old, next)
     }
 
     /// The slot that the user describes, with what can be said without knowing the others; none if
-    /// it is to be deleted.
+    /// it is to be deleted. EINVAL.
     fn check_region(&self, region: &kvm_userspace_memory_region) -> Result<Option<Slot>> {
         let size = region.memory_size;
         let gpa = region.guest_phys_addr;
@@ -142,23 +137,14 @@ impl GuestMemory {
         {
             return Err(EINVAL);
         }
-        let end = gpa.checked_add(size).ok_or(EINVAL)?;
-        hva.checked_add(size).ok_or(EINVAL)?;
         if size == 0 {
             return Ok(None);
         }
-        if (end - 1) >> 12 >= self.inner.mmu.format().gfn_limit {
+        let slot = Slot::new(region).ok_or(EINVAL)?;
+        if slot.gfns.end > self.inner.mmu.format().gfn_limit {
             return Err(EINVAL);
         }
-        Ok(Some(Slot {
-            id: region.slot,
-            flags: region.flags,
-            base_gfn: gpa >> 12,
-            pages: size >> 12,
-            hva,
-            read_only: region.flags & KVM_MEM_READONLY != 0,
-            leaving: false,
-        }))
+        Ok(Some(slot))
     }
 }
 
@@ -169,13 +155,14 @@ impl Inner {
         if let Some(old) = old {
             // While there can be entries made from the slot, the notifier must find it. So it goes
             // in two steps: first no more entries are made, then what there is is zapped.
+            let gfns = old.gfns.clone();
             let leaving = Slot {
                 leaving: true,
                 ..old
             };
-            let between = self.slots.read().with(old.id, Some(leaving))?;
+            let between = self.slots.read().with(leaving.id, Some(leaving))?;
             drop(self.slots.replace(between));
-            self.mmu.zap(core::iter::once(old.gfns()), true);
+            self.mmu.zap(core::iter::once(gfns), true);
         }
         drop(self.slots.replace(next));
         Ok(())

@@ -142,7 +142,7 @@ impl Mmu {
         let mut page = mapping.frame.page;
         let mut spare: Option<Table> = None;
         loop {
-            let mask = level.pages() - 1;
+            let mask = level.mask();
             let frame = Frame {
                 pfn: mapping.frame.pfn & !mask,
                 writable: mapping.frame.writable,
@@ -176,7 +176,7 @@ impl Mmu {
                 Outcome::NeedTable => spare = Some(Table::new()?),
                 // Once some of a large page had to be executable, all of it stays small.
                 Outcome::TableInTheWay if self.format.nx_huge => {
-                    level = level.below().unwrap_or(Level::PAGE_4K);
+                    level = level.below().unwrap_or(Level::Page4K);
                 }
                 Outcome::TableInTheWay | Outcome::LeafInTheWay => {
                     self.remove(true, |tables, detached| tables.make_way(&want, detached));

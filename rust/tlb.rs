@@ -25,7 +25,7 @@
 //! for the first time, must request [`Request::TlbFlush`] of itself.** That also covers a root page
 //! freed by one VM and allocated by another.
 
-use crate::bindings;
+use crate::linux::ipi;
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
@@ -138,8 +138,7 @@ impl VcpuShared {
             .mode
             .compare_exchange(IN_GUEST, EXITING, Ordering::SeqCst, Ordering::SeqCst);
         if was.is_ok() {
-            // SAFETY: Any number will do; the IPI makes the CPU look if it must reschedule.
-            unsafe { bindings::rkvm_kick_cpu(self.cpu()) };
+            ipi::kick(self.cpu());
         }
     }
 
@@ -234,10 +233,9 @@ impl VcpuSet {
         if !any {
             return;
         }
-        // SAFETY: A valid mask; interrupts are on (see above), as the lock is never taken with
-        // interrupts off. The handler runs when the CPU has left the guest and let interrupts in.
-        // It leaves the mask empty.
-        unsafe { bindings::rkvm_ipi_and_wait(targets.as_raw()) };
+        // Interrupts are on: the lock is never taken with interrupts off. The answer comes once the
+        // CPU has left the guest and lets interrupts in.
+        ipi::interrupt_and_wait(targets);
     }
 
     /// Makes `request` of every vCPU and has those in the guest leave it, without waiting.

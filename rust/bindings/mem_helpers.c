@@ -12,9 +12,9 @@
 #include <linux/uaccess.h>
 #include <linux/unaligned.h>
 #include <linux/vmstat.h>
-#include <asm/cpufeature.h>
 #include <asm/e820/api.h>
 #include <asm/memtype.h>
+#include <trace/events/ipi.h>
 
 #include "mem_helpers.h"
 
@@ -77,22 +77,36 @@ int rkvm_user_write(u64 dst, const void *src, u64 len)
 	}
 }
 
-int rkvm_user_cmpxchg32(u64 addr, u32 *old, u32 new)
-{
-	u32 __user *p = (u32 __user *)addr;
-
-	if (!access_ok(p, sizeof(*p)))
-		return -EFAULT;
-	return __try_cmpxchg_user(p, old, new, fault);
+/* One function for each size: the macro has a label, and a function has each but once. */
+#define DEFINE_USER_CMPXCHG(type)					\
+static int user_cmpxchg_##type(u64 addr, u64 old, u64 new)		\
+{									\
+	type o = old;							\
+									\
+	return __try_cmpxchg_user((type __user *)addr, &o, (type)new, fault); \
 }
 
-int rkvm_user_cmpxchg64(u64 addr, u64 *old, u64 new)
-{
-	u64 __user *p = (u64 __user *)addr;
+DEFINE_USER_CMPXCHG(u8)
+DEFINE_USER_CMPXCHG(u16)
+DEFINE_USER_CMPXCHG(u32)
+DEFINE_USER_CMPXCHG(u64)
 
-	if (!access_ok(p, sizeof(*p)))
+int rkvm_user_cmpxchg(u64 addr, u8 len, u64 old, u64 new)
+{
+	if (!access_ok((void __user *)addr, len))
 		return -EFAULT;
-	return __try_cmpxchg_user(p, old, new, fault);
+	switch (len) {
+	case 1:
+		return user_cmpxchg_u8(addr, old, new);
+	case 2:
+		return user_cmpxchg_u16(addr, old, new);
+	case 4:
+		return user_cmpxchg_u32(addr, old, new);
+	case 8:
+		return user_cmpxchg_u64(addr, old, new);
+	default:
+		return -EFAULT;
+	}
 }
 
 u64 rkvm_page_to_pfn(struct page *page) { return page_to_pfn(page); }
@@ -193,11 +207,6 @@ void rkvm_table_set_link(void *table, u64 link)
 }
 
 u64 rkvm_table_link(const void *table) { return page_private(virt_to_page(table)); }
-
-bool rkvm_cpu_has_itlb_multihit(void)
-{
-	return boot_cpu_has_bug(X86_BUG_ITLB_MULTIHIT);
-}
 
 void rkvm_kick_cpu(int cpu)
 {

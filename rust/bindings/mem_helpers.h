@@ -36,9 +36,8 @@ void rkvm_cond_resched(void);
 bool rkvm_user_range_ok(u64 addr, u64 size);
 int rkvm_user_read(void *dst, u64 src, u64 len);
 int rkvm_user_write(u64 dst, const void *src, u64 len);
-/* 0: exchanged; 1: *old differed and is now what was found; or -EFAULT. */
-int rkvm_user_cmpxchg32(u64 addr, u32 *old, u32 new);
-int rkvm_user_cmpxchg64(u64 addr, u64 *old, u64 new);
+/* 1, 2, 4 or 8 bytes. 0: exchanged; 1: they were not @old; or -EFAULT. */
+int rkvm_user_cmpxchg(u64 addr, u8 len, u64 old, u64 new);
 
 /* Host pages. */
 u64 rkvm_page_to_pfn(struct page *page);
@@ -56,8 +55,6 @@ u64 rkvm_table_phys(const void *table);
 void *rkvm_table_virt(u64 phys);
 void rkvm_table_set_link(void *table, u64 link);
 u64 rkvm_table_link(const void *table);
-
-bool rkvm_cpu_has_itlb_multihit(void);
 
 /* IPIs. The second waits until each CPU of @mask has taken it, and clears @mask. */
 void rkvm_kick_cpu(int cpu);

@@ -137,7 +137,7 @@ fn pfnmap_frame(hva: u64, write: bool) -> Result<HostFrame, NoFrame> {
     loop {
         let guard = mm.mmap_read_lock();
         let vma = guard.vma_lookup(hva as usize).ok_or(NoFrame::BadAddress)?;
-        if vma.flags() & (bindings::VM_IO | bindings::VM_PFNMAP) as usize == 0 {
+        if vma.flags() & (bindings::VM_IO | bindings::VM_PFNMAP) == 0 {
             return Err(NoFrame::BadAddress);
         }
         let mut args = bindings::follow_pfnmap_args {
@@ -202,7 +202,7 @@ pub(crate) fn host_mapping_level(mm: &Mm, hva: u64) -> u8 {
 }
 
 /// Tells the current task that it touched poisoned memory: SIGBUS, BUS_MCEERR_AR.
-pub(crate) fn send_hwpoison_signal(hva: u64) {
+pub(crate) fn send_hwpoison(hva: u64) {
     // SAFETY: Sends a signal to the current task.
     unsafe { own::rkvm_send_hwpoison(hva) };
 }
@@ -231,17 +231,11 @@ pub(crate) fn write_user(addr: u64, data: &[u8]) -> Result {
     })
 }
 
-/// Compares and exchanges 4 bytes of user memory at an aligned address; returns if it did. EFAULT.
-pub(crate) fn cmpxchg_user_u32(addr: u64, mut old: u32, new: u32) -> Result<bool> {
+/// Makes the `len` bytes (1, 2, 4 or 8) of user memory at an aligned address be `new` if they are
+/// `old`, atomically; returns if they were. EFAULT, also for another length. Sleeps.
+pub(crate) fn cmpxchg_user(addr: u64, len: u8, old: u64, new: u64) -> Result<bool> {
     // SAFETY: The user side is checked.
-    let ret = unsafe { own::rkvm_user_cmpxchg32(addr, &mut old, new) };
-    kernel::error::to_result(ret.min(0)).map(|()| ret == 0)
-}
-
-/// Compares and exchanges 8 bytes of user memory at an aligned address; returns if it did. EFAULT.
-pub(crate) fn cmpxchg_user_u64(addr: u64, mut old: u64, new: u64) -> Result<bool> {
-    // SAFETY: The user side is checked.
-    let ret = unsafe { own::rkvm_user_cmpxchg64(addr, &mut old, new) };
+    let ret = unsafe { own::rkvm_user_cmpxchg(addr, len, old, new) };
     kernel::error::to_result(ret.min(0)).map(|()| ret == 0)
 }
 
@@ -250,10 +244,4 @@ pub(crate) fn cmpxchg_user_u64(addr: u64, mut old: u64, new: u64) -> Result<bool
 pub(crate) fn cond_resched() {
     // SAFETY: The caller may sleep.
     unsafe { own::rkvm_cond_resched() };
-}
-
-/// Returns if large executable pages let a guest crash this machine (iTLB multihit).
-pub(crate) fn has_itlb_multihit() -> bool {
-    // SAFETY: Reads a bit of the boot CPU's data.
-    unsafe { own::rkvm_cpu_has_itlb_multihit() }
 }

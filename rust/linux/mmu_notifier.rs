@@ -119,6 +119,9 @@ impl<T: MmuNotifier> Listening<T> {
         unsafe { &(*this).inner }
     }
 
+    /// # Safety
+    ///
+    /// For mm/ to call with a registered notifier that has these operations.
     unsafe extern "C" fn invalidate_range_start(
         notifier: *mut bindings::mmu_notifier,
         range: *const bindings::mmu_notifier_range,
@@ -130,6 +133,9 @@ impl<T: MmuNotifier> Listening<T> {
         0
     }
 
+    /// # Safety
+    ///
+    /// For mm/ to call with a registered notifier that has these operations.
     unsafe extern "C" fn invalidate_range_end(
         notifier: *mut bindings::mmu_notifier,
         range: *const bindings::mmu_notifier_range,
@@ -139,6 +145,9 @@ impl<T: MmuNotifier> Listening<T> {
         inner.invalidate_end(range.start as u64..range.end as u64);
     }
 
+    /// # Safety
+    ///
+    /// For mm/ to call with a registered notifier that has these operations.
     unsafe extern "C" fn clear_flush_young(
         notifier: *mut bindings::mmu_notifier,
         _mm: *mut bindings::mm_struct,
@@ -150,6 +159,9 @@ impl<T: MmuNotifier> Listening<T> {
         inner.clear_young(start as u64..end as u64, true)
     }
 
+    /// # Safety
+    ///
+    /// For mm/ to call with a registered notifier that has these operations.
     unsafe extern "C" fn clear_young(
         notifier: *mut bindings::mmu_notifier,
         _mm: *mut bindings::mm_struct,
@@ -161,6 +173,9 @@ impl<T: MmuNotifier> Listening<T> {
         inner.clear_young(start as u64..end as u64, false)
     }
 
+    /// # Safety
+    ///
+    /// For mm/ to call with a registered notifier that has these operations.
     unsafe extern "C" fn test_young(
         notifier: *mut bindings::mmu_notifier,
         _mm: *mut bindings::mm_struct,
@@ -168,9 +183,13 @@ impl<T: MmuNotifier> Listening<T> {
     ) -> bool {
         // SAFETY: mm/ calls with a registered notifier of these operations.
         let inner = unsafe { Self::from_notifier(notifier) };
-        inner.test_young(address as u64..address as u64 + 1)
+        let address = address as u64;
+        inner.test_young(address..address.saturating_add(1))
     }
 
+    /// # Safety
+    ///
+    /// For mm/ to call with a registered notifier that has these operations.
     unsafe extern "C" fn release(
         notifier: *mut bindings::mmu_notifier,
         _mm: *mut bindings::mm_struct,

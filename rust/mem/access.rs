@@ -34,8 +34,8 @@ impl GuestMemory {
             return Err(MemError::NoSlot);
         }
         let offset = gpa & 0xfff;
-        let left = ((slot.gfns().end - gfn) << 12) - offset;
-        f(slot.hva_of(gfn) + offset, left)
+        let hva = slot.hva_of(gfn) | offset;
+        f(hva, slot.hvas.end.wrapping_sub(hva))
     }
 
     /// Reads guest memory, across pages and memslots. What could not be read leaves `buf` undefined.
@@ -74,22 +74,15 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Makes the `size` bytes (4 or 8) at `gpa` be `new` if they are `old`, atomically; returns if
-    /// they were. Other sizes are a [`MemError::Fault`]. Sleeps.
-    pub(crate) fn cmpxchg(
-        &self,
-        gpa: u64,
-        size: usize,
-        old: u64,
-        new: u64,
-    ) -> Result<bool, MemError> {
+    /// Makes the `len` bytes (1, 2, 4 or 8) at `gpa` be `new` if they are `old`, atomically; returns
+    /// if they were. Other lengths and misaligned addresses are a [`MemError::Fault`]. Sleeps.
+    pub(crate) fn cmpxchg(&self, gpa: u64, len: u8, old: u64, new: u64) -> Result<bool, MemError> {
+        let aligned = matches!(len, 1 | 2 | 4 | 8) && gpa & u64::from(len).wrapping_sub(1) == 0;
         self.with_hva(gpa, true, |hva, _| {
-            match size {
-                4 if gpa & 3 == 0 => mm::cmpxchg_user_u32(hva, old as u32, new as u32),
-                8 if gpa & 7 == 0 => mm::cmpxchg_user_u64(hva, old, new),
-                _ => Err(EFAULT),
+            if !aligned {
+                return Err(MemError::Fault);
             }
-            .map_err(|_| MemError::Fault)
+            mm::cmpxchg_user(hva, len, old, new).map_err(|_| MemError::Fault)
         })
     }
 }

@@ -95,16 +95,16 @@ impl GuestMemory {
     fn leaf_level(&self, slot: &Slot, gfn: u64, frame: &HostFrame, access: Access) -> Level {
         let format = self.inner.mmu.format();
         if frame.page.is_none() || access.exec && format.nx_huge {
-            return Level::PAGE_4K;
+            return Level::Page4K;
         }
         let hva = slot.hva_of(gfn);
         let host = Level::from_number(mm::host_mapping_level(self.inner.mm(), hva));
         let mut level = host.min(format.max_leaf);
-        let gfns = slot.gfns();
+        let gfns = &slot.gfns;
         while let Some(below) = level.below() {
-            let mask = level.pages() - 1;
+            let mask = level.mask();
             let first = gfn & !mask;
-            let inside = first >= gfns.start && gfns.end - first > mask;
+            let inside = first >= gfns.start && gfns.end.wrapping_sub(first) > mask;
             let aligned = ((gfn ^ hva >> 12) | (gfn ^ frame.pfn)) & mask == 0;
             if inside && aligned {
                 break;

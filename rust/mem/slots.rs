@@ -4,6 +4,8 @@
 //!
 //! A set of them does not change: an update makes a new set and publishes it as a whole.
 
+use crate::bindings::kvm_userspace_memory_region;
+use crate::bindings::KVM_MEM_READONLY;
 use crate::linux::mmu_notifier::HvaRange;
 use core::ops::Range;
 use kernel::prelude::*;
@@ -12,18 +14,20 @@ use kernel::prelude::*;
 pub(crate) const MAX_SLOTS: u32 = 1024;
 
 /// A memslot.
-#[derive(Clone, Copy)]
+///
+/// # Invariants
+///
+/// `gfns` and `hvas` are not empty and are as many pages; `hvas` starts and ends with a page.
+#[derive(Clone)]
 pub(crate) struct Slot {
     /// Its number.
     pub(crate) id: u32,
     /// The user's flags, KVM_MEM_*.
     pub(crate) flags: u32,
-    /// The first guest frame.
-    pub(crate) base_gfn: u64,
-    /// How many frames; at least one. `base_gfn + pages` is no overflow.
-    pub(crate) pages: u64,
-    /// The user address of the first frame. `hva + pages * 4096` is no overflow.
-    pub(crate) hva: u64,
+    /// The guest frames.
+    pub(crate) gfns: Range<u64>,
+    /// The user addresses that back them.
+    pub(crate) hvas: HvaRange,
     /// The guest must not write: writes are MMIO.
     pub(crate) read_only: bool,
     /// It is about to be deleted or moved: the guest's accesses wait.
@@ -31,35 +35,46 @@ pub(crate) struct Slot {
 }
 
 impl Slot {
-    /// The guest frames.
-    #[inline]
-    pub(crate) fn gfns(&self) -> Range<u64> {
-        self.base_gfn..self.base_gfn + self.pages
-    }
-
-    /// The user addresses.
-    #[inline]
-    pub(crate) fn hvas(&self) -> HvaRange {
-        self.hva..self.hva + (self.pages << 12)
+    /// The slot that the user describes; `None` if anything is not whole pages, or does not fit in
+    /// 64 bits, or the size is 0.
+    pub(crate) fn new(region: &kvm_userspace_memory_region) -> Option<Self> {
+        let size = region.memory_size;
+        let gpa = region.guest_phys_addr;
+        let hva = region.userspace_addr;
+        if size == 0 || (size | gpa | hva) & 0xfff != 0 {
+            return None;
+        }
+        // The last byte's address must fit; a range of gfns then does, even where gpas end at 2^64.
+        let last = gpa.checked_add(size.wrapping_sub(1))?;
+        // INVARIANT: Both are `size` bytes of whole pages.
+        Some(Self {
+            id: region.slot,
+            flags: region.flags,
+            gfns: gpa >> 12..(last >> 12).wrapping_add(1),
+            hvas: hva..hva.checked_add(size)?,
+            read_only: region.flags & KVM_MEM_READONLY != 0,
+            leaving: false,
+        })
     }
 
     /// The user address of `gfn`, which is in the slot.
     #[inline]
     pub(crate) fn hva_of(&self, gfn: u64) -> u64 {
-        self.hva + (gfn.wrapping_sub(self.base_gfn) << 12)
+        let index = gfn.wrapping_sub(self.gfns.start);
+        self.hvas.start.wrapping_add(index << 12)
     }
 
     /// The frames that any of `hvas` back.
     fn gfns_of(&self, hvas: &HvaRange) -> Option<Range<u64>> {
-        let own = self.hvas();
-        let start = hvas.start.max(own.start);
-        let end = hvas.end.min(own.end);
+        let start = hvas.start.max(self.hvas.start);
+        let end = hvas.end.min(self.hvas.end);
         if start >= end {
             return None;
         }
-        let first = (start - self.hva) >> 12;
-        let last = (end - 1 - self.hva) >> 12;
-        Some(self.base_gfn + first..self.base_gfn + last + 1)
+        // Both are inside the slot, so nothing wraps.
+        let gfn_of =
+            |hva: u64| (hva.wrapping_sub(self.hvas.start) >> 12).wrapping_add(self.gfns.start);
+        Some(gfn_of(start)..gfn_of(end.wrapping_sub(1)).wrapping_add(1))
     }
 }
 
@@ -67,7 +82,7 @@ impl Slot {
 ///
 /// # Invariants
 ///
-/// `list` is sorted by `base_gfn`, and no two slots overlap.
+/// `list` is sorted by `gfns`, and no two slots overlap.
 pub(crate) struct Slots {
     list: KVVec<Slot>,
     /// Counts the sets.
@@ -86,9 +101,9 @@ impl Slots {
     /// The slot that has `gfn`.
     #[inline]
     pub(crate) fn find(&self, gfn: u64) -> Option<&Slot> {
-        let after = self.list.partition_point(|slot| slot.base_gfn <= gfn);
+        let after = self.list.partition_point(|slot| slot.gfns.start <= gfn);
         let slot = self.list.get(after.checked_sub(1)?)?;
-        (gfn < slot.gfns().end).then_some(slot)
+        (gfn < slot.gfns.end).then_some(slot)
     }
 
     /// The slot with a number.
@@ -98,10 +113,9 @@ impl Slots {
 
     /// Returns if a slot other than `id` has any of `gfns`.
     pub(crate) fn occupied(&self, gfns: &Range<u64>, id: u32) -> bool {
-        self.list.iter().any(|slot| {
-            let own = slot.gfns();
-            slot.id != id && own.start < gfns.end && gfns.start < own.end
-        })
+        self.list
+            .iter()
+            .any(|slot| slot.id != id && slot.gfns.start < gfns.end && gfns.start < slot.gfns.end)
     }
 
     /// The frames that any of `hvas` back: a range for each slot that has some.
@@ -116,17 +130,19 @@ impl Slots {
     ///
     /// `new` overlaps none of the others.
     pub(crate) fn with(&self, id: u32, new: Option<Slot>) -> Result<KBox<Self>> {
-        let room = self.list.len() + 1;
+        let room = self.list.len().saturating_add(1);
         let mut list = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
+        // There is room for all, so this does not fail.
+        let mut push = |slot| list.push_within_capacity(slot).map_err(|_| ENOMEM);
         let mut new = new;
         for slot in self.list.iter().filter(|slot| slot.id != id) {
-            if let Some(before) = new.take_if(|new| new.base_gfn < slot.base_gfn) {
-                list.push(before, GFP_KERNEL_ACCOUNT)?;
+            if let Some(before) = new.take_if(|new| new.gfns.start < slot.gfns.start) {
+                push(before)?;
             }
-            list.push(*slot, GFP_KERNEL_ACCOUNT)?;
+            push(slot.clone())?;
         }
         if let Some(last) = new {
-            list.push(last, GFP_KERNEL_ACCOUNT)?;
+            push(last)?;
         }
         // INVARIANT: `self.list` was sorted, and `new` was put before the first that comes after.
         Ok(KBox::new(

@@ -36,50 +36,78 @@ pub(crate) struct Access {
 /// A level of the tables: 1 has leaves of 4 KiB, and each next level's entries span 512 times as
 /// much.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct Level(u8);
+#[repr(u8)]
+pub(crate) enum Level {
+    /// Leaves of 4 KiB.
+    Page4K = 1,
+    /// Leaves of 2 MiB.
+    Page2M = 2,
+    /// Leaves of 1 GiB.
+    Page1G = 3,
+    /// Tables only; the root of four levels.
+    Four = 4,
+    /// Tables only; the root of five levels.
+    Five = 5,
+}
 
 impl Level {
-    /// Leaves of 4 KiB.
-    pub(crate) const PAGE_4K: Self = Self(1);
-    /// Leaves of 2 MiB.
-    pub(crate) const PAGE_2M: Self = Self(2);
-    /// Leaves of 1 GiB.
-    pub(crate) const PAGE_1G: Self = Self(3);
+    /// How many bits of a gfn are below those that choose the entry.
+    #[inline]
+    const fn shift(self) -> u32 {
+        match self {
+            Self::Page4K => 0,
+            Self::Page2M => 9,
+            Self::Page1G => 18,
+            Self::Four => 27,
+            Self::Five => 36,
+        }
+    }
 
     /// How many 4 KiB pages an entry of this level spans. A power of two.
     #[inline]
     pub(crate) const fn pages(self) -> u64 {
-        1 << (9 * (self.0 as u32 - 1))
+        1 << self.shift()
+    }
+
+    /// The bits of a gfn that say where in an entry's span it is.
+    #[inline]
+    pub(crate) const fn mask(self) -> u64 {
+        self.pages().wrapping_sub(1)
     }
 
     /// The index of the entry for `gfn` in a table of this level: below 512.
     #[inline]
     pub(crate) const fn index(self, gfn: u64) -> usize {
-        (gfn >> (9 * (self.0 as u32 - 1))) as usize & 511
+        (gfn >> self.shift()) as usize & 511
     }
 
     /// The level that a table entry of this level points to. The lowest has none.
     #[inline]
     pub(crate) const fn below(self) -> Option<Self> {
-        match self.0 {
-            0 | 1 => None,
-            n => Some(Self(n - 1)),
+        match self {
+            Self::Page4K => None,
+            Self::Page2M => Some(Self::Page4K),
+            Self::Page1G => Some(Self::Page2M),
+            Self::Four => Some(Self::Page1G),
+            Self::Five => Some(Self::Four),
         }
     }
 
     /// Its number: 1 for 4 KiB.
     #[inline]
     pub(crate) const fn number(self) -> u8 {
-        self.0
+        self as u8
     }
 
-    /// The level of that number, kept between 1 and 5.
+    /// The level of that number, or the nearest.
     #[inline]
     pub(crate) const fn from_number(n: u8) -> Self {
         match n {
-            0 | 1 => Self(1),
-            2..=4 => Self(n),
-            _ => Self(5),
+            0 | 1 => Self::Page4K,
+            2 => Self::Page2M,
+            3 => Self::Page1G,
+            4 => Self::Four,
+            _ => Self::Five,
         }
     }
 }
@@ -105,20 +133,21 @@ impl Format {
     /// The best that the processor can do.
     pub(crate) fn new(caps: &EptCaps) -> Self {
         let top = if caps.five_level && caps.phys_bits > 48 {
-            Level(5)
+            Level::Five
         } else {
-            Level(4)
+            Level::Four
         };
         let max_leaf = match (caps.page_1g, caps.page_2m) {
-            (true, true) => Level::PAGE_1G,
-            (false, true) => Level::PAGE_2M,
-            _ => Level::PAGE_4K,
+            (true, true) => Level::Page1G,
+            (false, true) => Level::Page2M,
+            _ => Level::Page4K,
         };
-        let reach = if top == Level(5) { 57 } else { 48 };
+        let reach = if top == Level::Five { 57 } else { 48 };
         let bits = caps.phys_bits.clamp(32, 52).min(reach);
         // Bits 2:0: memory type of the walk; 5:3: levels less one; 6: accessed and dirty flags.
         let walk_type = if caps.walk_wb { 6 } else { 0 };
-        let eptp_flags = walk_type | u64::from(top.0 - 1) << 3 | u64::from(caps.ad_bits) << 6;
+        let eptp_flags =
+            walk_type | u64::from(top.number() - 1) << 3 | u64::from(caps.ad_bits) << 6;
         Self {
             top,
             max_leaf,
@@ -136,7 +165,7 @@ impl Format {
 
     /// A leaf.
     pub(crate) fn leaf(&self, level: Level, frame: &Frame, access: Access) -> Entry {
-        let large = level > Level::PAGE_4K;
+        let large = level > Level::Page4K;
         let mut bits = (frame.pfn << 12) & Entry::ADDRESS | Entry::READ;
         if frame.writable {
             bits |= Entry::WRITE;
@@ -224,7 +253,7 @@ impl Entry {
     /// It is present, and a leaf in a table of `level`.
     #[inline]
     pub(crate) const fn is_leaf(self, level: Level) -> bool {
-        self.0 != 0 && (level.0 == 1 || self.0 & Self::LARGE != 0)
+        self.0 != 0 && (matches!(level, Level::Page4K) || self.0 & Self::LARGE != 0)
     }
 
     /// The physical address of the table, or of the leaf's first byte.

@@ -157,7 +157,7 @@ impl Tables {
 
     fn zap_in(words: &Words, level: Level, gfns: Range<u64>, detached: &mut Detached) {
         for_entries(words, level, gfns, &mut |word, entry, part: Range<u64>| {
-            let whole = part.end - part.start == level.pages();
+            let whole = part.end.wrapping_sub(part.start) == level.pages();
             match level.below() {
                 // SAFETY: A table's entry, linked; the caller has `&mut Tables`, so nobody frees
                 // it meanwhile, and this only once it is back.
@@ -232,7 +232,7 @@ fn for_entries(
 ) {
     let mut gfn = gfns.start;
     while gfn < gfns.end {
-        let next = (gfn | (level.pages() - 1)).saturating_add(1).min(gfns.end);
+        let next = (gfn | level.mask()).saturating_add(1).min(gfns.end);
         let word = words.at(level, gfn);
         let entry = word.get();
         if entry.is_present() {
