@@ -7,7 +7,6 @@ use crate::x86::event::Exception;
 use crate::x86::event::Gate;
 use crate::x86::event::Injection;
 use crate::x86::event::PendingEvents;
-use crate::x86::event::Shadow;
 use crate::x86::exception::Vector;
 use crate::x86::regs::Dr6;
 use crate::x86::regs::Dr7;

@@ -21,3 +21,8 @@ pub(crate) mod rwlock;
 pub(crate) mod srcu;
 pub(crate) mod task;
 pub(crate) mod user;
+
+/// EOPNOTSUPP, which the kernel crate does not name.
+pub(crate) fn unsupported() -> kernel::error::Error {
+    kernel::error::Error::from_errno(-(kernel::bindings::EOPNOTSUPP as i32))
+}

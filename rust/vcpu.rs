@@ -74,12 +74,14 @@ impl<B: Backend> Vcpu<B> {
     /// Makes a vCPU of `vm` and a file for it.
     pub(crate) fn create(vm: Arc<Vm<B>>, id: u32) -> Result<isize> {
         let shared = Arc::new(VcpuShared::new(), GFP_KERNEL_ACCOUNT)?;
+        vm.memory.vcpus().add(shared.clone())?;
+        let (vm, shared) = (&vm, &shared);
         let vcpu = Arc::pin_init(
             try_pin_init!(Self {
                 pages: RunPages::new()?,
                 shared: shared.clone(),
                 state <- KillableMutex::new(
-                    State::new(&vm, id),
+                    State::new(vm, id),
                     c"rkvm_vcpu",
                     static_lock_class!(),
                 ),
@@ -87,7 +89,6 @@ impl<B: Backend> Vcpu<B> {
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
-        vm.memory.vcpus().add(shared)?;
         vcpu.with_loaded(|cpu| {
             arch::reset(cpu.hw);
             Ok(())

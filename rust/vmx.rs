@@ -20,6 +20,7 @@ use crate::linux::cpu::PerCpuHold;
 use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
 use crate::linux::page::KernelPage;
+use crate::linux::unsupported;
 use crate::linux::preempt::Followed;
 use crate::mmu::ept::EptCaps;
 use crate::x86::msr::Msr;
@@ -218,14 +219,14 @@ impl Vmx {
         // SAFETY: The helper reads feature bits.
         if !unsafe { bindings::rkvm_cpu_has_vmx() } {
             pr_err!("this CPU has no VMX, or the firmware or the command line turned it off\n");
-            return Err(EOPNOTSUPP);
+            return Err(unsupported());
         }
         // SAFETY: The helpers read feature bits and flip a branch that only our entry takes.
         unsafe {
             if bindings::rkvm_cpu_has_l1tf() {
                 if !bindings::rkvm_cpu_flushes_l1d() {
                     pr_err!("this CPU is open to L1TF and its microcode cannot flush the L1D\n");
-                    return Err(EOPNOTSUPP);
+                    return Err(unsupported());
                 }
                 bindings::rkvm_enable_l1d_flush();
             }

@@ -34,7 +34,7 @@ pub(crate) fn check(cap: usize) -> isize {
         b::KVM_CAP_XSAVE2 => fpu::uabi_max_size() as isize,
         b::KVM_CAP_NR_VCPUS => kernel::cpu::nr_cpu_ids().min(MAX_VCPUS as u32) as isize,
         b::KVM_CAP_MAX_VCPUS | b::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
-        b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_USER_SLOTS as isize,
+        b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_SLOTS as isize,
         _ => 0,
     }
 }

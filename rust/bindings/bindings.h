@@ -17,6 +17,8 @@
 #include <linux/smp.h>
 #include <asm/fpu/api.h>
 #include <asm/fpu/types.h>
+#include <asm/mmu_context.h>
+#include <asm/tlbflush.h>
 #include <asm/virt.h>
 
 #include "helpers.h"

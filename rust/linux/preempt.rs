@@ -32,7 +32,6 @@ pub(crate) struct Followed<T: FollowsThread> {
     #[pin]
     notifier: Opaque<bindings::preempt_notifier>,
     ops: UnsafeCell<bindings::preempt_ops>,
-    #[pin]
     inner: T,
 }
 
@@ -43,7 +42,7 @@ unsafe impl<T: FollowsThread + Sync> Sync for Followed<T> {}
 
 impl<T: FollowsThread> Followed<T> {
     /// Wraps `inner`; nothing is followed yet.
-    pub(crate) fn new(inner: impl PinInit<T, Error>) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(inner: T) -> impl PinInit<Self, Error> {
         try_pin_init!(&this in Self {
             ops: UnsafeCell::new(bindings::preempt_ops {
                 sched_in: Some(Self::sched_in),
@@ -57,14 +56,8 @@ impl<T: FollowsThread> Followed<T> {
                     bindings::rkvm_preempt_notifier_init(slot, ops.cast())
                 }
             }),
-            inner <- inner,
+            inner,
         })
-    }
-
-    /// What is notified.
-    #[inline]
-    pub(crate) fn get(&self) -> &T {
-        &self.inner
     }
 
     /// Loads `inner` on this CPU and follows the current thread until the guard is dropped.
@@ -109,6 +102,14 @@ impl<T: FollowsThread> Followed<T> {
 pub(crate) struct Following<'a, T: FollowsThread> {
     followed: &'a Followed<T>,
     _not_send: kernel::types::NotThreadSafe,
+}
+
+impl<T: FollowsThread> Following<'_, T> {
+    /// What is notified.
+    #[inline]
+    pub(crate) fn get(&self) -> &T {
+        &self.followed.inner
+    }
 }
 
 impl<T: FollowsThread> Drop for Following<'_, T> {

@@ -8,9 +8,9 @@ use super::Pending;
 use super::Run;
 use crate::arch::Arch;
 use crate::backend::Loaded;
-use crate::mem::access::MemError;
 use crate::mem::fault::Fault as MemFault;
 use crate::mem::GuestMemory;
+use crate::mem::access::MemError;
 use crate::mmu::ept::Access;
 use crate::x86;
 use crate::x86::cpuid::features::Features;
@@ -164,8 +164,8 @@ impl<L: Loaded> Run<'_, L> {
             // The loop finds the signal.
             MemFault::Interrupted => Ok(Next::Guest),
             MemFault::HwPoison(hva) => {
-                crate::linux::mm::send_hwpoison_signal(hva);
-                Err(EFAULT)
+                crate::linux::mm::send_hwpoison(hva);
+                Ok(Next::Guest)
             }
             MemFault::BadHva(_) => Err(EFAULT),
         }

@@ -8,6 +8,7 @@ use super::fields::PinControls;
 use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
 use crate::linux::msr;
+use crate::linux::unsupported;
 use kernel::prelude::*;
 
 const MSR_FEATURE_CONTROL: u32 = 0x3a;
@@ -65,7 +66,7 @@ struct Allowed {
 
 impl Allowed {
     fn read(what: &'static str, msr: u32) -> Result<Self> {
-        let value = msr::read_safe(msr).map_err(|_| EOPNOTSUPP)?;
+        let value = msr::read_safe(msr).map_err(|_| unsupported())?;
         Ok(Self {
             what,
             required: value as u32,
@@ -78,7 +79,7 @@ impl Allowed {
         let missing = need & !self.allowed;
         if missing != 0 {
             pr_err!("this CPU's VMX lacks {} {:#x}\n", self.what, missing);
-            return Err(EOPNOTSUPP);
+            return Err(unsupported());
         }
         Ok(self.required | need | want & self.allowed)
     }
@@ -91,10 +92,10 @@ impl VmxCaps {
         let feature_control = msr::read_safe(MSR_FEATURE_CONTROL).unwrap_or(0);
         if feature_control & 5 == 1 {
             pr_err!("VMX is disabled by the firmware (IA32_FEATURE_CONTROL)\n");
-            return Err(EOPNOTSUPP);
+            return Err(unsupported());
         }
 
-        let basic = msr::read_safe(MSR_VMX_BASIC).map_err(|_| EOPNOTSUPP)?;
+        let basic = msr::read_safe(MSR_VMX_BASIC).map_err(|_| unsupported())?;
         // Since 2010: controls that the older MSRs claim to be fixed can be cleared.
         let true_msrs = basic & 1 << 55 != 0;
         let pick = |new: u32, old: u32| if true_msrs { new } else { old };
@@ -171,12 +172,12 @@ impl VmxCaps {
             )?;
         let entry = EntryControls::new(entry).without(EntryControls::IA32E);
 
-        let ept = msr::read_safe(MSR_VMX_EPT_VPID).map_err(|_| EOPNOTSUPP)?;
+        let ept = msr::read_safe(MSR_VMX_EPT_VPID).map_err(|_| unsupported())?;
         let has = |bit: u32| ept & 1 << bit != 0;
         // Four levels, write-back tables, and an INVEPT to flush with.
         if !has(6) || !has(14) || !has(20) || !(has(25) || has(26)) {
             pr_err!("this CPU's EPT lacks 4-level walks, write-back tables or INVEPT\n");
-            return Err(EOPNOTSUPP);
+            return Err(unsupported());
         }
         if !(has(32) && (has(41) || has(42))) {
             secondary = secondary.without(SecondaryControls::VPID);
@@ -189,9 +190,9 @@ impl VmxCaps {
             secondary,
             exit: ExitControls::new(exit),
             entry,
-            cr0_required: msr::read_safe(MSR_VMX_CR0_FIXED0).map_err(|_| EOPNOTSUPP)?
+            cr0_required: msr::read_safe(MSR_VMX_CR0_FIXED0).map_err(|_| unsupported())?
                 & !(1 << 31 | 1),
-            cr4_allowed: msr::read_safe(MSR_VMX_CR4_FIXED1).map_err(|_| EOPNOTSUPP)?,
+            cr4_allowed: msr::read_safe(MSR_VMX_CR4_FIXED1).map_err(|_| unsupported())?,
             ept_2m: has(16),
             ept_1g: has(17),
             ept_ad: has(21),

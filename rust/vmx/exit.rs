@@ -246,7 +246,12 @@ impl LoadedVcpu<'_> {
     #[inline]
     fn refresh_host_state(&mut self) {
         // SAFETY: Interrupts are off in the caller, which both functions want.
-        let (cr3, cr4) = unsafe { (bindings::__get_current_cr3_fast(), bindings::cr4_read_shadow()) };
+        let (cr3, cr4) = unsafe {
+            (
+                bindings::__get_current_cr3_fast() as u64,
+                bindings::cr4_read_shadow() as u64,
+            )
+        };
         if cr3 != self.v.host_cr3 {
             self.v.host_cr3 = cr3;
             self.write(f::HOST_CR3, cr3);
