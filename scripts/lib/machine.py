@@ -74,8 +74,8 @@ def parse_arguments():
   125  a module did not load
 
 Inside: busybox; /data is read-only, /tmp and /dev/shm are tmpfs; the test
-kernel's kvm.ko, kvm-intel.ko and kvm-amd.ko are in /data/modules. Under Bochs the
-TSC counts instructions (100 million a second of emulated time).""")
+kernel's modules (kvm-intel.ko, kvm-amd.ko, ...) are in /data/modules. Under Bochs
+the TSC counts instructions (100 million a second of emulated time).""")
     p.add_argument("--cpu", default="corei7_icelake_u", metavar="MODEL",
                    help="Bochs CPU model (default %(default)s; core2_penryn_t9600: VMX without EPT; "
                    "ryzen: SVM)")
@@ -86,7 +86,8 @@ TSC counts instructions (100 million a second of emulated time).""")
     p.add_argument("--data", action="append", default=[], metavar="PATH[:DEST]",
                    help="put a file, or a directory's contents, at /data or /data/DEST; repeatable")
     p.add_argument("--insmod", action="append", default=[], metavar="'NAME [PARAM=V...]'",
-                   help="load /data/modules/NAME.ko before the command; repeatable, in order")
+                   help="load /data/modules/NAME.ko, and what it depends on, before the command; "
+                   "repeatable, in order")
     p.add_argument("--module", action="append", default=[], metavar="FILE",
                    help="put a module's file at /data/modules; repeatable")
     p.add_argument("--timeout", type=float, default=300, metavar="S",
@@ -160,19 +161,51 @@ def stage(source, target):
                  "directory are visible from the build root; name more in RKVM_BIND)")
 
 
+def dependencies(path):
+    """Names (as in /sys/module) of the modules that the one at PATH needs first."""
+    with open(path, "rb") as f:
+        found = re.search(rb"\0depends=([^\0]*)\0", f.read())
+    return [name for name in found[1].decode().split(",") if name] if found else []
+
+
+def insmod_script(wanted, directory):
+    """A shell script that loads the modules WANTED ("name param=value...") from DIRECTORY.
+
+    What a module depends on is loaded before it, unless it is there already.
+    """
+    files = {name[:-3].replace("-", "_"): name for name in os.listdir(directory)}
+    lines = []
+
+    def load(name, params):
+        if name not in files:
+            sys.exit(f"machine: no {name}.ko among the modules: {' '.join(sorted(files.values()))}")
+        for other in dependencies(os.path.join(directory, files[name])):
+            load(other, [])
+        line = f"insmod /data/modules/{files[name]} {shlex.join(params)} || exit 125"
+        if line not in lines:
+            lines.append(line)
+
+    for item in wanted:
+        name, *params = item.split()
+        load(name.replace("-", "_"), params)
+    return "\n".join(lines) + "\n"
+
+
 def make_disk(args, work, kernel_dir):
-    """Build the squashfs that the machine mounts at /data; return its path."""
+    """Build the squashfs that the machine mounts at /data.
+
+    Return its path and a script that loads the modules asked for.
+    """
     root = os.path.join(work, "data")
     os.makedirs(os.path.join(root, "modules"))
-    for module in ("kvm", "kvm-intel", "kvm-amd"):
-        path = os.path.join(kernel_dir or "", "modules", module + ".ko")
-        if kernel_dir and os.path.exists(path):
-            stage(path, os.path.join(root, "modules"))
+    if kernel_dir:
+        stage(os.path.join(kernel_dir, "modules"), os.path.join(root, "modules"))
     for module in args.module:
         stage(module, os.path.join(root, "modules"))
     for item in args.data:
         source, _, dest = item.partition(":")
         stage(source, os.path.join(root, dest.lstrip("/")))
+    insmod = insmod_script(args.insmod, os.path.join(root, "modules"))
     disk = os.path.join(work, "data.sqfs")
     # Nobody pays for size here, and the emulated CPU would pay for inflating.
     subprocess.run(["mksquashfs", root, disk, "-quiet", "-no-progress", "-noI", "-noD", "-noF",
@@ -182,7 +215,7 @@ def make_disk(args, work, kernel_dir):
     size = os.path.getsize(disk)
     os.truncate(disk, -(-size // cylinder) * cylinder)
     shutil.rmtree(root)
-    return disk
+    return disk, insmod
 
 
 def split_kernel(image, cmdline, initrd_at, initrd_size):
@@ -429,13 +462,12 @@ def run(args, work):
     command = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
     if args.interactive:
         command = "stty -F /dev/ttyS1 echo onlcr; " + (command or "exec sh -i")
+    disk, insmod = make_disk(args, work, kernel_dir)
     initrd = initramfs({
         "etc/machine": f"NONCE={nonce}\n",
-        "etc/insmod": "".join(f"insmod /data/modules/{name}.ko {' '.join(params)} || exit 125\n"
-                              for name, *params in map(str.split, args.insmod)),
+        "etc/insmod": insmod,
         "etc/run": command + "\n",
     })
-    disk = make_disk(args, work, kernel_dir)
     cmdline = ("console=ttyS0,115200 nokaslr loglevel=5 printk.time=1 rdinit=/init "
                + args.append).strip()
     accel = args.accel
