@@ -20,15 +20,34 @@ die() { say "error: $*"; exit 1; }
 key() {
 	local name=$1
 	shift
-	# shellcheck disable=SC2086,SC2048
-	printf '%s-%s\n' "$name" "$(cd "$TREE" && sha256sum $* | sha256sum | cut -c1-12)"
+	# shellcheck disable=SC2048,SC2086
+	printf '%s-%s\n' "$name" "$(cd "$TREE" && { cat $* && printf %s "${KEY_EXTRA:-}"; } |
+		sha256sum | cut -c1-12)"
 }
 
-root_key() { key root scripts/root.packages; }
-bochs_key() { key bochs scripts/lib/bochs.sh 'scripts/bochs/*'; }
-# The kernel's key does not follow the other flavour's fragment.
-kernel_key() {
-	local fragments=scripts/kernel/plain.config
-	[ "$1" = plain ] || fragments+=" scripts/kernel/$1.config"
-	key "kernel-$1" scripts/versions scripts/lib/kernel.sh "$fragments" 'scripts/kernel/*.patch'
+root_key() { KEY_EXTRA=$DEBIAN_SUITE key root scripts/root.packages scripts/lib/root.sh; }
+
+# bochs_key [bochs|bochs-debug]
+bochs_key() { KEY_EXTRA=$BOCHS_SHA256 key "${1:-bochs}" scripts/lib/bochs.sh 'scripts/bochs/*'; }
+
+# A tree or tarball named by the environment is another source than ours.
+source_key() {
+	local KEY_EXTRA="$KERNEL_PACKAGE $KERNEL_PACKAGE_VERSION"
+	if [ -n "${RKVM_KERNEL_SOURCE:-}" ]; then
+		KEY_EXTRA="$RKVM_KERNEL_SOURCE $(stat -c '%s %Y' "$RKVM_KERNEL_SOURCE")"
+	fi
+	key linux scripts/lib/source.sh 'scripts/kernel/*.patch'
 }
+
+# kernel_key FLAVOUR; a flavour's key does not follow the others' fragments.
+kernel_key() {
+	local KEY_EXTRA fragments=scripts/kernel/plain.config
+	[ "$1" = plain ] || fragments+=" scripts/kernel/$1.config"
+	KEY_EXTRA="$(source_key) $(root_key)"
+	key "kernel-$1" scripts/lib/kernel.sh "$fragments"
+}
+
+guest_key() { KEY_EXTRA=$DEBIAN_SUITE key guest scripts/lib/guest.sh; }
+
+# kernel_dir FLAVOUR: where modules for that kernel are built against.
+kernel_dir() { printf '%s\n' "$CACHE/$(kernel_key "$1")/build"; }
