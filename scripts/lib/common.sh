@@ -51,3 +51,10 @@ guest_key() { KEY_EXTRA=$DEBIAN_SUITE key guest scripts/lib/guest.sh; }
 
 # kernel_dir FLAVOUR: where modules for that kernel are built against.
 kernel_dir() { printf '%s\n' "$CACHE/$(kernel_key "$1")/build"; }
+
+# testbed_env: tell the scripts that run in the build root what lies where.
+testbed_env() {
+	RKVM_ENV="RKVM_BOCHS=$CACHE/$(bochs_key) RKVM_KERNEL_PLAIN=$CACHE/$(kernel_key plain)"
+	RKVM_ENV+=" RKVM_KERNEL_DEBUG=$CACHE/$(kernel_key debug) RKVM_GUEST=$CACHE/$(guest_key)"
+	export RKVM_ENV
+}

@@ -3,7 +3,8 @@
 
 The machine is Bochs (which emulates VMX and SVM) or, where the processor has
 them, QEMU with KVM. Both get a test kernel, an initramfs with busybox, and a
-squashfs disk with the payload, mounted at /data, where the command runs.
+squashfs disk with the payload, mounted at /data, where the command runs. The
+command's output goes to stdout, the kernel's messages go to stderr, as they come.
 
   scripts/machine --data build/selftests -- ./ioctl_test
   scripts/machine --cpus 2 --kernel debug --insmod kvm --insmod kvm-intel \\
@@ -25,6 +26,8 @@ import tempfile
 import time
 import tty
 import termios
+
+import initramfs
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -102,57 +105,20 @@ the TSC counts instructions (100 million a second of emulated time).""")
     p.add_argument("--log-level", choices=["error", "debug"], default="error",
                    help="with --log: what Bochs logs; error lines of a busy guest come to "
                    "hundreds of MB")
-    p.add_argument("--output", metavar="FILE", help="write the command's output here as well")
     p.add_argument("--quiet", action="store_true",
-                   help="show the command's output alone, the kernel's only when it complains")
+                   help="show the kernel's messages only when it complains")
     p.add_argument("--interactive", action="store_true",
                    help="connect this terminal to the command")
-    p.add_argument("--bochs-dir", help=argparse.SUPPRESS)
-    p.add_argument("--flavour-dir", action="append", default=[], help=argparse.SUPPRESS)
     p.add_argument("command", nargs="*", metavar="-- COMMAND",
                    help="one word is a shell script, several are a command's words; "
                    "nothing: only boot")
     return p.parse_args()
 
 
-def cpio_entry(name, mode, data=b"", rdev=(0, 0)):
-    """One entry of a newc archive, which the kernel unpacks as its initramfs."""
-    cpio_entry.inode += 1
-    path = name.encode() + b"\0"
-    head = "070701" + "".join(f"{v:08x}" for v in (
-        cpio_entry.inode, mode, 0, 0, 1, 0, len(data), 0, 0, rdev[0], rdev[1], len(path), 0))
-    out = head.encode() + path
-    out += b"\0" * (-len(out) % 4) + data
-    return out + b"\0" * (-len(out) % 4)
-
-
-cpio_entry.inode = 0
-
-
-def initramfs(files):
-    """A newc archive of busybox, our init and FILES (a dict of path to text)."""
-    busybox = "/bin/busybox"
-    out = b""
-    for name in ("bin", "dev", "proc", "sys", "tmp", "data", "etc"):
-        out += cpio_entry(name, 0o040755)
-    with open(busybox, "rb") as f:
-        out += cpio_entry("bin/busybox", 0o100755, f.read())
-    applets = subprocess.run([busybox, "--list"], check=True, capture_output=True, text=True).stdout
-    for applet in applets.split():
-        if applet != "busybox":
-            out += cpio_entry("bin/" + applet, 0o120777, b"busybox")
-    out += cpio_entry("dev/console", 0o020600, rdev=(5, 1))
-    with open(os.path.join(HERE, "init"), "rb") as f:
-        out += cpio_entry("init", 0o100755, f.read())
-    for name, text in files.items():
-        out += cpio_entry(name, 0o100644, text.encode())
-    return out + cpio_entry("TRAILER!!!", 0)
-
-
 def stage(source, target):
     """Copy SOURCE (a file, or a directory's contents) under the directory TARGET."""
     if os.path.isdir(source):
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(source, target, dirs_exist_ok=True)
     elif os.path.exists(source):
         os.makedirs(target, exist_ok=True)
         shutil.copy2(source, target)
@@ -247,10 +213,11 @@ def write(path, data):
 
 def bochs_command(args, work, kernel, cmdline, initrd, disk, serial):
     """Write what Bochs needs into WORK; return its command line."""
+    bochs_dir = os.environ["RKVM_BOCHS"]
     initrd_at = (min(args.memory, 2047) - 64 << 20) - (len(initrd) + 0xfffff & ~0xfffff)
     cmdline += " tsc_early_khz=100000"
     setup, rest = split_kernel(kernel, cmdline, initrd_at, len(initrd))
-    with open(os.path.join(args.bochs_dir, "bootrom.bin"), "rb") as f:
+    with open(os.path.join(bochs_dir, "bootrom.bin"), "rb") as f:
         rom = bytearray(f.read())
     rom[-1] = -sum(rom[:-1]) & 0xff
     level = "report" if args.log and args.log_level == "debug" else "ignore"
@@ -279,7 +246,7 @@ error: action={error}
 info: action={error}
 debug: action={level}
 """
-    return [os.path.join(args.bochs_dir, "bochs"), "-q", "-f", write(work + "/bochsrc", rc)]
+    return [os.path.join(bochs_dir, "bochs"), "-q", "-f", write(work + "/bochsrc", rc)]
 
 
 def qemu_command(args, work, kernel, cmdline, initrd, disk, accel):
@@ -300,21 +267,39 @@ def hardware():
 
 
 class Console:
-    """Bytes of one serial line: shown as they come, kept, and cut into lines."""
+    """Bytes of one serial line: shown as they come, kept, and cut into lines.
 
-    def __init__(self, shown):
-        self.shown = shown
+    FD is where they are shown, or None; END is text after which nothing is.
+    """
+
+    def __init__(self, fd, end=b""):
+        self.fd = fd
+        self.end = end
         self.data = b""
         self.rest = b""
+        self.shown = 0
 
     def feed(self, chunk):
         """Take CHUNK; return the lines that it completed."""
         self.data += chunk
-        if self.shown:
-            sys.stdout.buffer.write(chunk.replace(b"\r", b""))
-            sys.stdout.flush()
+        limit = self.data.find(self.end, self.shown) if self.end else -1
+        if limit < 0:
+            # What may be the beginning of END waits for the rest.
+            held = next((n for n in range(min(len(self.end), len(self.data)), 0, -1)
+                         if self.data.endswith(self.end[:n])), 0)
+            limit = len(self.data) - held
+        if limit > self.shown:
+            if self.fd is not None:
+                write_all(self.fd, self.data[self.shown:limit].replace(b"\r", b""))
+            self.shown = limit
         *lines, self.rest = (self.rest + chunk).split(b"\n")
         return [line.decode(errors="replace").rstrip("\r") for line in lines]
+
+
+def write_all(fd, data):
+    """Write all of DATA to the descriptor FD."""
+    while data:
+        data = data[os.write(fd, data):]
 
 
 class Machine:
@@ -323,8 +308,9 @@ class Machine:
     def __init__(self, args, nonce):
         self.args = args
         self.marker = re.compile(rf"machine {nonce}: status (\d+) taint (\d+)")
-        self.kernel = Console(not args.quiet)
-        self.user = Console(not args.interactive)
+        self.kernel = Console(None if args.quiet else 2)
+        # init writes an empty line before its last.
+        self.user = Console(1, f"\nmachine {nonce}".encode())
         self.trouble = []
         self.status = None
         self.taint = 0
@@ -352,11 +338,6 @@ class Machine:
             self.status, self.taint = int(found[1]), int(found[2])
             self.shorten(60)
 
-    def output(self):
-        """The command's output, without our last line."""
-        text = self.user.data.replace(b"\r", b"")
-        return re.sub(rb"\n?" + self.marker.pattern.encode() + rb"\n?$", b"", text)
-
     def watch(self, process, kernel_fd, user_fd, terminal):
         """Pass bytes until PROCESS ends or time runs out."""
         poll = select.poll()
@@ -381,12 +362,10 @@ class Machine:
                     for line in self.kernel.feed(chunk):
                         self.kernel_line(line)
                 elif fd == user_fd:
-                    if terminal is not None:
-                        os.write(1, chunk)
                     for line in self.user.feed(chunk):
                         self.user_line(line)
                 else:
-                    os.write(user_fd, chunk)
+                    write_all(user_fd, chunk)
             if ended and not events:
                 return
             if process.poll() is not None:
@@ -423,15 +402,13 @@ class Machine:
 
 def say(text):
     """One line on stderr."""
-    sys.stdout.flush()
     print(f"machine: {text}", file=sys.stderr, flush=True)
 
 
 def find_kernel(args):
     """Return the bzImage and the directory of its modules (or None)."""
-    flavours = dict(item.split("=", 1) for item in args.flavour_dir)
-    if args.kernel in flavours:
-        directory = flavours[args.kernel]
+    directory = os.environ.get("RKVM_KERNEL_" + args.kernel.upper())
+    if directory:
         image = os.path.join(directory, "bzImage")
         if not os.path.exists(image):
             sys.exit(f"machine: no {args.kernel} kernel: run scripts/setup kernel-{args.kernel}")
@@ -461,9 +438,9 @@ def run(args, work):
     nonce = secrets.token_hex(8)
     command = args.command[0] if len(args.command) == 1 else shlex.join(args.command)
     if args.interactive:
-        command = "stty -F /dev/ttyS1 echo onlcr; " + (command or "exec sh -i")
+        command = "stty -F /dev/ttyS1 sane; " + (command or "setsid -c sh -i")
     disk, insmod = make_disk(args, work, kernel_dir)
-    initrd = initramfs({
+    initrd = initramfs.with_busybox(os.path.join(HERE, "init"), {
         "etc/machine": f"NONCE={nonce}\n",
         "etc/insmod": insmod,
         "etc/run": command + "\n",
@@ -504,11 +481,9 @@ def run(args, work):
         out.close()
     status = machine.verdict()
     if args.quiet and machine.trouble:
-        sys.stdout.buffer.write(machine.kernel.data.replace(b"\r", b""))
+        write_all(2, machine.kernel.data.replace(b"\r", b""))
     if status == DIED:
         report_emulator(work)
-    if args.output:
-        write(args.output, machine.output())
     if args.log:
         keep_logs(args.log, work, machine)
     return status
@@ -552,4 +527,5 @@ def main():
         shutil.rmtree(work, ignore_errors=True)
 
 
-main()
+if __name__ == "__main__":
+    main()
