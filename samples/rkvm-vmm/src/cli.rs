@@ -102,16 +102,16 @@ pub struct Cli {
     pub flat: Option<PathBuf>,
 
     /// Processor mode that the flat binary starts in
-    #[arg(long, value_enum, default_value = "real", requires = "flat")]
+    #[arg(long, value_enum, default_value = "real", conflicts_with = "kernel")]
     pub mode: Mode,
 
     /// Guest physical address of the flat binary's first byte [default: 0x7c00 for real mode, else
     /// 0x10000; the boot tables occupy 0x500 to 0x10000]
-    #[arg(long, value_name = "ADDR", value_parser = parse_number, requires = "flat")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_number, conflicts_with = "kernel")]
     pub load_addr: Option<u64>,
 
     /// Address of the flat binary's first instruction [default: the load address]
-    #[arg(long, value_name = "ADDR", value_parser = parse_number, requires = "flat")]
+    #[arg(long, value_name = "ADDR", value_parser = parse_number, conflicts_with = "kernel")]
     pub entry: Option<u64>,
 
     /// What a triple fault of the guest means
@@ -282,11 +282,21 @@ mod tests {
         let image = |args: &[&str]| parse(args).unwrap().plan().unwrap().image;
         assert!(matches!(
             image(&["--flat", "f"]),
-            Image::Flat { mode: Mode::Real, load: 0x7c00, entry: 0x7c00, .. }
+            Image::Flat {
+                mode: Mode::Real,
+                load: 0x7c00,
+                entry: 0x7c00,
+                ..
+            }
         ));
         assert!(matches!(
             image(&["--flat", "f", "--mode", "long", "--entry", "0x10010"]),
-            Image::Flat { mode: Mode::Long, load: 0x10000, entry: 0x10010, .. }
+            Image::Flat {
+                mode: Mode::Long,
+                load: 0x10000,
+                entry: 0x10010,
+                ..
+            }
         ));
     }
 
@@ -297,6 +307,7 @@ mod tests {
         assert!(parse(&["--flat", "f", "--initrd", "i"]).is_err());
         assert!(parse(&["--kernel", "k", "--timeout", "0"]).is_err());
         assert!(parse(&["--kernel", "k", "--load-addr", "0x1000"]).is_err());
+        assert!(parse(&["--kernel", "k", "--mode", "long"]).is_err());
         let far = parse(&["--flat", "f", "--entry", "0x100000"]).unwrap();
         assert!(far.plan().is_err());
     }

@@ -38,12 +38,42 @@ fn write_registers(out: &mut String, vcpu: &VcpuFd, memory: &Memory) -> std::fmt
         (_, Err(err)) => return writeln!(out, "no registers: KVM_GET_SREGS: {err}"),
     };
     let rows = [
-        [("RAX", regs.rax), ("RBX", regs.rbx), ("RCX", regs.rcx), ("RDX", regs.rdx)],
-        [("RSI", regs.rsi), ("RDI", regs.rdi), ("RBP", regs.rbp), ("RSP", regs.rsp)],
-        [("R8 ", regs.r8), ("R9 ", regs.r9), ("R10", regs.r10), ("R11", regs.r11)],
-        [("R12", regs.r12), ("R13", regs.r13), ("R14", regs.r14), ("R15", regs.r15)],
-        [("RIP", regs.rip), ("RFL", regs.rflags), ("CR0", sregs.cr0), ("CR2", sregs.cr2)],
-        [("CR3", sregs.cr3), ("CR4", sregs.cr4), ("CR8", sregs.cr8), ("EFE", sregs.efer)],
+        [
+            ("RAX", regs.rax),
+            ("RBX", regs.rbx),
+            ("RCX", regs.rcx),
+            ("RDX", regs.rdx),
+        ],
+        [
+            ("RSI", regs.rsi),
+            ("RDI", regs.rdi),
+            ("RBP", regs.rbp),
+            ("RSP", regs.rsp),
+        ],
+        [
+            ("R8 ", regs.r8),
+            ("R9 ", regs.r9),
+            ("R10", regs.r10),
+            ("R11", regs.r11),
+        ],
+        [
+            ("R12", regs.r12),
+            ("R13", regs.r13),
+            ("R14", regs.r14),
+            ("R15", regs.r15),
+        ],
+        [
+            ("RIP", regs.rip),
+            ("RFL", regs.rflags),
+            ("CR0", sregs.cr0),
+            ("CR2", sregs.cr2),
+        ],
+        [
+            ("CR3", sregs.cr3),
+            ("CR4", sregs.cr4),
+            ("CR8", sregs.cr8),
+            ("EFE", sregs.efer),
+        ],
     ];
     for row in rows {
         for (name, value) in row {
@@ -83,7 +113,11 @@ fn write_segment(out: &mut String, name: &str, segment: &kvm_segment) -> std::fm
         segment.l,
         segment.db,
         segment.g,
-        if segment.unusable != 0 { " unusable" } else { "" }
+        if segment.unusable != 0 {
+            " unusable"
+        } else {
+            ""
+        }
     )
 }
 

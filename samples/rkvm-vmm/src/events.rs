@@ -246,13 +246,8 @@ impl Events {
     fn read_input(&mut self) {
         let mut buffer = [0u8; 256];
         // SAFETY: the buffer is valid for its length.
-        let got = unsafe {
-            libc::read(
-                libc::STDIN_FILENO,
-                buffer.as_mut_ptr().cast(),
-                buffer.len(),
-            )
-        };
+        let got =
+            unsafe { libc::read(libc::STDIN_FILENO, buffer.as_mut_ptr().cast(), buffer.len()) };
         match usize::try_from(got) {
             Ok(0) => self.input_closed = true,
             Ok(got) => self.keys.push(&buffer[..got], self.terminal),

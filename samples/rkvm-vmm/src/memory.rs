@@ -68,10 +68,7 @@ mod tests {
     #[test]
     fn small_memory_is_one_range() {
         assert_eq!(layout(1 << 20), [(GuestAddress(0), 1 << 20)]);
-        assert_eq!(
-            layout(HOLE_START),
-            [(GuestAddress(0), HOLE_START as usize)]
-        );
+        assert_eq!(layout(HOLE_START), [(GuestAddress(0), HOLE_START as usize)]);
     }
 
     #[test]

@@ -214,6 +214,9 @@ mod tests {
             data: vec![0x30, 2],
         }
         .to_string();
-        assert!(text.contains("suberror 4") && text.contains("0x30 0x2"), "{text}");
+        assert!(
+            text.contains("suberror 4") && text.contains("0x30 0x2"),
+            "{text}"
+        );
     }
 }

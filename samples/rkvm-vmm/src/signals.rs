@@ -58,7 +58,8 @@ impl Kicker {
         // SAFETY: `action` is complete, and the handler does only what is async-signal-safe.
         let rc = unsafe { libc::sigaction(kick_signal(), &action, ptr::null_mut()) };
         if rc != 0 {
-            return Err(io::Error::last_os_error()).context("cannot install the kick signal's handler");
+            return Err(io::Error::last_os_error())
+                .context("cannot install the kick signal's handler");
         }
         Ok(Self {
             // SAFETY: has no preconditions.

@@ -132,7 +132,10 @@ impl fmt::Display for Report<'_> {
         }
         for ((page, write), count) in top(&detail.pages) {
             let direction = if *write { "writes" } else { "reads" };
-            writeln!(f, "{count:>10}  {direction} without memory in page {page:#x}")?;
+            writeln!(
+                f,
+                "{count:>10}  {direction} without memory in page {page:#x}"
+            )?;
         }
         Ok(())
     }
@@ -142,7 +145,12 @@ struct Seconds(Nanos);
 
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{:03}", self.0 / SECOND, self.0 % SECOND / MILLISECOND)
+        write!(
+            f,
+            "{}.{:03}",
+            self.0 / SECOND,
+            self.0 % SECOND / MILLISECOND
+        )
     }
 }
 

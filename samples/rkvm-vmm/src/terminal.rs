@@ -69,7 +69,9 @@ pub fn restore_on_panic() {
 }
 
 fn lock() -> std::sync::MutexGuard<'static, Option<libc::termios>> {
-    SAVED.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    SAVED
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 fn set(termios: &libc::termios) {

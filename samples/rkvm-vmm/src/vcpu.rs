@@ -237,9 +237,7 @@ impl Vcpu<'_> {
             Ok(VcpuExit::Intr) => Exit::Interrupted,
             Ok(VcpuExit::Shutdown) => Exit::Shutdown,
             Ok(VcpuExit::InternalError) => Exit::InternalError,
-            Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                Exit::End(Outcome::FailEntry { reason, cpu })
-            }
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Exit::End(Outcome::FailEntry { reason, cpu }),
             Ok(VcpuExit::Unknown) => Exit::End(Outcome::UnknownExit(0)),
             Ok(other) => Exit::End(Outcome::UnexpectedExit(format!("{other:?}"))),
             Err(err) if matches!(err.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,

@@ -32,7 +32,9 @@ pub fn load(
     let size = usize::try_from(size)?;
     let end = load.saturating_add(size as u64);
     if !memory.check_range(GuestAddress(load), size) {
-        bail!("{load:#x} to {end:#x} is not guest memory; use another --load-addr or more --memory");
+        bail!(
+            "{load:#x} to {end:#x} is not guest memory; use another --load-addr or more --memory"
+        );
     }
     if mode != Mode::Real {
         if load < TABLES_END && end > GDT_ADDR {
@@ -59,7 +61,11 @@ pub fn load(
 
 /// Splits an address below 1 MiB into CS and IP; CS is 0 where that is possible.
 fn real_entry(entry: u64) -> Entry {
-    let cs = if entry < 0x10000 { 0 } else { entry >> 4 & 0xf000 };
+    let cs = if entry < 0x10000 {
+        0
+    } else {
+        (entry >> 4) & 0xf000
+    };
     Entry::Real {
         cs: cs as u16,
         ip: (entry - (cs << 4)) as u16,

@@ -142,8 +142,8 @@ fn load_bzimage(memory: &Memory, file: &mut File, file_size: u64) -> anyhow::Res
             file_size.div_ceil(MIB)
         );
     }
-    let result = BzImage::load(memory, None, file, Some(GuestAddress(HIGH_START)))
-        .with_context(needed)?;
+    let result =
+        BzImage::load(memory, None, file, Some(GuestAddress(HIGH_START))).with_context(needed)?;
     let header = result.setup_header.with_context(needed)?;
     let (version, flags) = (header.version, header.xloadflags);
     ensure!(
@@ -168,7 +168,8 @@ fn load_bzimage(memory: &Memory, file: &mut File, file_size: u64) -> anyhow::Res
 
 fn load_elf(memory: &Memory, file: &mut File) -> anyhow::Result<Loaded> {
     let mut ident = [0; 20];
-    file.read_exact(&mut ident).context("the ELF file is cut short")?;
+    file.read_exact(&mut ident)
+        .context("the ELF file is cut short")?;
     file.rewind()?;
     // e_ident[EI_CLASS] is ELFCLASS64, e_machine is EM_X86_64.
     ensure!(
@@ -203,10 +204,7 @@ fn put_cmdline(memory: &Memory, cmdline: &str, header: &mut setup_header) -> any
         "the command line has {} bytes, the kernel takes {limit}",
         cmdline.len()
     );
-    ensure!(
-        !cmdline.contains('\0'),
-        "the command line has a NUL in it"
-    );
+    ensure!(!cmdline.contains('\0'), "the command line has a NUL in it");
     memory.write_slice(cmdline.as_bytes(), GuestAddress(CMDLINE_ADDR))?;
     memory.write_obj(0u8, GuestAddress(CMDLINE_ADDR + cmdline.len() as u64))?;
     header.cmd_line_ptr = CMDLINE_ADDR as u32;
@@ -257,10 +255,7 @@ fn ram_end(memory: &Memory) -> u64 {
 
 /// Describes the memory as a BIOS would.
 fn fill_e820(memory: &Memory, params: &mut boot_params) -> anyhow::Result<()> {
-    let mut map = vec![
-        (0, LOW_END, E820_RAM),
-        (LOW_END, HIGH_START, E820_RESERVED),
-    ];
+    let mut map = vec![(0, LOW_END, E820_RAM), (LOW_END, HIGH_START, E820_RESERVED)];
     for region in memory.iter() {
         let start = region.start_addr().0.max(HIGH_START);
         let end = region.start_addr().0 + region.len();
@@ -268,7 +263,10 @@ fn fill_e820(memory: &Memory, params: &mut boot_params) -> anyhow::Result<()> {
             map.push((start, end, E820_RAM));
         }
     }
-    ensure!(map.len() <= params.e820_table.len(), "too many memory regions");
+    ensure!(
+        map.len() <= params.e820_table.len(),
+        "too many memory regions"
+    );
     for (entry, (start, end, kind)) in params.e820_table.iter_mut().zip(&map) {
         entry.addr = *start;
         entry.size = end - start;
@@ -416,7 +414,10 @@ mod tests {
         let initrd = files.add("small-initrd", &vec![0; 2 << 20]);
         let fails = |mib: u64| {
             let memory = memory::allocate(mib << 20).unwrap();
-            format!("{:#}", load(&memory, &kernel, Some(&initrd), "").unwrap_err())
+            format!(
+                "{:#}",
+                load(&memory, &kernel, Some(&initrd), "").unwrap_err()
+            )
         };
         assert!(fails(1).contains("more --memory"));
         assert!(fails(19).contains("too small"), "{}", fails(19));

@@ -78,8 +78,8 @@ impl Selector {
         let flat = self.flat();
         // Limit 0xfffff in pages, base 0, present, DPL 0, code or data.
         let access = 0x90 | u64::from(flat.kind);
-        let flags = 0x8 | u64::from(flat.default_32) << 2 | u64::from(flat.long) << 1;
-        0xffff | access << 40 | 0xf << 48 | flags << 52
+        let flags = 0x8 | (u64::from(flat.default_32) << 2) | (u64::from(flat.long) << 1);
+        0xffff | (access << 40) | (0xf << 48) | (flags << 52)
     }
 }
 

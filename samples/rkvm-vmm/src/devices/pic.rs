@@ -413,7 +413,10 @@ mod tests {
         assert!(pic.intr());
         assert_eq!(pic.acknowledge(), 0x34);
         eoi(&mut pic, Master);
-        assert!(!pic.intr(), "the line is still high, but there was one edge");
+        assert!(
+            !pic.intr(),
+            "the line is still high, but there was one edge"
+        );
         pic.set_irq(4, false);
         pic.set_irq(4, true);
         assert!(pic.intr());
@@ -516,7 +519,11 @@ mod tests {
         pic.write(Command(Master), 0xa0);
         pic.pulse(3);
         pic.pulse(4);
-        assert_eq!(pic.acknowledge(), 0x34, "4 is the highest after 3 was served");
+        assert_eq!(
+            pic.acknowledge(),
+            0x34,
+            "4 is the highest after 3 was served"
+        );
     }
 
     #[test]

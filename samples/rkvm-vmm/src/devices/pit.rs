@@ -204,10 +204,10 @@ impl Channel {
             Mode::SoftwareStrobe => 4,
             Mode::HardwareStrobe => 5,
         };
-        u8::from(self.output(now)) << 7
-            | u8::from(self.null_count) << 6
-            | access << 4
-            | mode << 1
+        (u8::from(self.output(now)) << 7)
+            | (u8::from(self.null_count) << 6)
+            | (access << 4)
+            | (mode << 1)
             | u8::from(self.bcd)
     }
 
@@ -344,7 +344,7 @@ fn to_bcd(value: u16) -> u16 {
     (0..4).fold(0, |bcd, digit| {
         let nibble = rest % 10;
         rest /= 10;
-        bcd | nibble << (4 * digit)
+        bcd | (nibble << (4 * digit))
     })
 }
 
@@ -403,7 +403,7 @@ impl Pit {
     pub fn read_port_b(&self, now: Nanos) -> u8 {
         // Bit 4 toggles with each memory refresh, every 15 microseconds; guests time by it.
         let refresh = (now / 15_085) & 1;
-        self.port_b | (refresh as u8) << 4 | u8::from(self.channels[2].output(now)) << 5
+        self.port_b | ((refresh as u8) << 4) | (u8::from(self.channels[2].output(now)) << 5)
     }
 
     /// Writes port 0x61.
@@ -436,7 +436,7 @@ mod tests {
     }
 
     fn program(pit: &mut Pit, channel: u8, control: u8, count: u16) {
-        pit.write(3, channel << 6 | control, START);
+        pit.write(3, (channel << 6) | control, START);
         let [low, high] = count.to_le_bytes();
         pit.write(channel, low, START);
         pit.write(channel, high, START);

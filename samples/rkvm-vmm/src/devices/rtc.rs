@@ -50,10 +50,7 @@ impl Rtc {
         put(0x30, &extended);
         // What lies above 16 MiB, and above 4 GiB, in units of 64 KiB.
         put(0x34, &blocks(below_4g.saturating_sub(16 << 20)));
-        put(
-            0x5b,
-            &(above_4g >> 16).min(0xff_ffff).to_le_bytes()[..3],
-        );
+        put(0x5b, &(above_4g >> 16).min(0xff_ffff).to_le_bytes()[..3]);
         Self { index: 0, memory }
     }
 
@@ -112,7 +109,7 @@ impl Rtc {
         if self.memory[usize::from(REG_B)] & B_BINARY != 0 {
             value
         } else {
-            (value / 10) << 4 | value % 10
+            ((value / 10) << 4) | (value % 10)
         }
     }
 }

@@ -42,7 +42,10 @@ impl<W: Write> Console<W> {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let done = self.sink.write_all(&self.pending).and_then(|()| self.sink.flush());
+        let done = self
+            .sink
+            .write_all(&self.pending)
+            .and_then(|()| self.sink.flush());
         // Whatever could not be written is lost: a console does not keep the guest waiting.
         self.pending.clear();
         done

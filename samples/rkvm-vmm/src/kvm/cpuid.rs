@@ -24,7 +24,7 @@ const AMD_ECX_EXT_APIC_SPACE: u32 = 1 << 3;
 /// KVM's feature leaf (Documentation/virt/kvm/x86/cpuid.rst).
 const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
 /// The features that need no local APIC: kvmclock (0, 3, 24) and no I/O delay (1).
-const KVM_FEATURES_KEPT: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 24;
+const KVM_FEATURES_KEPT: u32 = (1 << 0) | (1 << 1) | (1 << 3) | (1 << 24);
 
 /// Edits the device's answer to describe this machine.
 pub fn describe_machine(entries: &mut [kvm_cpuid_entry2]) {
@@ -32,7 +32,7 @@ pub fn describe_machine(entries: &mut [kvm_cpuid_entry2]) {
         match entry.function {
             1 => {
                 // Initial APIC ID 0, one logical processor; CLFLUSH size and brand index stay.
-                entry.ebx = entry.ebx & 0xffff | 1 << 16;
+                entry.ebx = entry.ebx & 0xffff | (1 << 16);
                 entry.ecx &= !(ECX_PDCM | ECX_X2APIC | ECX_TSC_DEADLINE);
                 entry.ecx |= ECX_HYPERVISOR;
                 entry.edx &= !(EDX_APIC | EDX_HTT);
@@ -70,7 +70,7 @@ fn describe_topology(entry: &mut kvm_cpuid_entry2) {
     };
     entry.eax = 0;
     entry.ebx = u32::from(kind != 0);
-    entry.ecx = kind << 8 | entry.index & 0xff;
+    entry.ecx = (kind << 8) | entry.index & 0xff;
     entry.edx = 0;
 }
 

@@ -84,8 +84,10 @@ pub enum Error {
 
 fn open_hint(source: &errno::Error) -> &'static str {
     match source.errno() {
-        libc::ENOENT => ". Is the module loaded (insmod rkvm.ko; for the kernel's own KVM: modprobe \
-                         kvm-intel and --device /dev/kvm), and is /dev a devtmpfs?",
+        libc::ENOENT => {
+            ". Is the module loaded (insmod rkvm.ko; for the kernel's own KVM: modprobe \
+                         kvm-intel and --device /dev/kvm), and is /dev a devtmpfs?"
+        }
         libc::EACCES | libc::EPERM => ". Run as root, or get access to the device node",
         libc::ENODEV | libc::ENXIO => ". The node is there, its driver is not: load the module",
         libc::EBUSY => ". Another hypervisor may have taken the processor's virtualisation",
@@ -96,9 +98,13 @@ fn open_hint(source: &errno::Error) -> &'static str {
 fn ioctl_hint(ioctl: &str, source: &errno::Error) -> &'static str {
     match (ioctl, source.errno()) {
         (_, libc::ENOTTY) => ". The device does not know this ioctl",
-        ("KVM_CREATE_VM", libc::EBUSY) => ". Another hypervisor may hold the processor's VMX or SVM",
+        ("KVM_CREATE_VM", libc::EBUSY) => {
+            ". Another hypervisor may hold the processor's VMX or SVM"
+        }
         (_, libc::ENOMEM) => ". The host is out of memory",
-        ("KVM_SET_SREGS" | "KVM_SET_CPUID2", libc::EINVAL) => ". The device finds the state invalid",
+        ("KVM_SET_SREGS" | "KVM_SET_CPUID2", libc::EINVAL) => {
+            ". The device finds the state invalid"
+        }
         _ => "",
     }
 }

@@ -28,9 +28,16 @@ const EFER_LMA: u64 = 1 << 10;
 /// Bit 1 of RFLAGS is always set.
 const RFLAGS_FIXED: u64 = 1 << 1;
 
+/// Bit 11 of `apic_base`: there is a local APIC, and it is enabled.
+const APIC_BASE_ENABLE: u64 = 1 << 11;
+
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+/// Firmware leaves fast string operations on; Linux takes a clear bit for an erratum.
+const MISC_ENABLE_FAST_STRING: u64 = 1 << 0;
+
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, what no range says is write-back.
-const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
+const MTRR_ON_WRITE_BACK: u64 = (1 << 11) | 6;
 
 /// Real mode's stack, below where a boot sector is loaded.
 const REAL_SP: u64 = 0x7c00;
@@ -57,19 +64,41 @@ pub fn set(vcpu: &VcpuFd, entry: &Entry, has_mtrr: bool) -> Result<(), Error> {
     vcpu.set_fpu(&fpu()).map_err(failed("KVM_SET_FPU"))?;
     if has_mtrr {
         // Firmware would have set them up; without it a guest finds all memory uncached.
-        let (index, data) = (MSR_MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK);
-        let msrs = Msrs::from_entries(&[kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        }])
-        .map_err(|_| Error::Msr(index, data))?;
-        match vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))? {
-            1 => {}
-            _ => return Err(Error::Msr(index, data)),
+        if !set_msr(vcpu, MSR_MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK)? {
+            return Err(Error::Msr(MSR_MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK));
         }
     }
+    if let Some(value) = get_msr(vcpu, MSR_MISC_ENABLE)? {
+        // Not every processor lets it be set, and no guest depends on it.
+        set_msr(vcpu, MSR_MISC_ENABLE, value | MISC_ENABLE_FAST_STRING)?;
+    }
     Ok(())
+}
+
+fn one_msr(index: u32, data: u64) -> Result<Msrs, Error> {
+    Msrs::from_entries(&[kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    }])
+    .map_err(|_| Error::Msr(index, data))
+}
+
+/// Reads an MSR; `None` if the device does not have it.
+fn get_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, Error> {
+    let mut msrs = one_msr(index, 0)?;
+    let done = vcpu
+        .get_msrs(&mut msrs)
+        .map_err(|source| Error::Ioctl("KVM_GET_MSRS", source))?;
+    Ok((done == 1).then(|| msrs.as_slice()[0].data))
+}
+
+/// Writes an MSR; `false` if the device refuses.
+fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, Error> {
+    let done = vcpu
+        .set_msrs(&one_msr(index, data)?)
+        .map_err(|source| Error::Ioctl("KVM_SET_MSRS", source))?;
+    Ok(done == 1)
 }
 
 fn general(entry: &Entry) -> kvm_regs {
@@ -98,6 +127,8 @@ fn fpu() -> kvm_fpu {
 
 /// Changes what differs from the state after reset, which `sregs` holds.
 fn special(sregs: &mut kvm_sregs, entry: &Entry) {
+    // KVM derives CPUID's APIC bit from this, whatever KVM_SET_CPUID2 said.
+    sregs.apic_base &= !APIC_BASE_ENABLE;
     match *entry {
         Entry::Real { cs, .. } => {
             for segment in data_segments(sregs) {
@@ -149,6 +180,7 @@ mod tests {
     fn after_reset() -> kvm_sregs {
         let mut sregs = kvm_sregs {
             cr0: 0x6000_0010,
+            apic_base: 0xfee0_0900,
             ..Default::default()
         };
         sregs.cs.base = 0xffff_0000;
@@ -167,6 +199,7 @@ mod tests {
         assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.cs.db), (0x10, 1, 0));
         assert_eq!((sregs.ss.selector, sregs.ds.selector), (0x18, 0x18));
         assert_eq!(sregs.efer, 0x500);
+        assert_eq!(sregs.apic_base, 0xfee0_0100, "no local APIC");
         assert_eq!(sregs.cr0, 0x8000_0031);
         let regs = general(&entry);
         assert_eq!((regs.rip, regs.rsi, regs.rflags), (0x10_0200, 0x7000, 2));
