@@ -5,10 +5,12 @@
 //! The device reports for any VMM; this machine has one processor and no local APIC. Whatever
 //! interrupts through a local APIC goes with it: x2APIC, the TSC deadline timer, the performance
 //! counters, and those of KVM's paravirtual features that send interrupts or hypercalls about them.
+//! VMX and SVM go too: there is no firmware to enable them, and nesting is not this program's subject.
 
 use kvm_bindings::kvm_cpuid_entry2;
 
 // Leaf 1, ECX.
+const ECX_VMX: u32 = 1 << 5;
 const ECX_PDCM: u32 = 1 << 15;
 const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -19,6 +21,7 @@ const EDX_MTRR: u32 = 1 << 12;
 const EDX_HTT: u32 = 1 << 28;
 // Leaf 0x80000001: EDX repeats the APIC bit, ECX has AMD's extensions of it.
 const AMD_ECX_CMP_LEGACY: u32 = 1 << 1;
+const AMD_ECX_SVM: u32 = 1 << 2;
 const AMD_ECX_EXT_APIC_SPACE: u32 = 1 << 3;
 
 /// KVM's feature leaf (Documentation/virt/kvm/x86/cpuid.rst).
@@ -33,7 +36,7 @@ pub fn describe_machine(entries: &mut [kvm_cpuid_entry2]) {
             1 => {
                 // Initial APIC ID 0, one logical processor; CLFLUSH size and brand index stay.
                 entry.ebx = entry.ebx & 0xffff | (1 << 16);
-                entry.ecx &= !(ECX_PDCM | ECX_X2APIC | ECX_TSC_DEADLINE);
+                entry.ecx &= !(ECX_VMX | ECX_PDCM | ECX_X2APIC | ECX_TSC_DEADLINE);
                 entry.ecx |= ECX_HYPERVISOR;
                 entry.edx &= !(EDX_APIC | EDX_HTT);
             }
@@ -45,7 +48,7 @@ pub fn describe_machine(entries: &mut [kvm_cpuid_entry2]) {
             KVM_FEATURES_LEAF => entry.eax &= KVM_FEATURES_KEPT,
             0x8000_0001 => {
                 entry.edx &= !EDX_APIC;
-                entry.ecx &= !(AMD_ECX_CMP_LEGACY | AMD_ECX_EXT_APIC_SPACE);
+                entry.ecx &= !(AMD_ECX_CMP_LEGACY | AMD_ECX_SVM | AMD_ECX_EXT_APIC_SPACE);
             }
             // Number of cores and width of the core number.
             0x8000_0008 => entry.ecx &= !0xf0ff,
@@ -114,7 +117,7 @@ mod tests {
     fn no_local_apic() {
         let leaf = described(1, 0);
         assert_eq!(leaf.edx & EDX_APIC, 0);
-        assert_eq!(leaf.ecx & (ECX_X2APIC | ECX_TSC_DEADLINE), 0);
+        assert_eq!(leaf.ecx & (ECX_X2APIC | ECX_TSC_DEADLINE | ECX_VMX), 0);
         assert_eq!(leaf.ecx & ECX_HYPERVISOR, ECX_HYPERVISOR);
         assert_eq!(leaf.edx & 1, 1, "the rest is the device's");
         assert_eq!(described(0x8000_0001, 0).edx & EDX_APIC, 0);
