@@ -46,6 +46,27 @@ pub fn expect_errno<T: std::fmt::Debug>(
     }
 }
 
+/// The lines in which the debug representations of two values differ: for structures that are too
+/// large to read whole. Empty if they are equal.
+#[must_use]
+pub fn difference<T: std::fmt::Debug>(got: &T, want: &T) -> String {
+    let (got, want) = (format!("{got:#x?}"), format!("{want:#x?}"));
+    let mut path: Vec<&str> = Vec::new();
+    let mut out = String::new();
+    for (g, w) in got.lines().zip(want.lines()) {
+        let field = w.trim();
+        if field.ends_with(['{', '[', '(']) {
+            path.push(field.split([':', ' ']).next().unwrap_or(""));
+        } else if field.starts_with(['}', ']', ')']) {
+            path.pop();
+        }
+        if g != w {
+            out += &format!("{} {}, expected {field}; ", path.join("."), g.trim());
+        }
+    }
+    out
+}
+
 /// Fails the test with a formatted message.
 #[macro_export]
 macro_rules! fail {
@@ -80,7 +101,7 @@ macro_rules! ensure_eq {
         let (got, want) = (&$got, &$want);
         if got != want {
             return Err($crate::Verdict::Fail(format!(
-                "{}: got {:#x?}, expected {:#x?} ({}:{})",
+                "{}: got {:x?}, expected {:x?} ({}:{})",
                 format_args!($($arg)*), got, want, file!(), line!())));
         }
     }};

@@ -15,8 +15,16 @@ const BAD_ADDRESS: usize = 8;
 
 fn api_version(env: &Env) -> Outcome {
     let kvm = env.open()?;
-    ensure_eq!(kvm.fd.ioctl(sys::KVM_GET_API_VERSION, 0)?, 12, "KVM_GET_API_VERSION");
-    expect_errno(kvm.fd.ioctl(sys::KVM_GET_API_VERSION, 1), libc::EINVAL, "argument 1")
+    ensure_eq!(
+        kvm.fd.ioctl(sys::KVM_GET_API_VERSION, 0)?,
+        12,
+        "KVM_GET_API_VERSION"
+    );
+    expect_errno(
+        kvm.fd.ioctl(sys::KVM_GET_API_VERSION, 1),
+        libc::EINVAL,
+        "argument 1",
+    )
 }
 
 /// What the calls that the module implements stand on must be announced.
@@ -31,9 +39,15 @@ fn capabilities_present(env: &Env) -> Outcome {
         ("NR_MEMSLOTS", kb::KVM_CAP_NR_MEMSLOTS),
         ("MP_STATE", kb::KVM_CAP_MP_STATE),
         ("SYNC_MMU", kb::KVM_CAP_SYNC_MMU),
-        ("DESTROY_MEMORY_REGION_WORKS", kb::KVM_CAP_DESTROY_MEMORY_REGION_WORKS),
+        (
+            "DESTROY_MEMORY_REGION_WORKS",
+            kb::KVM_CAP_DESTROY_MEMORY_REGION_WORKS,
+        ),
         ("USER_NMI", kb::KVM_CAP_USER_NMI),
-        ("JOIN_MEMORY_REGIONS_WORKS", kb::KVM_CAP_JOIN_MEMORY_REGIONS_WORKS),
+        (
+            "JOIN_MEMORY_REGIONS_WORKS",
+            kb::KVM_CAP_JOIN_MEMORY_REGIONS_WORKS,
+        ),
         ("SET_IDENTITY_MAP_ADDR", kb::KVM_CAP_SET_IDENTITY_MAP_ADDR),
         ("VCPU_EVENTS", kb::KVM_CAP_VCPU_EVENTS),
         ("DEBUGREGS", kb::KVM_CAP_DEBUGREGS),
@@ -55,7 +69,10 @@ fn capabilities_present(env: &Env) -> Outcome {
             missing += &format!(" {name} (on the VM)");
         }
     }
-    ensure!(missing.is_empty(), "capabilities that are missing:{missing}");
+    ensure!(
+        missing.is_empty(),
+        "capabilities that are missing:{missing}"
+    );
     Ok(())
 }
 
@@ -88,32 +105,64 @@ fn capabilities_are_true(env: &Env) -> Outcome {
     // Each call has an argument with which an implementation fails with something else than "no
     // such ioctl", or succeeds.
     let table: [(&str, u32, sys::Ioctl, &Fd); 8] = [
-        ("MP_STATE", kb::KVM_CAP_MP_STATE, sys::KVM_GET_MP_STATE, &vcpu.fd),
-        ("VCPU_EVENTS", kb::KVM_CAP_VCPU_EVENTS, sys::KVM_GET_VCPU_EVENTS, &vcpu.fd),
-        ("DEBUGREGS", kb::KVM_CAP_DEBUGREGS, sys::KVM_GET_DEBUGREGS, &vcpu.fd),
+        (
+            "MP_STATE",
+            kb::KVM_CAP_MP_STATE,
+            sys::KVM_GET_MP_STATE,
+            &vcpu.fd,
+        ),
+        (
+            "VCPU_EVENTS",
+            kb::KVM_CAP_VCPU_EVENTS,
+            sys::KVM_GET_VCPU_EVENTS,
+            &vcpu.fd,
+        ),
+        (
+            "DEBUGREGS",
+            kb::KVM_CAP_DEBUGREGS,
+            sys::KVM_GET_DEBUGREGS,
+            &vcpu.fd,
+        ),
         ("XSAVE", kb::KVM_CAP_XSAVE, sys::KVM_GET_XSAVE, &vcpu.fd),
         ("XCRS", kb::KVM_CAP_XCRS, sys::KVM_GET_XCRS, &vcpu.fd),
-        ("EXT_EMUL_CPUID", kb::KVM_CAP_EXT_EMUL_CPUID, sys::KVM_GET_EMULATED_CPUID, &kvm.fd),
+        (
+            "EXT_EMUL_CPUID",
+            kb::KVM_CAP_EXT_EMUL_CPUID,
+            sys::KVM_GET_EMULATED_CPUID,
+            &kvm.fd,
+        ),
         (
             "GET_MSR_FEATURES",
             kb::KVM_CAP_GET_MSR_FEATURES,
             sys::KVM_GET_MSR_FEATURE_INDEX_LIST,
             &kvm.fd,
         ),
-        ("EXT_CPUID", kb::KVM_CAP_EXT_CPUID, sys::KVM_GET_SUPPORTED_CPUID, &kvm.fd),
+        (
+            "EXT_CPUID",
+            kb::KVM_CAP_EXT_CPUID,
+            sys::KVM_GET_SUPPORTED_CPUID,
+            &kvm.fd,
+        ),
     ];
     for (name, cap, call, fd) in table {
         let there = kvm.capability(cap) > 0;
         let r = fd.ioctl(call, BAD_ADDRESS);
         let errno = r.as_ref().err().map_or(0, |e| e.errno);
         let refused = matches!(errno, libc::ENOTTY | libc::EINVAL);
-        ensure!(there != refused, "KVM_CAP_{name} is {there}, but {} gave {r:?}", call.name);
+        ensure!(
+            there != refused,
+            "KVM_CAP_{name} is {there}, but {} gave {r:?}",
+            call.name
+        );
     }
     // The in-kernel interrupt controllers: creation is the test.
     let there = kvm.capability(kb::KVM_CAP_IRQCHIP) > 0;
     let other = kvm.create_vm()?;
     let r = other.fd.ioctl(sys::KVM_CREATE_IRQCHIP, 0);
-    ensure!(there == r.is_ok(), "KVM_CAP_IRQCHIP is {there}, but KVM_CREATE_IRQCHIP gave {r:?}");
+    ensure!(
+        there == r.is_ok(),
+        "KVM_CAP_IRQCHIP is {there}, but KVM_CREATE_IRQCHIP gave {r:?}"
+    );
     Ok(())
 }
 
@@ -122,9 +171,16 @@ fn create_vm(env: &Env) -> Outcome {
     let fd = Fd(kvm.fd.ioctl(sys::KVM_CREATE_VM, 0)?);
     // SAFETY: Reads the flags of a descriptor.
     let flags = unsafe { libc::fcntl(fd.0, libc::F_GETFD) };
-    ensure!(flags & libc::FD_CLOEXEC != 0, "the VM's descriptor is not close-on-exec");
+    ensure!(
+        flags & libc::FD_CLOEXEC != 0,
+        "the VM's descriptor is not close-on-exec"
+    );
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.0)).unwrap_or_default();
-    ensure_eq!(link.to_string_lossy(), "anon_inode:kvm-vm", "name of the VM's file");
+    ensure_eq!(
+        link.to_string_lossy(),
+        "anon_inode:kvm-vm",
+        "name of the VM's file"
+    );
     for ty in [0x100usize, 0xffff, 0x1_0000_0000] {
         expect_errno(
             kvm.fd.ioctl(sys::KVM_CREATE_VM, ty),
@@ -147,43 +203,82 @@ fn vm_outlives_device(env: &Env) -> Outcome {
 
 fn create_vm_without_descriptors(env: &Env) -> Outcome {
     let kvm = env.open()?;
-    let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: Sets a limit of this process, which ends with the test.
-    ensure_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0, "setrlimit");
-    expect_errno(kvm.fd.ioctl(sys::KVM_CREATE_VM, 0), libc::EMFILE, "KVM_CREATE_VM")
+    ensure_eq!(
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) },
+        0,
+        "setrlimit"
+    );
+    expect_errno(
+        kvm.fd.ioctl(sys::KVM_CREATE_VM, 0),
+        libc::EMFILE,
+        "KVM_CREATE_VM",
+    )
 }
 
 fn vcpu_mmap_size(env: &Env) -> Outcome {
     let kvm = env.open()?;
     let size = kvm.fd.ioctl(sys::KVM_GET_VCPU_MMAP_SIZE, 0)?;
     let size = usize::try_from(size).unwrap_or(0);
-    ensure!(size >= size_of::<kb::kvm_run>(), "{size} bytes do not hold struct kvm_run");
+    ensure!(
+        size >= size_of::<kb::kvm_run>(),
+        "{size} bytes do not hold struct kvm_run"
+    );
     ensure_eq!(size % 4096, 0, "size in part of a page");
-    expect_errno(kvm.fd.ioctl(sys::KVM_GET_VCPU_MMAP_SIZE, 1), libc::EINVAL, "argument 1")
+    expect_errno(
+        kvm.fd.ioctl(sys::KVM_GET_VCPU_MMAP_SIZE, 1),
+        libc::EINVAL,
+        "argument 1",
+    )
 }
 
 fn supported_cpuid(env: &Env) -> Outcome {
     let kvm = env.open()?;
     let c = kvm.supported_cpuid()?;
-    ensure!(c.nent > 4 && c.nent as usize <= CPUID_MAX, "{} entries", c.nent);
+    ensure!(
+        c.nent > 4 && c.nent as usize <= CPUID_MAX,
+        "{} entries",
+        c.nent
+    );
     let mut seen = HashSet::new();
     for e in c.list() {
-        ensure!(seen.insert((e.function, e.index)), "leaf {:#x}.{} twice", e.function, e.index);
+        ensure!(
+            seen.insert((e.function, e.index)),
+            "leaf {:#x}.{} twice",
+            e.function,
+            e.index
+        );
     }
     let (Some(zero), Some(one)) = (c.find(0, 0), c.find(1, 0)) else {
         fail!("leaf 0 or leaf 1 is missing")
     };
-    ensure!(c.find(0x8000_0000, 0).is_some(), "leaf 0x80000000 is missing");
-    ensure!(c.find(0x8000_0001, 0).is_some(), "leaf 0x80000001 is missing");
+    ensure!(
+        c.find(0x8000_0000, 0).is_some(),
+        "leaf 0x80000000 is missing"
+    );
+    ensure!(
+        c.find(0x8000_0001, 0).is_some(),
+        "leaf 0x80000001 is missing"
+    );
     // SAFETY: Every processor with VMX has CPUID.
     let host = unsafe { core::arch::x86_64::__cpuid(0) };
-    ensure_eq!((zero.ebx, zero.ecx, zero.edx), (host.ebx, host.ecx, host.edx), "vendor");
+    ensure_eq!(
+        (zero.ebx, zero.ecx, zero.edx),
+        (host.ebx, host.ecx, host.edx),
+        "vendor"
+    );
     ensure!(zero.eax >= 0xd, "highest leaf is {:#x}", zero.eax);
     // FPU, PSE, TSC, MSR, PAE, CX8, SEP, PGE, CMOV, FXSR, SSE, SSE2: what a 64-bit kernel demands.
     let demanded = 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 11 | 1 << 13 | 1 << 15;
     let demanded = demanded | 1 << 24 | 1 << 25 | 1 << 26;
     ensure_eq!(one.edx & demanded, demanded, "leaf 1 EDX");
-    let Some(ext) = c.find(0x8000_0001, 0) else { fail!("no leaf 0x80000001") };
+    let Some(ext) = c.find(0x8000_0001, 0) else {
+        fail!("no leaf 0x80000001")
+    };
     ensure!(ext.edx & 1 << 29 != 0, "long mode is not announced");
     Ok(())
 }
@@ -198,10 +293,18 @@ fn supported_cpuid_errors(env: &Env) -> Outcome {
     }
     let mut c = Cpuid::empty(full);
     kvm.fd.ioctl_mut(sys::KVM_GET_SUPPORTED_CPUID, &mut *c)?;
-    ensure_eq!(c.nent as usize, full, "entries, with exactly that much room");
+    ensure_eq!(
+        c.nent as usize,
+        full,
+        "entries, with exactly that much room"
+    );
     let r = kvm.fd.ioctl(sys::KVM_GET_SUPPORTED_CPUID, BAD_ADDRESS);
     expect_errno(r, libc::EFAULT, "bad address")?;
-    expect_errno(kvm.fd.ioctl(sys::KVM_GET_SUPPORTED_CPUID, usize::MAX - 7), libc::EFAULT, "kernel")
+    expect_errno(
+        kvm.fd.ioctl(sys::KVM_GET_SUPPORTED_CPUID, usize::MAX - 7),
+        libc::EFAULT,
+        "kernel",
+    )
 }
 
 fn msr_list(kvm: &Kvm, call: sys::Ioctl, what: &str) -> Result<Vec<u32>, selftests::Verdict> {
@@ -218,7 +321,11 @@ fn msr_list(kvm: &Kvm, call: sys::Ioctl, what: &str) -> Result<Vec<u32>, selftes
     list[0] = 1024;
     kvm.fd.ioctl(call, list.as_mut_ptr() as usize)?;
     ensure_eq!(list[0], n, "{what}: number");
-    expect_errno(kvm.fd.ioctl(call, BAD_ADDRESS), libc::EFAULT, &format!("{what}, bad address"))?;
+    expect_errno(
+        kvm.fd.ioctl(call, BAD_ADDRESS),
+        libc::EFAULT,
+        &format!("{what}, bad address"),
+    )?;
     list.truncate(n as usize + 1);
     list.remove(0);
     let distinct: HashSet<u32> = list.iter().copied().collect();
@@ -232,7 +339,15 @@ fn msr_index_list(env: &Env) -> Outcome {
     let list = msr_list(&kvm, sys::KVM_GET_MSR_INDEX_LIST, "KVM_GET_MSR_INDEX_LIST")?;
     // TSC, SYSENTER_CS/ESP/EIP, STAR, LSTAR, CSTAR, FMASK, KERNEL_GS_BASE
     let needed: [u32; 9] = [
-        0x10, 0x174, 0x175, 0x176, 0xc000_0081, 0xc000_0082, 0xc000_0083, 0xc000_0084, 0xc000_0102,
+        0x10,
+        0x174,
+        0x175,
+        0x176,
+        0xc000_0081,
+        0xc000_0082,
+        0xc000_0083,
+        0xc000_0084,
+        0xc000_0102,
     ];
     for index in needed {
         ensure!(list.contains(&index), "MSR {index:#x} is not in the list");
@@ -253,7 +368,10 @@ fn msr_index_list(env: &Env) -> Outcome {
             }
         }
     }
-    ensure!(refused.is_empty(), "MSRs that are listed but refused:{refused}");
+    ensure!(
+        refused.is_empty(),
+        "MSRs that are listed but refused:{refused}"
+    );
     Ok(())
 }
 
@@ -341,7 +459,14 @@ fn other_operations(env: &Env) -> Outcome {
         if name != "vCPU" {
             // SAFETY: A new mapping, if it were made, would disturb nothing.
             let p = unsafe {
-                libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, fd, 0)
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    4096,
+                    libc::PROT_READ,
+                    libc::MAP_SHARED,
+                    fd,
+                    0,
+                )
             };
             ensure!(p == libc::MAP_FAILED, "{name} can be mapped");
         }

@@ -3,7 +3,7 @@
 //! The vCPU file: each state ioctl's success, and each of its errors.
 
 use kvm_bindings as kb;
-use selftests::check::expect_errno;
+use selftests::check::{difference, expect_errno};
 use selftests::guest::{at, usize_of, PORT};
 use selftests::host::Rng;
 use selftests::machine::{cr, Exit, Machine, Mode, MODES};
@@ -25,28 +25,71 @@ fn reset_state(env: &Env) -> Outcome {
     let (r, s) = (vcpu.regs()?, vcpu.sregs()?);
     ensure_eq!(r.rip, 0xfff0, "RIP");
     ensure_eq!(r.rflags, 2, "RFLAGS");
-    ensure_eq!((r.rax, r.rbx, r.rcx, r.rsp, r.r15), (0, 0, 0, 0, 0), "general registers");
+    ensure_eq!(
+        (r.rax, r.rbx, r.rcx, r.rsp, r.r15),
+        (0, 0, 0, 0, 0),
+        "general registers"
+    );
     ensure_eq!((s.cs.selector, s.cs.base), (0xf000, 0xffff_0000), "CS");
-    ensure_eq!((s.cs.limit, s.cs.type_ & 0xb, s.cs.present), (0xffff, 0xb, 1), "CS attributes");
-    for (name, seg) in [("DS", s.ds), ("ES", s.es), ("FS", s.fs), ("GS", s.gs), ("SS", s.ss)] {
+    ensure_eq!(
+        (s.cs.limit, s.cs.type_ & 0xb, s.cs.present),
+        (0xffff, 0xb, 1),
+        "CS attributes"
+    );
+    for (name, seg) in [
+        ("DS", s.ds),
+        ("ES", s.es),
+        ("FS", s.fs),
+        ("GS", s.gs),
+        ("SS", s.ss),
+    ] {
         let got = (seg.selector, seg.base, seg.limit, seg.present, seg.type_);
         ensure_eq!(got, (0, 0, 0xffff, 1, 3), "{name}");
     }
     ensure_eq!(s.cr0, 0x6000_0010, "CR0");
-    ensure_eq!((s.cr2, s.cr3, s.cr4, s.cr8, s.efer), (0, 0, 0, 0, 0), "CR2, CR3, CR4, CR8, EFER");
-    ensure_eq!((s.gdt.base, s.gdt.limit, s.idt.base, s.idt.limit), (0, 0xffff, 0, 0xffff), "tables");
+    ensure_eq!(
+        (s.cr2, s.cr3, s.cr4, s.cr8, s.efer),
+        (0, 0, 0, 0, 0),
+        "CR2, CR3, CR4, CR8, EFER"
+    );
+    ensure_eq!(
+        (s.gdt.base, s.gdt.limit, s.idt.base, s.idt.limit),
+        (0, 0xffff, 0, 0xffff),
+        "tables"
+    );
     ensure_eq!(s.apic_base, 0xfee0_0900, "APIC base of the first processor");
     ensure_eq!(s.interrupt_bitmap, [0; 4], "pending interrupts");
     let d = vcpu.debugregs()?;
-    ensure_eq!((d.db, d.dr6, d.dr7, d.flags), ([0; 4], 0xffff_0ff0, 0x400, 0), "debug registers");
+    ensure_eq!(
+        (d.db, d.dr6, d.dr7, d.flags),
+        ([0; 4], 0xffff_0ff0, 0x400, 0),
+        "debug registers"
+    );
     let f = vcpu.fpu()?;
-    ensure_eq!((f.fcw, f.fsw, f.ftwx, f.mxcsr), (0x37f, 0, 0, 0x1f80), "FPU");
+    ensure_eq!((f.fcw, f.fsw, f.ftwx), (0x37f, 0, 0), "x87 words");
+    ensure_eq!(vcpu.xsave()?.region[6], 0x1f80, "MXCSR");
     let x = vcpu.xcrs()?;
-    ensure_eq!((x.nr_xcrs, x.xcrs[0].xcr, x.xcrs[0].value), (1, 0, 1), "XCR0");
-    ensure_eq!(vcpu.mp_state()?.mp_state, kb::KVM_MP_STATE_RUNNABLE, "MP state");
+    ensure_eq!(
+        (x.nr_xcrs, x.xcrs[0].xcr, x.xcrs[0].value),
+        (1, 0, 1),
+        "XCR0"
+    );
+    ensure_eq!(
+        vcpu.mp_state()?.mp_state,
+        kb::KVM_MP_STATE_RUNNABLE,
+        "MP state"
+    );
     let second = vm.create_vcpu(1)?;
-    ensure_eq!(second.sregs()?.apic_base, 0xfee0_0800, "APIC base of the second processor");
-    ensure_eq!(second.mp_state()?.mp_state, kb::KVM_MP_STATE_RUNNABLE, "MP state of the second");
+    ensure_eq!(
+        second.sregs()?.apic_base,
+        0xfee0_0800,
+        "APIC base of the second processor"
+    );
+    ensure_eq!(
+        second.mp_state()?.mp_state,
+        kb::KVM_MP_STATE_RUNNABLE,
+        "MP state of the second"
+    );
     Ok(())
 }
 
@@ -123,10 +166,28 @@ fn regs(env: &Env) -> Outcome {
 
 /// What is set is what the guest has, and what the guest has is what is read.
 fn regs_in_guest(env: &Env) -> Outcome {
-    guest_code!(code, ".code64",
-        "add rax, 1", "add rbx, 2", "add rcx, 3", "add rdx, 4", "add rsi, 5", "add rdi, 6",
-        "add rbp, 7", "add r8, 8", "add r9, 9", "add r10, 10", "add r11, 11", "add r12, 12",
-        "add r13, 13", "add r14, 14", "add r15, 15", "sub rsp, 16", "stc", "std", "hlt",
+    guest_code!(
+        code,
+        ".code64",
+        "add rax, 1",
+        "add rbx, 2",
+        "add rcx, 3",
+        "add rdx, 4",
+        "add rsi, 5",
+        "add rdi, 6",
+        "add rbp, 7",
+        "add r8, 8",
+        "add r9, 9",
+        "add r10, 10",
+        "add r11, 11",
+        "add r12, 12",
+        "add r13, 13",
+        "add r14, 14",
+        "add r15, 15",
+        "sub rsp, 16",
+        "stc",
+        "std",
+        "hlt",
     );
     let m = Machine::new(env, Mode::Long, code())?;
     let base = 0x1111_2222_3333_0000u64;
@@ -170,9 +231,20 @@ fn sregs(env: &Env) -> Outcome {
         let m = machine(env, mode)?;
         let want = m.vcpu.sregs()?;
         m.vcpu.set_sregs(&want)?;
-        ensure_eq!(m.vcpu.sregs()?, want, "special registers in mode {mode:?}");
+        let d = difference(&m.vcpu.sregs()?, &want);
+        ensure!(d.is_empty(), "special registers in mode {mode:?}: {d}");
         m.expect_hlt()?;
-        ensure_eq!(m.vcpu.sregs()?, want, "special registers in mode {mode:?} after HLT");
+        let mut got = m.vcpu.sregs()?;
+        if mode == Mode::Real {
+            // Whether CS is a code segment or a data segment means nothing there, and processors
+            // differ in what they save at an exit.
+            got.cs.type_ |= 8;
+        }
+        let d = difference(&got, &want);
+        ensure!(
+            d.is_empty(),
+            "special registers in mode {mode:?} after HLT: {d}"
+        );
     }
     Ok(())
 }
@@ -224,14 +296,22 @@ fn sregs_invalid(env: &Env) -> Outcome {
         let mut s = good;
         change(&mut s);
         expect_errno(m.vcpu.set_sregs(&s), libc::EINVAL, name)?;
-        ensure_eq!(m.vcpu.sregs()?, good, "special registers after the refusal of {name}");
+        ensure_eq!(
+            m.vcpu.sregs()?,
+            good,
+            "special registers after the refusal of {name}"
+        );
     }
     m.expect_hlt()?;
     Ok(())
 }
 
 fn pattern_fpu() -> kb::kvm_fpu {
-    let mut f = kb::kvm_fpu { fcw: 0x27f, ftwx: 0xff, mxcsr: 0x1fa0, ..Default::default() };
+    let mut f = kb::kvm_fpu {
+        fcw: 0x27f,
+        ftwx: 0xff,
+        ..Default::default()
+    };
     let mut rng = Rng::new(5);
     for r in &mut f.fpr {
         // A register has ten bytes; the rest of its slot is reserved.
@@ -248,40 +328,75 @@ fn fpu(env: &Env) -> Outcome {
     let want = pattern_fpu();
     m.vcpu.set_fpu(&want)?;
     let got = m.vcpu.fpu()?;
-    ensure_eq!((got.fcw, got.fsw, got.ftwx), (want.fcw, want.fsw, want.ftwx), "x87 words");
+    ensure_eq!(
+        (got.fcw, got.fsw, got.ftwx),
+        (want.fcw, want.fsw, want.ftwx),
+        "x87 words"
+    );
     ensure_eq!(got.fpr, want.fpr, "x87 registers");
     ensure_eq!(got.xmm, want.xmm, "XMM registers");
     Ok(())
 }
 
 /// The guest finds in XMM what was set, and what it leaves there is read back.
+///
+/// It touches x87 and SSE first: in-tree KVM does not mark as in use what KVM_SET_FPU writes, so that
+/// a component that the guest never used stays in its initial state. MXCSR does not travel through
+/// these calls at all.
 fn fpu_in_guest(env: &Env) -> Outcome {
     guest_code!(code, ".code64",
+        "fld1",
+        "fninit",
+        "pcmpeqb xmm0, xmm0",
+        "hlt",
         "movups [{D}], xmm3",
         "movups [{D} + 16], xmm15",
         "fnstcw [{D} + 32]",
-        "stmxcsr [{D} + 36]",
         "movups xmm7, [{D} + 64]",
         "fld1",
         "hlt";
         D = at::DATA,
     );
     let m = Machine::new(env, Mode::Long, code())?;
-    let want = kb::kvm_fpu { ftwx: 0, mxcsr: 0x1f80, ..pattern_fpu() };
+    m.expect_hlt()?;
+    ensure_eq!(
+        m.vcpu.fpu()?.xmm[0],
+        [0xff; 16],
+        "XMM0 that the guest filled"
+    );
+    let want = kb::kvm_fpu {
+        ftwx: 0,
+        ..pattern_fpu()
+    };
     m.vcpu.set_fpu(&want)?;
     let new: [u8; 16] = *b"from the guest!!";
     m.mem.write(usize_of(at::DATA) + 64, new);
     m.expect_hlt()?;
     let d = usize_of(at::DATA);
     ensure_eq!(m.mem.read::<[u8; 16]>(d), want.xmm[3], "XMM3 in the guest");
-    ensure_eq!(m.mem.read::<[u8; 16]>(d + 16), want.xmm[15], "XMM15 in the guest");
-    ensure_eq!(m.mem.read::<u16>(d + 32), want.fcw, "control word in the guest");
-    ensure_eq!(m.mem.read::<u32>(d + 36), want.mxcsr, "MXCSR in the guest");
+    ensure_eq!(
+        m.mem.read::<[u8; 16]>(d + 16),
+        want.xmm[15],
+        "XMM15 in the guest"
+    );
+    ensure_eq!(
+        m.mem.read::<u16>(d + 32),
+        want.fcw,
+        "control word in the guest"
+    );
     let got = m.vcpu.fpu()?;
     ensure_eq!(got.xmm[7], new, "XMM7 after the guest");
-    ensure_eq!(got.xmm[4], want.xmm[4], "XMM4, which the guest did not touch");
+    ensure_eq!(
+        got.xmm[4],
+        want.xmm[4],
+        "XMM4, which the guest did not touch"
+    );
     // FLD1 decrements the top of the stack to 7, and marks that register as in use.
-    ensure_eq!((got.fsw >> 11 & 7, got.ftwx), (7, 0x80), "x87 stack after FLD1");
+    ensure_eq!(
+        (got.fsw >> 11 & 7, got.ftwx),
+        (7, 0x80),
+        "x87 stack after FLD1"
+    );
     ensure_eq!(got.fpr[0][8..10], [0xff, 0x3f], "exponent of 1.0");
     Ok(())
 }
@@ -303,7 +418,11 @@ fn xsave(env: &Env) -> Outcome {
     ensure_eq!(got.region[6], 0x1f80, "MXCSR");
     // The same registers through the older call.
     let f = m.vcpu.fpu()?;
-    ensure_eq!(f.xmm[0][..4], 0x1000_0000u32.to_le_bytes(), "XMM0 through KVM_GET_FPU");
+    ensure_eq!(
+        f.xmm[0][..4],
+        0x1000_0000u32.to_le_bytes(),
+        "XMM0 through KVM_GET_FPU"
+    );
     Ok(())
 }
 
@@ -315,13 +434,21 @@ fn xsave_invalid(env: &Env) -> Outcome {
     expect_errno(m.vcpu.set_xsave(&x), libc::EINVAL, "reserved bits of MXCSR")?;
     let mut x = m.vcpu.xsave()?;
     x.region[129] = 1 << 30;
-    expect_errno(m.vcpu.set_xsave(&x), libc::EINVAL, "unknown component in XSTATE_BV")?;
+    expect_errno(
+        m.vcpu.set_xsave(&x),
+        libc::EINVAL,
+        "unknown component in XSTATE_BV",
+    )?;
     let mut x = m.vcpu.xsave()?;
     x.region[131] = 1 << 31;
     expect_errno(m.vcpu.set_xsave(&x), libc::EINVAL, "compacted format")?;
     let mut x = m.vcpu.xsave()?;
     x.region[136] = 1;
-    expect_errno(m.vcpu.set_xsave(&x), libc::EINVAL, "reserved bytes of the header")?;
+    expect_errno(
+        m.vcpu.set_xsave(&x),
+        libc::EINVAL,
+        "reserved bytes of the header",
+    )?;
     Ok(())
 }
 
@@ -335,7 +462,9 @@ fn xsave_avx(env: &Env) -> Outcome {
     );
     let m = Machine::new(env, Mode::Long, code())?;
     let cpuid = m.vcpu.cpuid()?;
-    let Some(leaf) = cpuid.find(0xd, 2) else { skip!("no AVX") };
+    let Some(leaf) = cpuid.find(0xd, 2) else {
+        skip!("no AVX")
+    };
     let offset = leaf.ebx as usize / 4;
     let mut xcrs = m.vcpu.xcrs()?;
     xcrs.xcrs[0].value = 7;
@@ -349,7 +478,8 @@ fn xsave_avx(env: &Env) -> Outcome {
     }
     m.vcpu.set_xsave(&x)?;
     for i in 0..8u32 {
-        m.mem.write(usize_of(at::DATA) + 64 + i as usize * 4, 0x9999_0000 + i);
+        m.mem
+            .write(usize_of(at::DATA) + 64 + i as usize * 4, 0x9999_0000 + i);
     }
     m.expect_hlt()?;
     let want = [
@@ -362,11 +492,18 @@ fn xsave_avx(env: &Env) -> Outcome {
         0x3333_0002,
         0x3333_0003,
     ];
-    ensure_eq!(m.mem.read::<[u32; 8]>(usize_of(at::DATA)), want, "YMM2 in the guest");
+    ensure_eq!(
+        m.mem.read::<[u32; 8]>(usize_of(at::DATA)),
+        want,
+        "YMM2 in the guest"
+    );
     let got = m.vcpu.xsave()?;
     ensure_eq!(got.region[40 + 36], 0x9999_0000, "YMM9, low half");
-    ensure_eq!(got.region[offset + 36..offset + 40], [0x9999_0004u32, 0x9999_0005, 0x9999_0006,
-        0x9999_0007], "YMM9, high half");
+    ensure_eq!(
+        got.region[offset + 36..offset + 40],
+        [0x9999_0004u32, 0x9999_0005, 0x9999_0006, 0x9999_0007],
+        "YMM9, high half"
+    );
     Ok(())
 }
 
@@ -386,8 +523,15 @@ fn xcrs(env: &Env) -> Outcome {
     expect_errno(set(5), libc::EINVAL, "AVX without SSE")?;
     expect_errno(set(1 << 63 | 3), libc::EINVAL, "bit 63")?;
     ensure_eq!(m.vcpu.xcrs()?.xcrs[0].value, 3, "XCR0 after refusals");
-    expect_errno(m.vcpu.set_xcrs(&kb::kvm_xcrs { flags: 1, ..good }), libc::EINVAL, "flags")?;
-    let many = kb::kvm_xcrs { nr_xcrs: 17, ..good };
+    expect_errno(
+        m.vcpu.set_xcrs(&kb::kvm_xcrs { flags: 1, ..good }),
+        libc::EINVAL,
+        "flags",
+    )?;
+    let many = kb::kvm_xcrs {
+        nr_xcrs: 17,
+        ..good
+    };
     expect_errno(m.vcpu.set_xcrs(&many), libc::EINVAL, "17 registers")
 }
 
@@ -425,16 +569,36 @@ fn msrs_invalid(env: &Env) -> Outcome {
     for (index, value, what) in [
         (0x1234_5678, 1, "MSR that does not exist"),
         (0xc000_0080, 1 << 63, "EFER with a reserved bit"),
-        (0xc000_0082, 0x8000_0000_0000_0000, "LSTAR that is not canonical"),
-        (0xc000_0083, 0x0000_8000_0000_0000, "CSTAR that is not canonical"),
-        (0xc000_0102, 0xff00_0000_0000_0000, "KERNEL_GS_BASE that is not canonical"),
-        (0xc000_0100, 0x1000_0000_0000_0000, "FS_BASE that is not canonical"),
+        (
+            0xc000_0082,
+            0x8000_0000_0000_0000,
+            "LSTAR that is not canonical",
+        ),
+        (
+            0xc000_0083,
+            0x0000_8000_0000_0000,
+            "CSTAR that is not canonical",
+        ),
+        (
+            0xc000_0102,
+            0xff00_0000_0000_0000,
+            "KERNEL_GS_BASE that is not canonical",
+        ),
+        (
+            0xc000_0100,
+            0x1000_0000_0000_0000,
+            "FS_BASE that is not canonical",
+        ),
         (0x277, 0x0000_0000_0000_0002, "PAT with type 2"),
         (0x1b, 0xfee0_0901, "APIC_BASE with a reserved bit"),
     ] {
         ensure!(!m.vcpu.set_msr(index, value)?, "{what} was accepted");
     }
-    ensure_eq!(m.vcpu.msr(0x1234_5678)?, None, "read of an MSR that does not exist");
+    ensure_eq!(
+        m.vcpu.msr(0x1234_5678)?,
+        None,
+        "read of an MSR that does not exist"
+    );
     Ok(())
 }
 
@@ -445,13 +609,25 @@ fn msrs_partial(env: &Env) -> Outcome {
     let list = Msrs::new(&[(0x175, 0x5000), (0x1234_5678, 1), (0x176, 0x6000)]);
     let n = m.vcpu.fd.ioctl_ref(sys::KVM_SET_MSRS, &*list)?;
     ensure_eq!(n, 1, "KVM_SET_MSRS with a bad second entry");
-    ensure_eq!(m.vcpu.msr(0x175)?, Some(0x5000), "the entry before the bad one");
-    ensure_eq!(m.vcpu.msr(0x176)?, Some(0x1111), "the entry after the bad one");
+    ensure_eq!(
+        m.vcpu.msr(0x175)?,
+        Some(0x5000),
+        "the entry before the bad one"
+    );
+    ensure_eq!(
+        m.vcpu.msr(0x176)?,
+        Some(0x1111),
+        "the entry after the bad one"
+    );
     let mut list = Msrs::new(&[(0x175, 0), (0x1234_5678, 0), (0x176, 0)]);
     let n = m.vcpu.fd.ioctl_mut(sys::KVM_GET_MSRS, &mut *list)?;
     ensure_eq!(n, 1, "KVM_GET_MSRS with a bad second entry");
     let mut none = Msrs::new(&[]);
-    ensure_eq!(m.vcpu.fd.ioctl_mut(sys::KVM_GET_MSRS, &mut *none)?, 0, "no entries");
+    ensure_eq!(
+        m.vcpu.fd.ioctl_mut(sys::KVM_GET_MSRS, &mut *none)?,
+        0,
+        "no entries"
+    );
     let mut many = Msrs::new(&[]);
     many.nmsrs = 256;
     let r = m.vcpu.fd.ioctl_mut(sys::KVM_GET_MSRS, &mut *many);
@@ -478,11 +654,19 @@ fn cpuid(env: &Env) -> Outcome {
     let got = m.vcpu.cpuid()?;
     ensure_eq!(got.nent, want.nent, "entries");
     for (g, w) in got.list().iter().zip(want.list()) {
-        ensure_eq!((g.function, g.index), (w.function, w.index), "order of the entries");
+        ensure_eq!(
+            (g.function, g.index),
+            (w.function, w.index),
+            "order of the entries"
+        );
         // Leaf 1 and leaf 7 mirror CR4 bits, leaf 0xd sizes follow XCR0.
         if !matches!(g.function, 1 | 7 | 0xd) {
-            ensure_eq!((g.eax, g.ebx, g.ecx, g.edx), (w.eax, w.ebx, w.ecx, w.edx), "{:#x}",
-                g.function);
+            ensure_eq!(
+                (g.eax, g.ebx, g.ecx, g.edx),
+                (w.eax, w.ebx, w.ecx, w.edx),
+                "{:#x}",
+                g.function
+            );
         }
     }
     let mut small = Cpuid::empty(want.nent as usize - 1);
@@ -506,7 +690,11 @@ fn cpuid_bad_width(env: &Env) -> Outcome {
         fail!("no leaf 0x80000008")
     };
     e.eax = (e.eax & !0xff00) | 47 << 8;
-    expect_errno(m.vcpu.set_cpuid(&c), libc::EINVAL, "47 bits of linear addresses")
+    expect_errno(
+        m.vcpu.set_cpuid(&c),
+        libc::EINVAL,
+        "47 bits of linear addresses",
+    )
 }
 
 /// Once the vCPU has run, its CPUID can be set to what it is and to nothing else.
@@ -516,7 +704,11 @@ fn cpuid_after_run(env: &Env) -> Outcome {
     let mut c = m.vcpu.cpuid()?;
     m.vcpu.set_cpuid(&c)?;
     c.list_mut()[0].ebx ^= 1;
-    expect_errno(m.vcpu.set_cpuid(&c), libc::EINVAL, "another CPUID after KVM_RUN")
+    expect_errno(
+        m.vcpu.set_cpuid(&c),
+        libc::EINVAL,
+        "another CPUID after KVM_RUN",
+    )
 }
 
 fn mp_state(env: &Env) -> Outcome {
@@ -534,7 +726,11 @@ fn mp_state(env: &Env) -> Outcome {
     ] {
         expect_errno(set(s), libc::EINVAL, &format!("MP state {s}"))?;
     }
-    ensure_eq!(m.vcpu.mp_state()?.mp_state, kb::KVM_MP_STATE_RUNNABLE, "MP state");
+    ensure_eq!(
+        m.vcpu.mp_state()?.mp_state,
+        kb::KVM_MP_STATE_RUNNABLE,
+        "MP state"
+    );
     Ok(())
 }
 
@@ -542,7 +738,12 @@ fn events(env: &Env) -> Outcome {
     let m = machine(env, Mode::Protected)?;
     let quiet = m.vcpu.events()?;
     ensure_eq!(
-        (quiet.exception.injected, quiet.interrupt.injected, quiet.nmi.injected, quiet.nmi.pending),
+        (
+            quiet.exception.injected,
+            quiet.interrupt.injected,
+            quiet.nmi.injected,
+            quiet.nmi.pending
+        ),
         (0, 0, 0, 0),
         "events of a new vCPU"
     );
@@ -563,8 +764,16 @@ fn events(env: &Env) -> Outcome {
     e.interrupt.nr = 0x31;
     m.vcpu.set_events(&e)?;
     let got = m.vcpu.events()?;
-    ensure_eq!((got.interrupt.injected, got.interrupt.nr), (1, 0x31), "interrupt");
-    ensure_eq!(got.exception.injected, 0, "exception after it was taken back");
+    ensure_eq!(
+        (got.interrupt.injected, got.interrupt.nr),
+        (1, 0x31),
+        "interrupt"
+    );
+    ensure_eq!(
+        got.exception.injected,
+        0,
+        "exception after it was taken back"
+    );
     let mut e = quiet;
     e.flags = kb::KVM_VCPUEVENT_VALID_NMI_PENDING;
     e.nmi.pending = 1;
@@ -577,7 +786,11 @@ fn events(env: &Env) -> Outcome {
         e.flags = kb::KVM_VCPUEVENT_VALID_SHADOW;
         e.interrupt.shadow = shadow;
         m.vcpu.set_events(&e)?;
-        ensure_eq!(m.vcpu.events()?.interrupt.shadow, shadow, "interrupt shadow");
+        ensure_eq!(
+            m.vcpu.events()?.interrupt.shadow,
+            shadow,
+            "interrupt shadow"
+        );
     }
     Ok(())
 }
@@ -586,14 +799,25 @@ fn events_invalid(env: &Env) -> Outcome {
     let m = machine(env, Mode::Protected)?;
     let quiet = m.vcpu.events()?;
     for flag in [1 << 8, 1 << 31] {
-        let e = kb::kvm_vcpu_events { flags: flag, ..quiet };
-        expect_errno(m.vcpu.set_events(&e), libc::EINVAL, &format!("flag {flag:#x}"))?;
+        let e = kb::kvm_vcpu_events {
+            flags: flag,
+            ..quiet
+        };
+        expect_errno(
+            m.vcpu.set_events(&e),
+            libc::EINVAL,
+            &format!("flag {flag:#x}"),
+        )?;
     }
     for nr in [2u8, 32, 255] {
         let mut e = quiet;
         e.exception.injected = 1;
         e.exception.nr = nr;
-        expect_errno(m.vcpu.set_events(&e), libc::EINVAL, &format!("exception {nr}"))?;
+        expect_errno(
+            m.vcpu.set_events(&e),
+            libc::EINVAL,
+            &format!("exception {nr}"),
+        )?;
     }
     m.expect_hlt()?;
     Ok(())
@@ -613,10 +837,24 @@ fn debugregs(env: &Env) -> Outcome {
     ensure_eq!(m.vcpu.debugregs()?, want, "debug registers after a run");
     let bad = kb::kvm_debugregs { flags: 1, ..want };
     expect_errno(m.vcpu.set_debugregs(&bad), libc::EINVAL, "flags")?;
-    let bad = kb::kvm_debugregs { dr6: 1 << 32, ..want };
-    expect_errno(m.vcpu.set_debugregs(&bad), libc::EINVAL, "DR6 above 32 bits")?;
-    let bad = kb::kvm_debugregs { dr7: 1 << 40, ..want };
-    expect_errno(m.vcpu.set_debugregs(&bad), libc::EINVAL, "DR7 above 32 bits")?;
+    let bad = kb::kvm_debugregs {
+        dr6: 1 << 32,
+        ..want
+    };
+    expect_errno(
+        m.vcpu.set_debugregs(&bad),
+        libc::EINVAL,
+        "DR6 above 32 bits",
+    )?;
+    let bad = kb::kvm_debugregs {
+        dr7: 1 << 40,
+        ..want
+    };
+    expect_errno(
+        m.vcpu.set_debugregs(&bad),
+        libc::EINVAL,
+        "DR7 above 32 bits",
+    )?;
     ensure_eq!(m.vcpu.debugregs()?, want, "debug registers after refusals");
     Ok(())
 }
@@ -630,54 +868,87 @@ fn tsc_khz(env: &Env) -> Outcome {
     if m.kvm.capability(kb::KVM_CAP_TSC_CONTROL) > 0 {
         r?;
         let got = m.vcpu.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?;
-        ensure_eq!(usize::try_from(got).unwrap_or(0), other, "frequency after it was set");
+        ensure_eq!(
+            usize::try_from(got).unwrap_or(0),
+            other,
+            "frequency after it was set"
+        );
         let r = m.vcpu.fd.ioctl(sys::KVM_SET_TSC_KHZ, 0xffff_ffff);
         expect_errno(r, libc::EINVAL, "4 THz")?;
     }
     m.vcpu.fd.ioctl(sys::KVM_SET_TSC_KHZ, 0)?;
-    ensure_eq!(m.vcpu.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?, khz, "frequency after 0 was set");
+    ensure_eq!(
+        m.vcpu.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?,
+        khz,
+        "frequency after 0 was set"
+    );
     m.expect_hlt()?;
     Ok(())
 }
 
 /// The TSC is a register of the guest: what is written goes on counting.
 fn tsc_value(env: &Env) -> Outcome {
-    guest_code!(code, ".code64", "rdtsc", "shl rdx, 32", "or rax, rdx", "hlt");
+    guest_code!(
+        code,
+        ".code64",
+        "rdtsc",
+        "shl rdx, 32",
+        "or rax, rdx",
+        "hlt"
+    );
     let m = Machine::new(env, Mode::Long, code())?;
     let start = 0x1234_0000_0000u64;
     ensure!(m.vcpu.set_msr(0x10, start)?, "write of IA32_TSC");
     m.expect_hlt()?;
     let guest = m.vcpu.regs()?.rax;
-    let Some(after) = m.vcpu.msr(0x10)? else { fail!("IA32_TSC cannot be read") };
+    let Some(after) = m.vcpu.msr(0x10)? else {
+        fail!("IA32_TSC cannot be read")
+    };
     // A minute of the fastest counter there is.
     let limit = start + 60 * 10_000_000_000;
-    ensure!(start <= guest && guest <= after && after < limit,
-        "TSC was set to {start:#x}, the guest read {guest:#x}, then it was {after:#x}");
+    ensure!(
+        start <= guest && guest <= after && after < limit,
+        "TSC was set to {start:#x}, the guest read {guest:#x}, then it was {after:#x}"
+    );
     Ok(())
 }
 
 fn interrupt_invalid(env: &Env) -> Outcome {
     let m = machine(env, Mode::Protected)?;
     for irq in [256, 0x1000, u32::MAX] {
-        expect_errno(m.vcpu.interrupt(irq), libc::EINVAL, &format!("interrupt {irq}"))?;
+        expect_errno(
+            m.vcpu.interrupt(irq),
+            libc::EINVAL,
+            &format!("interrupt {irq}"),
+        )?;
     }
     m.vcpu.interrupt(0x42)?;
     let bitmap = m.vcpu.sregs()?.interrupt_bitmap;
-    ensure_eq!(bitmap, [0, 1 << 2, 0, 0], "bitmap with interrupt 0x42 pending");
+    ensure_eq!(
+        bitmap,
+        [0, 1 << 2, 0, 0],
+        "bitmap with interrupt 0x42 pending"
+    );
     ensure_eq!(m.vcpu.events()?.interrupt.nr, 0x42, "the same as an event");
     Ok(())
 }
 
 fn run_argument(env: &Env) -> Outcome {
     let m = machine(env, Mode::Protected)?;
-    expect_errno(m.vcpu.fd.ioctl(sys::KVM_RUN, 1), libc::EINVAL, "KVM_RUN with an argument")?;
+    expect_errno(
+        m.vcpu.fd.ioctl(sys::KVM_RUN, 1),
+        libc::EINVAL,
+        "KVM_RUN with an argument",
+    )?;
     m.expect_hlt()?;
     Ok(())
 }
 
 /// Without a local APIC in the kernel, CR8 goes both ways through `kvm_run`.
 fn cr8_in_run(env: &Env) -> Outcome {
-    guest_code!(code, ".code64",
+    guest_code!(
+        code,
+        ".code64",
         "mov rbx, cr8",
         "mov eax, 9",
         "mov cr8, rax",
@@ -694,7 +965,11 @@ fn cr8_in_run(env: &Env) -> Outcome {
         }
     }
     ensure_eq!(m.vcpu.regs()?.rbx, 6, "CR8 that the guest read");
-    ensure_eq!(m.vcpu.kvm_run().cr8, 9, "CR8 in kvm_run after the guest wrote it");
+    ensure_eq!(
+        m.vcpu.kvm_run().cr8,
+        9,
+        "CR8 in kvm_run after the guest wrote it"
+    );
     ensure_eq!(m.vcpu.sregs()?.cr8, 9, "CR8 in KVM_GET_SREGS");
     m.vcpu.kvm_run_mut().cr8 = 16;
     expect_errno(m.vcpu.run(), libc::EINVAL, "KVM_RUN with CR8 16 in kvm_run")
@@ -705,12 +980,28 @@ fn run_flags(env: &Env) -> Outcome {
     guest_code!(code, ".code32", "sti", "nop", "out {P}, al", "cli", "out {P}, al", "hlt";
         P = PORT);
     let m = Machine::new(env, Mode::Protected, code())?;
-    m.expect(&Exit::Out { port: PORT, size: 1, data: vec![0] })?;
+    m.expect(&Exit::Out {
+        port: PORT,
+        size: 1,
+        data: vec![0],
+    })?;
     let run = m.vcpu.kvm_run();
-    ensure_eq!((run.if_flag, run.ready_for_interrupt_injection), (1, 1), "flags with IF set");
-    m.expect(&Exit::Out { port: PORT, size: 1, data: vec![0] })?;
+    ensure_eq!(
+        (run.if_flag, run.ready_for_interrupt_injection),
+        (1, 1),
+        "flags with IF set"
+    );
+    m.expect(&Exit::Out {
+        port: PORT,
+        size: 1,
+        data: vec![0],
+    })?;
     let run = m.vcpu.kvm_run();
-    ensure_eq!((run.if_flag, run.ready_for_interrupt_injection), (0, 0), "flags with IF clear");
+    ensure_eq!(
+        (run.if_flag, run.ready_for_interrupt_injection),
+        (0, 0),
+        "flags with IF clear"
+    );
     ensure_eq!(run.apic_base, 0xfee0_0900, "apic_base");
     Ok(())
 }

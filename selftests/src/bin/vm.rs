@@ -21,9 +21,21 @@ fn vm_and_memory(env: &Env) -> Result<(Vm, Mapping), selftests::Verdict> {
 fn slot_alignment(env: &Env) -> Outcome {
     let (vm, mem) = vm_and_memory(env)?;
     let hva = mem.addr() as u64;
-    expect_errno(vm.set_memory(0, 0, 0x800, MIB, hva), libc::EINVAL, "unaligned gpa")?;
-    expect_errno(vm.set_memory(0, 0, 0, MIB + 1, hva), libc::EINVAL, "unaligned size")?;
-    expect_errno(vm.set_memory(0, 0, 0, MIB, hva + 0x10), libc::EINVAL, "unaligned hva")?;
+    expect_errno(
+        vm.set_memory(0, 0, 0x800, MIB, hva),
+        libc::EINVAL,
+        "unaligned gpa",
+    )?;
+    expect_errno(
+        vm.set_memory(0, 0, 0, MIB + 1, hva),
+        libc::EINVAL,
+        "unaligned size",
+    )?;
+    expect_errno(
+        vm.set_memory(0, 0, 0, MIB, hva + 0x10),
+        libc::EINVAL,
+        "unaligned hva",
+    )?;
     vm.set_memory(0, 0, 0x1000, 0x1000, hva + 0x1000)?;
     Ok(())
 }
@@ -46,7 +58,10 @@ fn slot_dirty_log(env: &Env) -> Outcome {
         skip!("no dirty logging");
     }
     let mut bitmap = [0u64; 4];
-    let mut log = kb::kvm_dirty_log { slot: 0, ..Default::default() };
+    let mut log = kb::kvm_dirty_log {
+        slot: 0,
+        ..Default::default()
+    };
     log.__bindgen_anon_1.dirty_bitmap = bitmap.as_mut_ptr().cast();
     vm.fd.ioctl_mut(sys::KVM_GET_DIRTY_LOG, &mut log)?;
     ensure_eq!(bitmap, [0; 4], "log of a slot that no one wrote");
@@ -56,7 +71,9 @@ fn slot_dirty_log(env: &Env) -> Outcome {
 /// A read-only slot reads as memory, and a write to it is an MMIO exit; without the capability the
 /// flag is refused.
 fn slot_readonly(env: &Env) -> Outcome {
-    guest_code!(code, ".code32",
+    guest_code!(
+        code,
+        ".code32",
         "mov edx, 0x1000000",
         "mov eax, [edx + 8]",
         "mov dword ptr [edx + 16], 0x11223344",
@@ -67,17 +84,29 @@ fn slot_readonly(env: &Env) -> Outcome {
     let rom = Mapping::new(PAGE, false)?;
     rom.write(8, 0xcafe_f00du32);
     rom.write(16, 0x5555_5555u32);
-    let r = m.vm.set_memory(1, kb::KVM_MEM_READONLY, 16 * MIB, 0x1000, rom.addr() as u64);
+    let r =
+        m.vm.set_memory(1, kb::KVM_MEM_READONLY, 16 * MIB, 0x1000, rom.addr() as u64);
     if m.kvm.capability(kb::KVM_CAP_READONLY_MEM) <= 0 {
         expect_errno(r, libc::EINVAL, "KVM_MEM_READONLY without its capability")?;
         skip!("no KVM_CAP_READONLY_MEM");
     }
     r?;
-    m.expect(&Exit::MmioWrite { addr: 0x100_0010, data: vec![0x44, 0x33, 0x22, 0x11] })?;
+    m.expect(&Exit::MmioWrite {
+        addr: 0x100_0010,
+        data: vec![0x44, 0x33, 0x22, 0x11],
+    })?;
     m.expect_hlt()?;
     let regs = m.vcpu.regs()?;
-    ensure_eq!((regs.rax, regs.rbx), (0xcafe_f00d, 0x5555_5555), "what the guest read");
-    ensure_eq!(rom.read::<u32>(16), 0x5555_5555, "the host's memory after the guest's write");
+    ensure_eq!(
+        (regs.rax, regs.rbx),
+        (0xcafe_f00d, 0x5555_5555),
+        "what the guest read"
+    );
+    ensure_eq!(
+        rom.read::<u32>(16),
+        0x5555_5555,
+        "the host's memory after the guest's write"
+    );
     let r = m.vm.set_memory(1, 0, 16 * MIB, 0x1000, rom.addr() as u64);
     expect_errno(r, libc::EINVAL, "read-only to writable")
 }
@@ -144,7 +173,11 @@ fn slot_overlap(env: &Env) -> Outcome {
     vm.set_memory(1, 0, 0, MIB, hva)?;
     vm.set_memory(2, 0, 2 * MIB, MIB, hva)?;
     // A move must not hit a neighbour, but may overlap its own old place.
-    expect_errno(vm.set_memory(0, 0, MIB + 0x1000, MIB, hva), libc::EEXIST, "move onto slot 2")?;
+    expect_errno(
+        vm.set_memory(0, 0, MIB + 0x1000, MIB, hva),
+        libc::EEXIST,
+        "move onto slot 2",
+    )?;
     vm.set_memory(2, 0, 0, 0, 0)?;
     vm.set_memory(0, 0, MIB + 0x1000, MIB, hva)?;
     Ok(())
@@ -155,17 +188,39 @@ fn slot_changes(env: &Env) -> Outcome {
     let hva = mem.addr() as u64;
     vm.set_memory(3, 0, MIB, MIB, hva)?;
     vm.set_memory(3, 0, MIB, MIB, hva)?; // nothing changes
-    expect_errno(vm.set_memory(3, 0, MIB, 2 * MIB, hva), libc::EINVAL, "growth")?;
-    expect_errno(vm.set_memory(3, 0, MIB, 0x1000, hva), libc::EINVAL, "shrinking")?;
-    expect_errno(vm.set_memory(3, 0, MIB, MIB, hva + 0x1000), libc::EINVAL, "another hva")?;
+    expect_errno(
+        vm.set_memory(3, 0, MIB, 2 * MIB, hva),
+        libc::EINVAL,
+        "growth",
+    )?;
+    expect_errno(
+        vm.set_memory(3, 0, MIB, 0x1000, hva),
+        libc::EINVAL,
+        "shrinking",
+    )?;
+    expect_errno(
+        vm.set_memory(3, 0, MIB, MIB, hva + 0x1000),
+        libc::EINVAL,
+        "another hva",
+    )?;
     vm.set_memory(3, 0, 0, 0, 0)?;
-    expect_errno(vm.set_memory(3, 0, 0, 0, 0), libc::EINVAL, "deletion of a deleted slot")?;
-    expect_errno(vm.set_memory(7, 0, 0, 0, 0), libc::EINVAL, "deletion of a slot that never was")?;
+    expect_errno(
+        vm.set_memory(3, 0, 0, 0, 0),
+        libc::EINVAL,
+        "deletion of a deleted slot",
+    )?;
+    expect_errno(
+        vm.set_memory(7, 0, 0, 0, 0),
+        libc::EINVAL,
+        "deletion of a slot that never was",
+    )?;
     vm.set_memory(3, 0, MIB, 2 * MIB, hva + 0x1000)?;
     Ok(())
 }
 
-guest_code!(read_twice, ".code32",
+guest_code!(
+    read_twice,
+    ".code32",
     "2: mov eax, [0x1000000]",
     "hlt",
     "jmp 2b",
@@ -174,7 +229,10 @@ guest_code!(read_twice, ".code32",
 /// A guest that had a page mapped sees it go, come back elsewhere, and move.
 fn slot_delete_and_move(env: &Env) -> Outcome {
     let m = Machine::new(env, Mode::Protected, read_twice())?;
-    let (a, b) = (Mapping::new(PAGE * 4, false)?, Mapping::new(PAGE * 4, false)?);
+    let (a, b) = (
+        Mapping::new(PAGE * 4, false)?,
+        Mapping::new(PAGE * 4, false)?,
+    );
     a.write(0, 0xaaaa_0000u32);
     b.write(0, 0xbbbb_0000u32);
     b.write(PAGE, 0xbbbb_1111u32);
@@ -201,7 +259,9 @@ fn slot_delete_and_move(env: &Env) -> Outcome {
 
 /// Many small slots, each its own page, in an order that is not that of their addresses.
 fn many_slots(env: &Env) -> Outcome {
-    guest_code!(code, ".code32",
+    guest_code!(
+        code,
+        ".code32",
         "mov edx, 0x1000000",
         "mov ecx, 100",
         "xor eax, eax",
@@ -233,7 +293,9 @@ fn many_slots(env: &Env) -> Outcome {
 
 /// Two slots may show the same host memory.
 fn slot_alias(env: &Env) -> Outcome {
-    guest_code!(code, ".code32",
+    guest_code!(
+        code,
+        ".code32",
         "mov dword ptr [0x1000000], 0x12345678",
         "mov eax, [0x1800000]",
         "mov dword ptr [0x1800004], 0x9abcdef0",
@@ -246,7 +308,11 @@ fn slot_alias(env: &Env) -> Outcome {
     m.vm.set_memory(2, 0, 24 * MIB, 0x1000, mem.addr() as u64)?;
     m.expect_hlt()?;
     let r = m.vcpu.regs()?;
-    ensure_eq!((r.rax, r.rbx), (0x1234_5678, 0x9abc_def0), "values through the other slot");
+    ensure_eq!(
+        (r.rax, r.rbx),
+        (0x1234_5678, 0x9abc_def0),
+        "values through the other slot"
+    );
     Ok(())
 }
 
@@ -258,9 +324,16 @@ fn create_vcpu(env: &Env) -> Outcome {
     expect_errno(vm.create_vcpu(1), libc::EEXIST, "vCPU 1 again")?;
     // SAFETY: Reads the flags of a descriptor.
     let flags = unsafe { libc::fcntl(first.fd.0, libc::F_GETFD) };
-    ensure!(flags & libc::FD_CLOEXEC != 0, "the vCPU's descriptor is not close-on-exec");
+    ensure!(
+        flags & libc::FD_CLOEXEC != 0,
+        "the vCPU's descriptor is not close-on-exec"
+    );
     let link = std::fs::read_link(format!("/proc/self/fd/{}", second.fd.0)).unwrap_or_default();
-    ensure_eq!(link.to_string_lossy(), "anon_inode:kvm-vcpu:1", "name of the vCPU's file");
+    ensure_eq!(
+        link.to_string_lossy(),
+        "anon_inode:kvm-vcpu:1",
+        "name of the vCPU's file"
+    );
     Ok(())
 }
 
@@ -270,7 +343,11 @@ fn vcpu_id_limits(env: &Env) -> Outcome {
     let ids = usize::try_from(kvm.capability(kb::KVM_CAP_MAX_VCPU_ID)).unwrap_or(0);
     vm.create_vcpu(ids - 1)?;
     for id in [ids, ids + 1, 1 << 31, 1 << 32, usize::MAX] {
-        expect_errno(vm.create_vcpu(id), libc::EINVAL, &format!("vCPU {id:#x} of {ids:#x}"))?;
+        expect_errno(
+            vm.create_vcpu(id),
+            libc::EINVAL,
+            &format!("vCPU {id:#x} of {ids:#x}"),
+        )?;
     }
     Ok(())
 }
@@ -279,7 +356,11 @@ fn vcpu_id_limits(env: &Env) -> Outcome {
 fn vcpu_stays(env: &Env) -> Outcome {
     let vm = env.open()?.create_vm()?;
     drop(vm.create_vcpu(0)?);
-    expect_errno(vm.create_vcpu(0), libc::EEXIST, "vCPU 0 after its file was closed")
+    expect_errno(
+        vm.create_vcpu(0),
+        libc::EEXIST,
+        "vCPU 0 after its file was closed",
+    )
 }
 
 fn vcpu_mapping(env: &Env) -> Outcome {
@@ -336,7 +417,10 @@ fn vcpu_mapping_end(env: &Env) -> Outcome {
     unsafe { libc::waitpid(pid, &mut status, 0) };
     let refused = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7;
     let bus = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS;
-    ensure!(refused || bus, "a page far behind kvm_run: wait status {status:#x}");
+    ensure!(
+        refused || bus,
+        "a page far behind kvm_run: wait status {status:#x}"
+    );
     Ok(())
 }
 
@@ -392,7 +476,10 @@ fn other_mm(env: &Env) -> Outcome {
     // SAFETY: `status` lives through the call.
     unsafe { libc::waitpid(pid, &mut status, 0) };
     ensure_eq!(status, 0, "wait status of the child");
-    m.expect(&Exit::MmioRead { addr: 16 * MIB, len: 4 })?;
+    m.expect(&Exit::MmioRead {
+        addr: 16 * MIB,
+        len: 4,
+    })?;
     Ok(())
 }
 
@@ -407,7 +494,11 @@ fn slot_without_memory(env: &Env) -> Outcome {
     mem.write(0, 0x600d_600du32);
     mem.protect(0, PAGE, libc::PROT_NONE)?;
     m.vm.set_memory(1, 0, 16 * MIB, 0x1000, mem.addr() as u64)?;
-    expect_errno(m.vcpu.run(), libc::EFAULT, "KVM_RUN on a slot over PROT_NONE")?;
+    expect_errno(
+        m.vcpu.run(),
+        libc::EFAULT,
+        "KVM_RUN on a slot over PROT_NONE",
+    )?;
     expect_errno(m.vcpu.run(), libc::EFAULT, "the same once more")?;
     mem.protect(0, PAGE, libc::PROT_READ | libc::PROT_WRITE)?;
     m.expect_hlt()?;
@@ -417,7 +508,9 @@ fn slot_without_memory(env: &Env) -> Outcome {
 
 /// Memory that the host may only read serves the guest's reads; its writes are EFAULT.
 fn slot_over_readonly_memory(env: &Env) -> Outcome {
-    guest_code!(code, ".code32",
+    guest_code!(
+        code,
+        ".code32",
         "mov eax, [0x1000000]",
         "hlt",
         "mov dword ptr [0x1000000], 1",
@@ -430,7 +523,11 @@ fn slot_over_readonly_memory(env: &Env) -> Outcome {
     m.vm.set_memory(1, 0, 16 * MIB, 0x1000, mem.addr() as u64)?;
     m.expect_hlt()?;
     ensure_eq!(m.vcpu.regs()?.rax, 0x7777_7777, "what the guest read");
-    expect_errno(m.vcpu.run(), libc::EFAULT, "a write to memory that is read-only")?;
+    expect_errno(
+        m.vcpu.run(),
+        libc::EFAULT,
+        "a write to memory that is read-only",
+    )?;
     ensure_eq!(mem.read::<u32>(0), 0x7777_7777, "the memory");
     mem.protect(0, PAGE, libc::PROT_READ | libc::PROT_WRITE)?;
     m.expect_hlt()?;
@@ -440,7 +537,9 @@ fn slot_over_readonly_memory(env: &Env) -> Outcome {
 
 /// A slot may begin and end anywhere within a large page, and lie differently in the host.
 fn slot_misaligned_large(env: &Env) -> Outcome {
-    guest_code!(code, ".code32",
+    guest_code!(
+        code,
+        ".code32",
         "mov edx, 0x1003000",
         "mov ecx, 1024",
         "xor eax, eax",
