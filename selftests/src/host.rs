@@ -110,3 +110,70 @@ pub fn system_files() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/sys/fs/file-nr").ok()?;
     text.split_whitespace().next()?.parse().ok()
 }
+
+extern "C" fn ignore(_: i32) {}
+
+/// Installs a handler that does nothing for `signal`, without restart: system calls get EINTR.
+///
+/// # Errors
+///
+/// The failure of `sigaction`.
+pub fn interrupting_handler(signal: i32) -> Result<(), Error> {
+    // SAFETY: A zeroed structure is a valid one, and the handler is a function that touches nothing.
+    let r = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = ignore as extern "C" fn(i32) as usize;
+        libc::sigaction(signal, &action, std::ptr::null_mut())
+    };
+    if r != 0 {
+        return Err(Error::last("sigaction"));
+    }
+    Ok(())
+}
+
+/// Sends `signal` to a thread of this process.
+pub fn kick(tid: i32, signal: i32) {
+    // SAFETY: Sends a signal; a thread that is gone is an error that does not matter.
+    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, signal) };
+}
+
+/// Sends SIGALRM to this process every `ms` milliseconds (0: no more).
+pub fn interval_alarm(ms: u64) {
+    let tv = libc::timeval {
+        tv_sec: libc::time_t::try_from(ms / 1000).unwrap_or(0),
+        tv_usec: libc::suseconds_t::try_from(ms % 1000 * 1000).unwrap_or(0),
+    };
+    let timer = libc::itimerval {
+        it_interval: tv,
+        it_value: tv,
+    };
+    // SAFETY: `timer` lives through the call.
+    unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut()) };
+}
+
+/// Blocks or unblocks one signal in the calling thread.
+pub fn block_signal(signal: i32, block: bool) {
+    let how = if block {
+        libc::SIG_BLOCK
+    } else {
+        libc::SIG_UNBLOCK
+    };
+    // SAFETY: The set is initialised before its use and lives through the calls.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, signal);
+        libc::pthread_sigmask(how, &set, std::ptr::null_mut());
+    }
+}
+
+/// Whether a signal is pending for the calling thread.
+#[must_use]
+pub fn signal_pending(signal: i32) -> bool {
+    // SAFETY: The set lives through the calls.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigpending(&mut set);
+        libc::sigismember(&set, signal) == 1
+    }
+}
