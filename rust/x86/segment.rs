@@ -200,7 +200,7 @@ impl SegAttr {
     #[inline]
     #[must_use]
     pub const fn with_dpl(self, dpl: u8) -> Self {
-        Self(self.0 & !(3 << 5) | ((dpl & 3) as u32) << 5)
+        Self(self.0 & !(3 << 5) | (((dpl & 3) as u32) << 5))
     }
 
     /// With the present bit so.

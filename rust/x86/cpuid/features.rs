@@ -159,7 +159,7 @@ impl GuestFeatures {
             .with_if(Features::LM, e1d.has(Ext1Edx::LM));
 
         let xcr0 = if flags.has(Features::XSAVE) {
-            Xcr0::new(u64::from(d0.eax) | u64::from(d0.edx) << 32)
+            Xcr0::new(u64::from(d0.eax) | (u64::from(d0.edx) << 32))
         } else {
             Xcr0::empty()
         };

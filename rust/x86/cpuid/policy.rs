@@ -338,7 +338,7 @@ fn xsave(
     out: &mut Output<'_>,
 ) -> Result<(), TooSmall> {
     let raw = host(0xd, 0);
-    let there = Xcr0::new(u64::from(raw.eax) | u64::from(raw.edx) << 32);
+    let there = Xcr0::new(u64::from(raw.eax) | (u64::from(raw.edx) << 32));
     // What the host switches and we know; AMX would need XFD as well.
     let known = Xcr0::X87
         | Xcr0::SSE
@@ -419,7 +419,7 @@ fn extended(
                 physical.min(u32::from(policy.mappable_bits))
             };
             CpuidRegs {
-                eax: physical | linear << 8 | mappable << 16,
+                eax: physical | (linear << 8) | (mappable << 16),
                 ebx: raw.ebx & Ext8Ebx::NAMED.bits(),
                 ecx: 0,
                 edx: 0,

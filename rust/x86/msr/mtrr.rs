@@ -17,7 +17,7 @@ const VARIABLE_REGISTERS: usize = 2 * VARIABLE_RANGES;
 const FIXED_REGISTERS: usize = 11;
 
 /// IA32_MTRRCAP: eight variable ranges, fixed ranges, write combining.
-pub const CAPABILITIES: u64 = VARIABLE_RANGES as u64 | 1 << 8 | 1 << 10;
+pub const CAPABILITIES: u64 = VARIABLE_RANGES as u64 | (1 << 8) | (1 << 10);
 
 /// IA32_PAT after reset: WB, WT, UC-, UC, twice.
 pub const PAT_RESET: u64 = 0x0007_0406_0007_0406;

@@ -112,7 +112,7 @@ const fn constant(msr: Msr) -> Option<u64> {
         Msr::MTRR_CAP => Some(mtrr::CAPABILITIES),
         // 200 MHz, and a ratio of four.
         Msr::FSB_FREQ => Some(3),
-        Msr::PERF_STATUS => Some(1000 | 4 << 40),
+        Msr::PERF_STATUS => Some(1000 | (4 << 40)),
         _ => None,
     }
 }
