@@ -5,6 +5,9 @@
 pub(crate) mod cap;
 pub(crate) mod ioctl;
 
+use crate::linux::user;
+use kernel::prelude::*;
+
 pub(crate) use crate::bindings::kvm_cpuid2;
 pub(crate) use crate::bindings::kvm_cpuid_entry2;
 pub(crate) use crate::bindings::kvm_debugregs;
@@ -17,6 +20,7 @@ pub(crate) use crate::bindings::kvm_msr_list;
 pub(crate) use crate::bindings::kvm_msrs;
 pub(crate) use crate::bindings::kvm_regs;
 pub(crate) use crate::bindings::kvm_segment;
+pub(crate) use crate::bindings::kvm_signal_mask;
 pub(crate) use crate::bindings::kvm_sregs;
 pub(crate) use crate::bindings::kvm_userspace_memory_region;
 pub(crate) use crate::bindings::kvm_vcpu_events;
@@ -34,6 +38,16 @@ pub(crate) const RUN_PAGES: usize = 2;
 
 /// The most entries of KVM_GET_MSRS and KVM_SET_MSRS, as in KVM.
 pub(crate) const MAX_MSR_ENTRIES: usize = 256;
+
+/// The entries of KVM_GET_MSRS and KVM_SET_MSRS that user space gave at `arg`: EFAULT, and E2BIG if
+/// they are too many.
+pub(crate) fn read_msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
+    let count = user::read::<kvm_msrs>(arg)?.nmsrs as usize;
+    if count >= MAX_MSR_ENTRIES {
+        return Err(E2BIG);
+    }
+    user::read_array(arg.wrapping_add(size_of::<kvm_msrs>()), count)
+}
 
 /// KVM_EXIT_*: why KVM_RUN returned (KVM API, 5).
 pub(crate) mod exit {

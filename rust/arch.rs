@@ -4,6 +4,7 @@
 
 use crate::abi;
 use crate::backend::Loaded;
+use crate::linux::task::SignalMask;
 use crate::run::Pending;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
@@ -49,6 +50,8 @@ pub(crate) struct Arch {
     pub(crate) emulator: Emulator,
     /// What the next KVM_RUN completes.
     pub(crate) pending: Pending,
+    /// Signals blocked during KVM_RUN, if not those that the thread blocks anyway.
+    pub(crate) signal_mask: Option<SignalMask>,
     /// The guest has run: its CPUID is not to change under it any more.
     pub(crate) has_run: bool,
 }
@@ -72,6 +75,7 @@ impl Arch {
             tsc_adjust: 0,
             emulator: Emulator::new(),
             pending: Pending::Nothing,
+            signal_mask: None,
             has_run: false,
         })
     }

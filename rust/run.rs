@@ -73,8 +73,7 @@ impl<L: Loaded> Run<'_, L> {
     /// KVM_RUN, from the completion of what the last one left to the outputs of this one.
     pub(crate) fn run(&mut self) -> Result {
         let result = self.run_inner();
-        let ready = events::ready_for_interrupt(&mut self.hw, &self.arch.events)
-            && matches!(self.arch.pending, Pending::Nothing);
+        let ready = events::ready_for_interrupt(&mut self.hw, &self.arch.events);
         let interrupts_on = self.hw.rflags().has(Rflags::IF);
         self.page
             .set_outputs(ready, interrupts_on, self.arch.cr8, self.arch.msrs.apic_base());
@@ -285,8 +284,7 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             Exit::Vmcall => {
-                // No hypercall is offered: KVM_ENOSYS.
-                self.hw.set_gpr(Gpr::Rax, -1000i64 as u64);
+                self.hypercall();
                 self.skip();
                 Ok(Next::Guest)
             }
@@ -335,6 +333,22 @@ impl<L: Loaded> Run<'_, L> {
         self.hw.set_gpr(Gpr::Rcx, u64::from(regs.ecx));
         self.hw.set_gpr(Gpr::Rdx, u64::from(regs.edx));
         self.skip();
+    }
+
+    /// VMCALL: no hypercall is offered, and none at all to user mode.
+    fn hypercall(&mut self) {
+        let error: i64 = if crate::arch::cpl(&mut self.hw) == 0 {
+            -i64::from(crate::bindings::KVM_ENOSYS)
+        } else {
+            -i64::from(crate::bindings::KVM_EPERM)
+        };
+        let value = error as u64;
+        let value = if crate::arch::in_64bit_mode(&mut self.hw) {
+            value
+        } else {
+            value & 0xffff_ffff
+        };
+        self.hw.set_gpr(Gpr::Rax, value);
     }
 
     /// Raises an exception in the place of completing the instruction.

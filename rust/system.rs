@@ -22,6 +22,8 @@ use crate::x86::cpuid::CpuidEntry;
 use crate::x86::cpuid::CpuidRegs;
 use crate::x86::cpuid::XsaveLayout;
 use crate::x86::cpuid::MAX_ENTRIES;
+use crate::x86::msr::state::MsrState;
+use crate::x86::msr::Msr;
 use crate::x86::msr::SAVED;
 use crate::x86::regs::Xcr0;
 use kernel::prelude::*;
@@ -118,8 +120,7 @@ impl<B: Backend> FileObject for System<B> {
             ioctl::CREATE_VM => this.create_vm(arg),
             ioctl::GET_SUPPORTED_CPUID => this.get_supported_cpuid(arg),
             ioctl::GET_MSR_INDEX_LIST => this.get_msr_index_list(arg),
-            ioctl::GET_MSR_FEATURE_INDEX_LIST => write_msr_list(arg, &[]),
-            // There are no feature MSRs, so none can be read.
+            ioctl::GET_MSR_FEATURE_INDEX_LIST => write_msr_list(arg, &FEATURE_MSRS.map(|m| m.0)),
             ioctl::GET_MSRS => get_feature_msrs(arg),
             _ => Err(ENOTTY),
         }
@@ -139,7 +140,7 @@ impl<B: Backend> System<B> {
     fn create_vm(&self, kind: usize) -> Result<isize> {
         no_arg(kind, 0)?;
         let vm = Vm::new(self.machine.clone())?;
-        file::anon_fd(c"rkvm-vm", vm)
+        file::anon_fd(c"kvm-vm", vm)
     }
 
     fn get_supported_cpuid(&self, arg: usize) -> Result<isize> {
@@ -149,7 +150,7 @@ impl<B: Backend> System<B> {
         if room < entries.len() {
             return Err(E2BIG);
         }
-        user::write_array(arg + size_of::<kvm_cpuid2>(), as_abi(&entries)?.as_slice())?;
+        user::write_array(arg.wrapping_add(size_of::<kvm_cpuid2>()), as_abi(&entries)?.as_slice())?;
         user::write(arg, &(entries.len() as u32))?;
         Ok(0)
     }
@@ -191,14 +192,28 @@ fn write_msr_list(arg: usize, list: &[u32]) -> Result<isize> {
     if room < list.len() {
         return Err(E2BIG);
     }
-    user::write_array(arg + size_of::<kvm_msr_list>(), list)?;
+    user::write_array(arg.wrapping_add(size_of::<kvm_msr_list>()), list)?;
     Ok(0)
 }
 
+/// MSRs that say what the processor can do: a VMM reads them of `/dev/rkvm` to set them up for a vCPU.
+const FEATURE_MSRS: [Msr; 2] = [Msr::UCODE_REV, Msr::PLATFORM_INFO];
+
+/// KVM_GET_MSRS of the device: reads feature MSRs until one is none; returns how many there were.
 fn get_feature_msrs(arg: usize) -> Result<isize> {
-    let count = user::read::<abi::kvm_msrs>(arg)?.nmsrs as usize;
-    if count >= abi::MAX_MSR_ENTRIES {
-        return Err(E2BIG);
+    let mut entries = abi::read_msr_entries(arg)?;
+    // What a vCPU has to begin with is what it can have.
+    let fresh = MsrState::new(true);
+    let mut done = 0;
+    for entry in &mut entries {
+        let msr = Msr(entry.index);
+        let known = FEATURE_MSRS.contains(&msr);
+        match fresh.read(msr, &GuestFeatures::default(), true) {
+            Ok(value) if known => entry.data = value,
+            _ => break,
+        }
+        done += 1;
     }
-    Ok(0)
+    user::write_array(arg.wrapping_add(size_of::<abi::kvm_msrs>()), &entries)?;
+    Ok(done)
 }

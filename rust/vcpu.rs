@@ -24,6 +24,8 @@ use crate::linux::file::NewVma;
 use crate::linux::fpu::GuestFpu;
 use crate::linux::mutex::KillableMutex;
 use crate::linux::preempt::Followed;
+use crate::linux::task;
+use crate::linux::task::SignalMask;
 use crate::linux::user;
 use crate::run::Run;
 use crate::run_page::RunPages;
@@ -32,6 +34,7 @@ use crate::tlb::VcpuShared;
 use crate::vm::Vm;
 use kernel::prelude::*;
 use kernel::static_lock_class;
+use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 
@@ -93,7 +96,9 @@ impl<B: Backend> Vcpu<B> {
             arch::reset(cpu.hw);
             Ok(())
         })?;
-        file::anon_fd(c"rkvm-vcpu", vcpu)
+        // The name that tools look for among a process's files.
+        let name = CString::try_from_fmt(kernel::prelude::fmt!("kvm-vcpu:{id}"))?;
+        file::anon_fd(&name, vcpu)
     }
 
     /// Runs `f` with the vCPU locked and its hardware state at hand: EINTR if killed while waiting.
@@ -114,6 +119,25 @@ impl<B: Backend> Vcpu<B> {
         })
     }
 
+    /// KVM_SET_SIGNAL_MASK: the signals that are blocked during KVM_RUN, or, without an argument,
+    /// those that the thread blocks itself. EINVAL for a mask of another size.
+    fn set_signal_mask(&self, arg: usize) -> Result {
+        let mask = if arg == 0 {
+            None
+        } else {
+            if user::read::<abi::kvm_signal_mask>(arg)?.len as usize != size_of::<SignalMask>() {
+                return Err(EINVAL);
+            }
+            Some(user::read(
+                arg.wrapping_add(size_of::<abi::kvm_signal_mask>()),
+            )?)
+        };
+        self.with_loaded(|cpu| {
+            cpu.arch.signal_mask = mask;
+            Ok(())
+        })
+    }
+
     /// KVM_RUN.
     fn run(&self, arg: usize) -> Result<isize> {
         no_arg(arg, 0)?;
@@ -122,6 +146,7 @@ impl<B: Backend> Vcpu<B> {
         let follows = state.follows.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
         state.arch.has_run = true;
+        let _masked = state.arch.signal_mask.as_ref().map(task::mask_signals);
         let mut run = Run {
             hw: self.vm.machine.backend.load(state.hw, follows),
             fpu: fpu.swap_in(),
@@ -239,6 +264,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::GET_MSRS => return this.with_loaded(|cpu| cpu.get_msrs(arg)),
             ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
             ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.tsc_khz as isize)),
+            ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
             ioctl::SET_TSC_KHZ => this.with_loaded(|cpu| cpu.set_tsc_khz(arg))?,
             _ => return Err(EINVAL),
         }

@@ -8,6 +8,7 @@
 #include <linux/cpuhotplug.h>
 #include <linux/fs.h>
 #include <linux/kvm.h>
+#include <linux/kvm_para.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>

@@ -101,6 +101,21 @@ void rkvm_guest_timing_enter(void) { guest_timing_enter_irqoff(); }
 void rkvm_guest_timing_exit(void) { guest_timing_exit_irqoff(); }
 bool rkvm_signal_pending(void) { return signal_pending(current); }
 
+void rkvm_sigmask_push(u64 mask)
+{
+	sigset_t set = { .sig = { mask } };
+
+	static_assert(sizeof(set) == sizeof(mask));
+	/* As pselect() does: signals are told by what is blocked for good. */
+	sigprocmask(SIG_SETMASK, &set, &current->real_blocked);
+}
+
+void rkvm_sigmask_pop(void)
+{
+	sigprocmask(SIG_SETMASK, &current->real_blocked, NULL);
+	sigemptyset(&current->real_blocked);
+}
+
 void rkvm_fpu_load(void)
 {
 	fpregs_assert_state_consistent();

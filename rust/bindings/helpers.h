@@ -69,6 +69,9 @@ int rkvm_guest_entry_work(void);
 void rkvm_guest_timing_enter(void);
 void rkvm_guest_timing_exit(void);
 bool rkvm_signal_pending(void);
+/* Another signal mask, and back: they do not nest. */
+void rkvm_sigmask_push(u64 mask);
+void rkvm_sigmask_pop(void);
 
 /* Restores the guest's FPU registers if the kernel used the FPU meanwhile. */
 void rkvm_fpu_load(void);

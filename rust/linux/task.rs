@@ -82,3 +82,23 @@ pub(crate) fn guest_time_ends(_irqs: &super::irq::IrqsOff) {
     // SAFETY: Interrupts are off.
     unsafe { bindings::rkvm_guest_timing_exit() };
 }
+
+/// A set of signals, as user space has it.
+pub(crate) type SignalMask = u64;
+
+/// The thread blocks other signals than its own choice while this lives.
+pub(crate) struct SignalsMasked(kernel::types::NotThreadSafe);
+
+/// Blocks the signals of `mask`, and only those, until the guard is dropped.
+pub(crate) fn mask_signals(mask: &SignalMask) -> SignalsMasked {
+    // SAFETY: The helper copies the mask; `drop` restores what it saved in the task.
+    unsafe { bindings::rkvm_sigmask_push(*mask) };
+    SignalsMasked(Default::default())
+}
+
+impl Drop for SignalsMasked {
+    fn drop(&mut self) {
+        // SAFETY: Balances `mask_signals`, on the same thread.
+        unsafe { bindings::rkvm_sigmask_pop() };
+    }
+}

@@ -144,6 +144,10 @@ impl<L: Loaded> Run<'_, L> {
             Ok(register) => register,
             Err(fault) => return self.raise(fault),
         };
+        // The privilege level is not checked before the exit.
+        if crate::arch::cpl(&mut self.hw) != 0 {
+            return self.raise(Fault::gp(0));
+        }
         let dr7 = self.hw.dr7();
         if dr7.has(Dr7::GD) {
             self.arch.events.raise(Exception {

@@ -3,9 +3,8 @@
 //! KVM_GET_MSRS and KVM_SET_MSRS.
 
 use super::Locked;
-use crate::abi::kvm_msr_entry;
 use crate::abi::kvm_msrs;
-use crate::abi::MAX_MSR_ENTRIES;
+use crate::abi::read_msr_entries;
 use crate::backend::Loaded;
 use crate::linux::user;
 use crate::run::msr;
@@ -13,18 +12,9 @@ use crate::x86::msr::Msr;
 use kernel::prelude::*;
 
 impl<L: Loaded> Locked<'_, L> {
-    /// The entries that user space gave: E2BIG if they are too many.
-    fn msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
-        let count = user::read::<kvm_msrs>(arg)?.nmsrs as usize;
-        if count >= MAX_MSR_ENTRIES {
-            return Err(E2BIG);
-        }
-        user::read_array(arg.wrapping_add(size_of::<kvm_msrs>()), count)
-    }
-
     /// Reads MSRs until one is refused; returns how many there were.
     pub(super) fn get_msrs(&mut self, arg: usize) -> Result<isize> {
-        let mut entries = Self::msr_entries(arg)?;
+        let mut entries = read_msr_entries(arg)?;
         let mut done = 0;
         for entry in &mut entries {
             match msr::read(self.hw, self.arch, Msr(entry.index), true) {
@@ -39,7 +29,7 @@ impl<L: Loaded> Locked<'_, L> {
 
     /// Writes MSRs until one is refused; returns how many there were.
     pub(super) fn set_msrs(&mut self, arg: usize) -> Result<isize> {
-        let entries = Self::msr_entries(arg)?;
+        let entries = read_msr_entries(arg)?;
         let mut done = 0;
         for entry in &entries {
             let msr = Msr(entry.index);
