@@ -12,6 +12,15 @@ use crate::x86::regs::Dr6;
 use crate::x86::regs::Dr7;
 use crate::x86::regs::Rflags;
 
+/// What [`deliver`] did.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Delivery {
+    /// The guest should exit as soon as the event is delivered.
+    pub(crate) exit_at_once: bool,
+    /// RFLAGS.RF at the entry, if an event went with it.
+    restart: Option<bool>,
+}
+
 /// What holds events back now.
 #[inline]
 pub(crate) fn gate(hw: &mut impl Loaded) -> Gate {
@@ -28,18 +37,18 @@ pub(crate) fn ready_for_interrupt(hw: &mut impl Loaded, events: &PendingEvents) 
 
 /// Before an entry: hands the event that comes first to the hardware, and opens windows for those
 /// that must wait. `dr6` is the vCPU's; `window_wanted` says that the VMM waits for the guest to be
-/// able to take an interrupt. Returns if the guest should exit as soon as the event is delivered.
+/// able to take an interrupt.
 #[inline]
 pub(crate) fn deliver(
     hw: &mut impl Loaded,
     events: &mut PendingEvents,
     dr6: &mut u64,
     window_wanted: bool,
-) -> bool {
+) -> Delivery {
     if events.is_idle() {
         hw.set_interrupt_window(window_wanted);
         hw.set_nmi_window(false);
-        return false;
+        return Delivery::default();
     }
     events.set_nmi_masked(hw.nmi_blocked());
     let selection = events.select(gate(hw));
@@ -51,7 +60,28 @@ pub(crate) fn deliver(
         }
         hw.inject(injection);
     }
-    selection.exit_at_once
+    Delivery {
+        exit_at_once: selection.exit_at_once,
+        restart: selection
+            .inject
+            .map(|_| hw.rflags().has(Rflags::RF)),
+    }
+}
+
+/// After an exit that followed a [`deliver`]: what was injected has arrived, or is to be injected
+/// again.
+#[inline]
+pub(crate) fn conclude(hw: &mut impl Loaded, events: &mut PendingEvents, delivery: &Delivery) {
+    let vectoring = hw.vectoring();
+    events.redeliver(vectoring);
+    // The delivery pushes RF as it was when it began. An exit in the middle of it should leave that
+    // (SDM vol. 3, 28.3.3), but may leave it set, as for any other instruction that must restart.
+    if let (Some(_), Some(restart)) = (vectoring, delivery.restart) {
+        let flags = hw.rflags();
+        if flags.has(Rflags::RF) != restart {
+            hw.set_rflags(flags.with_if(Rflags::RF, restart));
+        }
+    }
 }
 
 /// What an exception leaves in the registers besides what its delivery pushes.

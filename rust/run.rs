@@ -139,8 +139,7 @@ impl<L: Loaded> Run<'_, L> {
     fn enter_once(&mut self) -> Option<Exit> {
         let wanted = self.page.request_interrupt_window();
         let arch = &mut *self.arch;
-        let exit_at_once =
-            events::deliver(&mut self.hw, &mut arch.events, &mut arch.dr6, wanted);
+        let delivery = events::deliver(&mut self.hw, &mut arch.events, &mut arch.dr6, wanted);
 
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
@@ -158,7 +157,7 @@ impl<L: Loaded> Run<'_, L> {
             return None;
         }
 
-        if exit_at_once {
+        if delivery.exit_at_once {
             // It waits for interrupts to be on, which is in the guest, after the delivery.
             preempt.interrupt_self();
         }
@@ -186,7 +185,7 @@ impl<L: Loaded> Run<'_, L> {
         drop(preempt);
 
         if !matches!(exit, Some(Exit::EntryFailed(_))) {
-            self.arch.events.redeliver(self.hw.vectoring());
+            events::conclude(&mut self.hw, &mut self.arch.events, &delivery);
         }
         exit
     }
@@ -386,14 +385,19 @@ pub(crate) fn skip(hw: &mut impl Loaded, len: u8) {
     retire(hw);
 }
 
-/// What the completion of any instruction does besides moving RIP.
+/// What the completion of any instruction does besides moving RIP: the one-instruction shadow ends, RF
+/// is cleared, and a single step is due if it was asked for.
 #[inline]
 fn retire(hw: &mut impl Loaded) {
-    let step = hw.rflags().has(Rflags::TF);
-    retire_emulated(hw, step);
+    let flags = hw.rflags();
+    if flags.has(Rflags::RF) {
+        hw.set_rflags(flags.without(Rflags::RF));
+    }
+    retire_emulated(hw, flags.has(Rflags::TF));
 }
 
-/// The same for an instruction that was emulated, which may have changed TF.
+/// The same for an instruction that was emulated: the emulator has cleared RF, and may have changed TF.
+#[inline]
 fn retire_emulated(hw: &mut impl Loaded, step: bool) {
     hw.set_shadow(Shadow::None);
     if step {
