@@ -56,5 +56,6 @@ kernel_dir() { printf '%s\n' "$CACHE/$(kernel_key "$1")/build"; }
 testbed_env() {
 	RKVM_ENV="RKVM_BOCHS=$CACHE/$(bochs_key) RKVM_KERNEL_PLAIN=$CACHE/$(kernel_key plain)"
 	RKVM_ENV+=" RKVM_KERNEL_DEBUG=$CACHE/$(kernel_key debug) RKVM_GUEST=$CACHE/$(guest_key)"
+	RKVM_ENV+=" RKVM_BOCHS_DEBUG=$CACHE/$(bochs_key bochs-debug)"
 	export RKVM_ENV
 }

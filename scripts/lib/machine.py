@@ -112,6 +112,9 @@ the TSC counts instructions (100 million a second of emulated time).""")
                    help="show the kernel's messages only when it complains")
     p.add_argument("--interactive", action="store_true",
                    help="connect this terminal to the command")
+    p.add_argument("--debugger", action="store_true",
+                   help="Bochs with its debugger, on this terminal; the machine starts with c, "
+                   "Ctrl-C stops it. Best with a long --timeout")
     p.add_argument("command", nargs="*", metavar="-- COMMAND",
                    help="one word is a shell script, several are a command's words; "
                    "nothing: only boot")
@@ -216,7 +219,7 @@ def write(path, data):
 
 def bochs_command(args, work, kernel, cmdline, initrd, disk, serial):
     """Write what Bochs needs into WORK; return its command line."""
-    bochs_dir = os.environ["RKVM_BOCHS"]
+    bochs_dir = os.environ["RKVM_BOCHS_DEBUG" if args.debugger else "RKVM_BOCHS"]
     initrd_at = (min(args.memory, 2047) - 64 << 20) - (len(initrd) + 0xfffff & ~0xfffff)
     cmdline += " tsc_early_khz=100000"
     setup, rest = split_kernel(kernel, cmdline, initrd_at, len(initrd))
@@ -455,7 +458,9 @@ def run(args, work):
     cmdline = ("console=ttyS0,115200 nokaslr loglevel=5 printk.time=1 rdinit=/init "
                + args.append).strip()
     accel = args.accel
-    if accel == "auto":
+    if args.debugger:
+        accel = "bochs"
+    elif accel == "auto":
         accel = "kvm" if hardware() else "bochs"
 
     lines = open_serial(work, args.interactive)
@@ -469,13 +474,17 @@ def run(args, work):
             argv += ["-chardev", f"{kind},id=s{number},path={path}", "-serial", f"chardev:s{number}"]
 
     machine = Machine(args, nonce)
-    out = open(work + "/emulator.out", "wb")
+    out = None if args.debugger else open(work + "/emulator.out", "wb")
     terminal = saved = None
     if args.interactive and sys.stdin.isatty():
         terminal = sys.stdin.fileno()
         saved = termios.tcgetattr(terminal)
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                               start_new_session=True, cwd=work)
+    process = subprocess.Popen(argv, stdin=None if args.debugger else subprocess.DEVNULL,
+                               stdout=out, stderr=out, cwd=work,
+                               start_new_session=not args.debugger)
+    if args.debugger:
+        # Ctrl-C is the debugger's.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         if saved:
             tty.setraw(terminal)
@@ -485,7 +494,8 @@ def run(args, work):
             termios.tcsetattr(terminal, termios.TCSADRAIN, saved)
         if process.poll() is None:
             process.kill()
-        out.close()
+        if out:
+            out.close()
     status = machine.verdict()
     if args.quiet and machine.trouble:
         write_all(2, machine.kernel.data.replace(b"\r", b""))
