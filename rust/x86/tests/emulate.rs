@@ -22,6 +22,9 @@ use rkvm_x86::segment::Segment;
 
 const CODE: u64 = 0x1000;
 
+/// An instruction, what to do to the processor first, and the fault.
+type Case = (&'static str, fn(&mut TestCpu), Fault);
+
 /// Puts code at CODE and runs the one instruction.
 fn exec(
     cpu: &mut TestCpu,
@@ -615,7 +618,7 @@ fn addresses() {
 #[test]
 fn faults_change_nothing() {
     let mut memory = TestMemory::default();
-    let cases: [(&str, fn(&mut TestCpu), Fault); 6] = [
+    let cases: [Case; 6] = [
         // Not canonical: #GP, and #SS through the stack.
         ("488b07", |c| c.gprs.set(Rdi, 1 << 47), Fault::gp(0)),
         ("488b4500", |c| c.gprs.set(Rbp, 1 << 63), Fault::ss(0)),
@@ -649,7 +652,7 @@ fn faults_change_nothing() {
         assert_eq!(cpu, before, "{code}");
     }
     // Protected mode: limits and types.
-    let cases: [(&str, fn(&mut TestCpu), Fault); 6] = [
+    let cases: [Case; 6] = [
         (
             "8b07",
             |c| c.seg(SegReg::Ds).attr = SegAttr::NULL,
