@@ -269,7 +269,7 @@ fn lookups() {
 fn amd_has_no_redirection() {
     let mut amd = entry(0, 0, 0, 1);
     (amd.ebx, amd.edx, amd.ecx) = (0x6874_7541, 0x6974_6e65, 0x444d_4163);
-    let mut entries = vec![amd, entry(1, 0, 0, 7)];
+    let mut entries = [amd, entry(1, 0, 0, 7)];
     let table = CpuidTable::new(&mut entries[..]).unwrap();
     assert_eq!(table.lookup(2, 0), CpuidRegs::default());
     assert_eq!(table.lookup(1, 0).eax, 7);
@@ -279,7 +279,7 @@ fn amd_has_no_redirection() {
 fn topology_beyond_its_end() {
     let mut level = entry(0xb, 1, 1, 4);
     level.edx = 3;
-    let mut entries = vec![intel(0xb), entry(0xb, 0, 1, 1), level];
+    let mut entries = [intel(0xb), entry(0xb, 0, 1, 1), level];
     let table = CpuidTable::new(&mut entries[..]).unwrap();
     assert_eq!(table.lookup(0xb, 1).eax, 4);
     assert_eq!(table.lookup(0xb, 0x1_0205), regs(0, 0, 5, 3));
@@ -302,7 +302,7 @@ fn tables_that_are_refused() {
         (64, false),
         (255, false),
     ] {
-        let mut entries = vec![entry(0x8000_0008, 0, 0, width << 8)];
+        let mut entries = [entry(0x8000_0008, 0, 0, width << 8)];
         assert_eq!(CpuidTable::new(&mut entries[..]).is_ok(), ok, "{width}");
     }
     let table = CpuidTable::new(Vec::<CpuidEntry>::new().leak()).unwrap();
@@ -345,7 +345,7 @@ fn runtime_bits_follow() {
     assert_eq!(os(&table), (false, false, true));
 
     // A guest that has no XSAVE does not get the bit.
-    let mut entries = vec![entry(1, 0, 0, 0)];
+    let mut entries = [entry(1, 0, 0, 0)];
     let mut table = CpuidTable::new(&mut entries[..]).unwrap();
     state.cr4 = Cr4::OSXSAVE;
     table.update(&state, &layout);
@@ -451,7 +451,7 @@ proptest! {
     fn any_host(seed: u64, xcr0: u64, mappable_bits: u8) {
         let policy = Policy { xcr0: Xcr0::new(xcr0), mappable_bits, ..FULL };
         let host = |leaf: u32, index: u32| {
-            let x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ u64::from(leaf) << 32 ^ u64::from(index));
+            let x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ (u64::from(leaf) << 32) ^ u64::from(index));
             regs(x as u32, (x >> 16) as u32, (x >> 32) as u32, (x >> 8) as u32)
         };
         let mut entries = vec![CpuidEntry::default(); 256];

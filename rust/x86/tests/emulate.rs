@@ -694,10 +694,10 @@ fn paged(memory: &mut TestMemory) -> TestCpu {
     memory.put64(pdpt, pd | 7);
     memory.put64(pd, pt | 7);
     for i in 0..512 {
-        memory.put64(pt + 8 * i, i << 12 | 7);
+        memory.put64(pt + 8 * i, (i << 12) | 7);
     }
     for i in 1..512 {
-        memory.put64(pd + 8 * i, i << 21 | 0x87);
+        memory.put64(pd + 8 * i, (i << 21) | 0x87);
     }
     let mut cpu = TestCpu::long();
     cpu.cr0 |= Cr0::PG | Cr0::WP;
@@ -866,8 +866,8 @@ fn instruction_pointers_wrap() {
 fn every_register_is_reached() {
     let mut memory = TestMemory::default();
     for r in Gpr::ALL {
-        let rex = 0x48 | (r.number() >> 3) << 2;
-        let code = [rex, 0x8b, (r.number() & 7) << 3 | 5, 0, 0, 0x10, 0];
+        let rex = 0x48 | ((r.number() >> 3) << 2);
+        let code = [rex, 0x8b, ((r.number() & 7) << 3) | 5, 0, 0, 0x10, 0];
         let mut cpu = TestCpu::long();
         cpu.rip = 0x1000 - 7;
         memory.put(cpu.rip, &code);

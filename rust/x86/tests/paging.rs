@@ -69,7 +69,7 @@ fn map(memory: &mut TestMemory, linear: u64, leaf: u64, levels: usize, top: usiz
     let mut slots = Vec::new();
     for i in 0..levels {
         let shift = 12 + 9 * (top - 1 - i);
-        let slot = TABLE[i] + 8 * (linear >> shift & 511);
+        let slot = TABLE[i] + 8 * ((linear >> shift) & 511);
         let entry = if i == levels - 1 {
             leaf
         } else {
@@ -143,15 +143,18 @@ fn pae_walk() {
     // The table of four is 32-byte aligned, not page-aligned.
     p.cr3 = Cr3::new(ROOT + 0x60);
     memory.put64(ROOT + 0x60 + 8 * 3, TABLE[1] | P);
-    memory.put64(TABLE[1] + 8 * (linear >> 21 & 511), TABLE[2] | PWU);
-    memory.put64(TABLE[2] + 8 * (linear >> 12 & 511), 0x3f_ffff_f000 | PWU);
+    memory.put64(TABLE[1] + 8 * ((linear >> 21) & 511), TABLE[2] | PWU);
+    memory.put64(TABLE[2] + 8 * ((linear >> 12) & 511), 0x3f_ffff_f000 | PWU);
     let t = p
         .translate(&mut memory, linear, access(Write, true))
         .unwrap();
     assert_eq!((t.gpa, t.page_shift), (0x3f_ffff_f789, 12));
     // Its entries have no accessed bit.
     assert_eq!(memory.get64(ROOT + 0x60 + 24), TABLE[1] | P);
-    memory.put64(TABLE[1] + 8 * (linear >> 21 & 511), 0x4000_0000 | PWU | PS);
+    memory.put64(
+        TABLE[1] + 8 * ((linear >> 21) & 511),
+        0x4000_0000 | PWU | PS,
+    );
     let t = p
         .translate(&mut memory, linear, access(Write, true))
         .unwrap();
@@ -169,7 +172,7 @@ fn thirty_two_bits() {
     let mut memory = TestMemory::default();
     let mut p = bits32();
     let pde = ROOT + 4 * (linear >> 22);
-    let pte = TABLE[1] + 4 * (linear >> 12 & 1023);
+    let pte = TABLE[1] + 4 * ((linear >> 12) & 1023);
     memory.put32(pde, (TABLE[1] | PWU) as u32);
     memory.put32(pte, 0xfedc_b007);
     let t = p
@@ -179,7 +182,7 @@ fn thirty_two_bits() {
     assert_eq!(memory.get32(pde), (TABLE[1] | PWU | A) as u32);
     assert_eq!(memory.get32(pte), 0xfedc_b067);
     // 4 MiB, with address bits 32 to 39 in bits 13 to 20.
-    memory.put32(pde, 0x4000_0000 | (PWU | PS) as u32 | 0x5 << 13);
+    memory.put32(pde, 0x4000_0000 | (PWU | PS) as u32 | (0x5 << 13));
     let t = p
         .translate(&mut memory, linear, access(Write, true))
         .unwrap();
@@ -195,12 +198,12 @@ fn thirty_two_bits() {
         rsvd
     );
     p.maxphyaddr = 36;
-    memory.put32(pde, 0x4000_0000 | (PWU | PS) as u32 | 1 << 17);
+    memory.put32(pde, 0x4000_0000 | (PWU | PS) as u32 | (1 << 17));
     assert_eq!(
         fault(p.translate(&mut memory, linear, access(Read, false))),
         rsvd
     );
-    memory.put32(pde, 0x4000_0000 | (PWU | PS) as u32 | 1 << 16);
+    memory.put32(pde, 0x4000_0000 | (PWU | PS) as u32 | (1 << 16));
     assert_eq!(
         p.translate(&mut memory, linear, access(Read, false))
             .unwrap()
@@ -363,19 +366,19 @@ fn reserved_bits() {
     let p = long();
     for bit in [46, 51] {
         assert_eq!(
-            judge(&p, PWU, PWU | 1 << bit, access(Read, false)),
+            judge(&p, PWU, PWU | (1 << bit), access(Read, false)),
             rsvd,
             "{bit}"
         );
         assert_eq!(
-            judge(&p, PWU | 1 << bit, PWU, access(Read, false)),
+            judge(&p, PWU | (1 << bit), PWU, access(Read, false)),
             rsvd,
             "{bit}"
         );
     }
     for bit in [9, 10, 11, 52, 58] {
         assert_eq!(
-            judge(&p, PWU, PWU | 1 << bit, access(Read, false)),
+            judge(&p, PWU, PWU | (1 << bit), access(Read, false)),
             None,
             "{bit}"
         );
@@ -384,7 +387,7 @@ fn reserved_bits() {
     for (levels, low, high) in [(3, 13, 20), (2, 13, 29)] {
         for bit in 12..=high + 1 {
             let mut memory = TestMemory::default();
-            map(&mut memory, 0x5000, PWU | PS | 1 << bit, levels, 4);
+            map(&mut memory, 0x5000, PWU | PS | (1 << bit), levels, 4);
             let r = p.translate(&mut memory, 0x5000, access(Read, false));
             assert_eq!(r.is_err(), (low..=high).contains(&bit), "{levels} {bit}");
         }
