@@ -132,13 +132,18 @@ impl XsaveLayout {
     pub fn from_host(mut host: impl FnMut(u32, u32) -> CpuidRegs) -> Self {
         let mut components = [XsaveComponent::default(); XSAVE_COMPONENTS];
         if host(0, 0).eax >= 0xd {
-            for (i, component) in components.iter_mut().enumerate().skip(2) {
-                let regs = host(0xd, i as u32);
-                *component = XsaveComponent {
-                    size: regs.eax,
-                    offset: regs.ebx,
-                    aligned: regs.ecx & 2 != 0,
-                };
+            let mut index = 0u32;
+            for component in &mut components {
+                // The first two are the legacy area.
+                if index >= 2 {
+                    let regs = host(0xd, index);
+                    *component = XsaveComponent {
+                        size: regs.eax,
+                        offset: regs.ebx,
+                        aligned: regs.ecx & 2 != 0,
+                    };
+                }
+                index = index.wrapping_add(1);
             }
         }
         Self { components }
@@ -148,8 +153,12 @@ impl XsaveLayout {
     #[must_use]
     pub fn size(&self, components: Xcr0, compacted: bool) -> u32 {
         let mut end = Self::MINIMUM;
-        for (i, c) in self.components.iter().enumerate().skip(2) {
-            if components.bits() & (1u64 << (i & 63)) == 0 {
+        // The first two are the legacy area.
+        let mut left = components.bits() & !3;
+        for c in &self.components {
+            let wanted = left & 1 != 0;
+            left >>= 1;
+            if !wanted {
                 continue;
             }
             let start = match (compacted, c.aligned) {

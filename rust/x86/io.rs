@@ -198,7 +198,9 @@ impl Transfer {
         let Some((head, tail)) = data.split_at_mut_checked(self.split(len)) else {
             return Ok(());
         };
-        memory.read(self.gpa, head).map_err(io_error)?;
+        if !head.is_empty() {
+            memory.read(self.gpa, head).map_err(io_error)?;
+        }
         if !tail.is_empty() {
             memory.read(self.gpa_tail, tail).map_err(io_error)?;
         }
@@ -222,7 +224,9 @@ impl Transfer {
         let Some((head, tail)) = data.split_at_checked(self.split(len)) else {
             return Ok(());
         };
-        memory.write(self.gpa, head).map_err(io_error)?;
+        if !head.is_empty() {
+            memory.write(self.gpa, head).map_err(io_error)?;
+        }
         if !tail.is_empty() {
             memory.write(self.gpa_tail, tail).map_err(io_error)?;
         }

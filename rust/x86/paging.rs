@@ -309,8 +309,10 @@ impl Paging {
 
         let mut level = levels;
         while level > 0 {
-            let shift = 12 + index_bits.wrapping_mul(level.wrapping_sub(1));
-            let index = (linear >> shift) & index_mask;
+            let shift = index_bits
+                .wrapping_mul(level.wrapping_sub(1))
+                .wrapping_add(12);
+            let index = (linear >> (shift & 63)) & index_mask;
             let gpa = table.wrapping_add(index.wrapping_mul(u64::from(entry_size)));
             let entry = match Self::read_entry(memory, gpa, entry_size) {
                 Ok(entry) => entry,
@@ -474,8 +476,10 @@ impl Paging {
         leaf: &Leaf,
         write: bool,
     ) -> Result<bool, WalkError<M::Error>> {
-        for (i, visited) in leaf.path.iter().take(leaf.depth).enumerate() {
-            let last = i.wrapping_add(1) == leaf.depth;
+        let mut left = leaf.depth;
+        for visited in leaf.path.iter().take(leaf.depth) {
+            left = left.wrapping_sub(1);
+            let last = left == 0;
             let mut wanted = visited.value | PTE_A;
             if last && write {
                 wanted |= PTE_D;

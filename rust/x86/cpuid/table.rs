@@ -76,7 +76,9 @@ impl<S: DerefMut<Target = [CpuidEntry]>> CpuidTable<S> {
         };
         // From the last to the first, each at the front of its chain.
         // INVARIANT: what is behind a position in a chain is greater, as it was put there before.
-        for (i, entry) in table.entries.iter().enumerate().rev() {
+        let mut i = table.entries.len();
+        for entry in table.entries.iter().rev() {
+            i = i.wrapping_sub(1);
             if let (Some(head), Some(next)) = (
                 table.heads.get_mut(bucket(entry.function)),
                 table.next.get_mut(i),

@@ -22,6 +22,9 @@ use rkvm_x86::segment::Segment;
 
 const CODE: u64 = 0x1000;
 
+/// An instruction, what to do to the processor first, and the fault.
+type Case = (&'static str, fn(&mut TestCpu), Fault);
+
 /// Puts code at CODE and runs the one instruction.
 fn exec(
     cpu: &mut TestCpu,
@@ -615,7 +618,7 @@ fn addresses() {
 #[test]
 fn faults_change_nothing() {
     let mut memory = TestMemory::default();
-    let cases: [(&str, fn(&mut TestCpu), Fault); 6] = [
+    let cases: [Case; 6] = [
         // Not canonical: #GP, and #SS through the stack.
         ("488b07", |c| c.gprs.set(Rdi, 1 << 47), Fault::gp(0)),
         ("488b4500", |c| c.gprs.set(Rbp, 1 << 63), Fault::ss(0)),
@@ -649,7 +652,7 @@ fn faults_change_nothing() {
         assert_eq!(cpu, before, "{code}");
     }
     // Protected mode: limits and types.
-    let cases: [(&str, fn(&mut TestCpu), Fault); 6] = [
+    let cases: [Case; 6] = [
         (
             "8b07",
             |c| c.seg(SegReg::Ds).attr = SegAttr::NULL,
@@ -691,10 +694,10 @@ fn paged(memory: &mut TestMemory) -> TestCpu {
     memory.put64(pdpt, pd | 7);
     memory.put64(pd, pt | 7);
     for i in 0..512 {
-        memory.put64(pt + 8 * i, i << 12 | 7);
+        memory.put64(pt + 8 * i, (i << 12) | 7);
     }
     for i in 1..512 {
-        memory.put64(pd + 8 * i, i << 21 | 0x87);
+        memory.put64(pd + 8 * i, (i << 21) | 0x87);
     }
     let mut cpu = TestCpu::long();
     cpu.cr0 |= Cr0::PG | Cr0::WP;
@@ -863,8 +866,8 @@ fn instruction_pointers_wrap() {
 fn every_register_is_reached() {
     let mut memory = TestMemory::default();
     for r in Gpr::ALL {
-        let rex = 0x48 | (r.number() >> 3) << 2;
-        let code = [rex, 0x8b, (r.number() & 7) << 3 | 5, 0, 0, 0x10, 0];
+        let rex = 0x48 | ((r.number() >> 3) << 2);
+        let code = [rex, 0x8b, ((r.number() & 7) << 3) | 5, 0, 0, 0x10, 0];
         let mut cpu = TestCpu::long();
         cpu.rip = 0x1000 - 7;
         memory.put(cpu.rip, &code);

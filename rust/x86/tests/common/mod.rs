@@ -342,5 +342,5 @@ pub fn hex(text: &str) -> Vec<u8> {
         .filter_map(|c| c.to_digit(16).map(|d| d as u8))
         .collect();
     assert!(digits.len() % 2 == 0, "{text}");
-    digits.chunks(2).map(|d| d[0] << 4 | d[1]).collect()
+    digits.chunks(2).map(|d| (d[0] << 4) | d[1]).collect()
 }
