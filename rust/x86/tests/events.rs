@@ -151,8 +151,8 @@ fn interrupts_wait_for_the_gate() {
     let mut e = PendingEvents::new();
     assert!(e.ready_for_interrupt(OPEN));
     assert!(!e.ready_for_interrupt(SHUT) && !e.ready_for_interrupt(STI));
-    e.queue_interrupt(0x20).unwrap();
-    assert_eq!(e.queue_interrupt(0x21), Err(Busy));
+    e.queue_interrupt(0x21);
+    e.queue_interrupt(0x20);
     assert!(!e.ready_for_interrupt(OPEN));
     for gate in [SHUT, STI] {
         assert!(!e.has_deliverable(gate));
@@ -165,7 +165,7 @@ fn interrupts_wait_for_the_gate() {
     assert!(!s.interrupt_window);
     assert_eq!(e.interrupt_in_bitmap(), Some(0x20));
     // Until it is delivered the next one waits, and the entry does not take two.
-    e.queue_interrupt(0x21).unwrap();
+    e.queue_interrupt(0x21);
     let s = e.select(OPEN);
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.interrupt_window);
@@ -191,7 +191,7 @@ fn redelivered_interrupts_need_no_gate() {
 fn priorities() {
     // An exception before an NMI before an interrupt.
     let mut e = PendingEvents::new();
-    e.queue_interrupt(0x20).unwrap();
+    e.queue_interrupt(0x20);
     e.queue_nmi();
     e.raise(gp());
     let s = e.select(OPEN);
@@ -292,7 +292,14 @@ fn state_goes_out_and_in() {
         assert_eq!(e.set_state(&bad), Err(Invalid));
         assert_eq!(e, before);
     }
+    // An interrupt that is set waits until it can be taken; one of software has begun.
     let mut e = PendingEvents::new();
-    e.set_injected_interrupt(0x31);
-    assert_eq!(e.select(SHUT).inject, Some(Injection::Interrupt(int(0x31))));
+    e.set_state(&EventsState {
+        interrupt_injected: Some(int(0x31)),
+        ..EventsState::default()
+    })
+    .unwrap();
+    assert_eq!(e.interrupt_in_bitmap(), Some(0x31));
+    assert!(e.select(SHUT).interrupt_window && e.select(SHUT).inject.is_none());
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Interrupt(int(0x31))));
 }
