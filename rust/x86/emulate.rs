@@ -1,0 +1,391 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The instruction emulator: carries out one guest instruction whose memory belongs to a device.
+//!
+//! One [`Emulator`] belongs to each vCPU. [`Emulator::step`] decodes the instruction at RIP and either completes it or
+//! says what it needs first. The instruction keeps no partial state: values that devices returned are remembered, the
+//! instruction is run again from its start with them, and registers and memory change only in the run that needs nothing
+//! more. So a vCPU can leave for userspace between any two steps, and an instruction that faults has changed nothing.
+//!
+//! What a step asks for:
+//! - [`Outcome::MmioRead`]: read the device, call [`Emulator::complete_read`], step again. Registers still are those
+//!   before the instruction.
+//! - [`Outcome::MmioWrite`]: write the device, step again. The instruction has completed, RIP is past it.
+//!
+//! While [`Emulator::in_progress`] says so, no event may be injected and the guest may not be entered.
+//!
+//! A repeated string instruction is carried out an iteration at a time. It returns [`Outcome::Done`] with RIP still at
+//! the instruction after one iteration that met a device, or after many that did not: the registers say how far it came,
+//! the guest can be entered or interrupted, and the processor or the emulator goes on from there.
+
+mod access;
+mod alu;
+mod exec;
+mod string;
+
+use self::access::Run;
+use self::access::Stop;
+use super::exception::Fault;
+use super::insn::Insn;
+use super::insn::MAX_INSN_LEN;
+use super::paging::GuestMemory;
+use super::paging::Paging;
+use super::paging::PAGE_OFFSET;
+use super::regs::Cr0;
+use super::regs::Cr3;
+use super::regs::Cr4;
+use super::regs::Efer;
+use super::regs::Gpr;
+use super::regs::Rflags;
+use super::segment::CpuMode;
+use super::segment::SegReg;
+use super::segment::Segment;
+
+/// The state of the processor whose instruction is emulated.
+///
+/// All methods take `&mut self`: a backend reads its control structure when first asked.
+pub trait Cpu {
+    /// The value of a general register.
+    fn gpr(&mut self, r: Gpr) -> u64;
+    /// Sets a general register.
+    fn set_gpr(&mut self, r: Gpr, value: u64);
+    /// The instruction pointer.
+    fn rip(&mut self) -> u64;
+    /// Sets the instruction pointer.
+    fn set_rip(&mut self, value: u64);
+    /// RFLAGS.
+    fn rflags(&mut self) -> Rflags;
+    /// Sets RFLAGS.
+    fn set_rflags(&mut self, value: Rflags);
+    /// A segment register.
+    fn segment(&mut self, reg: SegReg) -> Segment;
+    /// CR0 as the guest sees it.
+    fn cr0(&mut self) -> Cr0;
+    /// CR3.
+    fn cr3(&mut self) -> Cr3;
+    /// CR4 as the guest sees it.
+    fn cr4(&mut self) -> Cr4;
+    /// EFER.
+    fn efer(&mut self) -> Efer;
+    /// The current privilege level. VMX: the DPL of SS (SDM vol. 3, 26.4.1), but 0 in real and 3 in virtual-8086 mode.
+    fn cpl(&mut self) -> u8;
+    /// The width of physical addresses that the guest's CPUID reports.
+    fn maxphyaddr(&mut self) -> u8;
+    /// Whether the guest's CPUID reports 1 GiB pages.
+    fn gbpages(&mut self) -> bool;
+
+    /// PKRU; asked only with CR4.PKE.
+    fn pkru(&mut self) -> u32 {
+        0
+    }
+
+    /// The mode.
+    fn mode(&mut self) -> CpuMode {
+        let cs = self.segment(SegReg::Cs).attr;
+        CpuMode::of(self.cr0(), self.rflags(), self.efer(), cs)
+    }
+
+    /// The state that decides how addresses are translated.
+    fn paging(&mut self) -> Paging {
+        let cr4 = self.cr4();
+        Paging {
+            cr0: self.cr0(),
+            cr3: self.cr3(),
+            cr4,
+            efer: self.efer(),
+            rflags: self.rflags(),
+            pkru: if cr4.has(Cr4::PKE) { self.pkru() } else { 0 },
+            maxphyaddr: self.maxphyaddr(),
+            gbpages: self.gbpages(),
+        }
+    }
+}
+
+/// How an instruction, or an iteration of one, ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// Whether RIP is past the instruction. If not, a repeated string instruction has iterations left, or another
+    /// processor kept changing what a locked instruction was to change: the guest tries again.
+    pub retired: bool,
+    /// Whether RFLAGS.TF was set: a single-step #DB is due. The interrupt shadow, if any, has ended as well.
+    pub single_step: bool,
+}
+
+/// What came of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome<E> {
+    /// The registers hold a state from which the guest can go on.
+    Done(Completion),
+    /// `len` bytes, 1 to 8, are wanted from the device at `gpa`. They do not cross a page.
+    MmioRead {
+        /// Where.
+        gpa: u64,
+        /// How many bytes.
+        len: u8,
+    },
+    /// The first `len` bytes of `data`, 1 to 8, go to the device at `gpa`. They do not cross a page.
+    MmioWrite {
+        /// Where.
+        gpa: u64,
+        /// What.
+        data: [u8; 8],
+        /// How many bytes.
+        len: u8,
+    },
+    /// The instruction faults: inject this. No register has changed.
+    Fault(Fault),
+    /// The instruction is not one that is emulated; [`Emulator::insn_bytes`] tells which it was.
+    Unhandled,
+    /// The host could not reach guest memory.
+    Host(E),
+}
+
+/// What the processor reported of the access that made it exit, to save walking the guest's tables for it again.
+///
+/// Only for exits whose report is of the final address of a translated access (VMX: bits 7 and 8 of the exit qualification of
+/// an EPT violation both set).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hint {
+    /// The linear address.
+    pub linear: u64,
+    /// The guest-physical address.
+    pub gpa: u64,
+    /// Whether the access was a write.
+    pub write: bool,
+}
+
+/// One access to a device: at most eight bytes in one page.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mmio {
+    gpa: u64,
+    len: u8,
+    data: u64,
+}
+
+/// The most device accesses of one kind in an instruction: two operands, each split between two pages.
+const MAX_MMIO: usize = 4;
+
+/// A list of device accesses.
+#[derive(Clone, Copy, Debug, Default)]
+struct MmioList {
+    items: [Mmio; MAX_MMIO],
+    len: usize,
+}
+
+impl MmioList {
+    fn get(&self, i: usize) -> Option<&Mmio> {
+        self.items.get(i).filter(|_| i < self.len)
+    }
+
+    /// Says false if the list is full.
+    fn push(&mut self, item: Mmio) -> bool {
+        let Some(slot) = self.items.get_mut(self.len) else {
+            return false;
+        };
+        *slot = item;
+        self.len = self.len.wrapping_add(1);
+        true
+    }
+
+    fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    /// Nothing is in progress.
+    Idle,
+    /// A device read was asked for.
+    Reading { gpa: u64, len: u8 },
+    /// The read has come; the instruction is to be run again.
+    Ready,
+    /// The instruction has completed; writes from this one on are still to be handed out.
+    Draining { next: usize, done: Completion },
+}
+
+/// The emulator of one vCPU.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    state: State,
+    insn: Option<Insn>,
+    bytes: [u8; MAX_INSN_LEN],
+    bytes_len: usize,
+    hint: Option<Hint>,
+    reads: MmioList,
+    writes: MmioList,
+}
+
+impl Default for Emulator {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// How many iterations of a string instruction a step does at most, and how often a contended locked one is tried.
+const MAX_ITERATIONS: u32 = 1024;
+
+impl Emulator {
+    /// An emulator with nothing in progress.
+    #[must_use]
+    pub const fn new() -> Self {
+        const NONE: MmioList = MmioList {
+            items: [Mmio {
+                gpa: 0,
+                len: 0,
+                data: 0,
+            }; MAX_MMIO],
+            len: 0,
+        };
+        Self {
+            state: State::Idle,
+            insn: None,
+            bytes: [0; MAX_INSN_LEN],
+            bytes_len: 0,
+            hint: None,
+            reads: NONE,
+            writes: NONE,
+        }
+    }
+
+    /// Whether an instruction is half done: [`Emulator::step`] has to be called before the guest runs or anything is
+    /// injected.
+    #[inline]
+    #[must_use]
+    pub const fn in_progress(&self) -> bool {
+        !matches!(self.state, State::Idle)
+    }
+
+    /// Forgets whatever is in progress.
+    pub fn abort(&mut self) {
+        self.state = State::Idle;
+        self.insn = None;
+        self.hint = None;
+        self.reads.truncate(0);
+        self.writes.truncate(0);
+    }
+
+    /// Tells what the processor reported of the access, before the first step of an instruction.
+    pub fn set_hint(&mut self, hint: Hint) {
+        if !self.in_progress() {
+            self.hint = Some(hint);
+        }
+    }
+
+    /// The bytes fetched for the last instruction: it, and perhaps some that follow; fewer if it could not be fetched.
+    #[must_use]
+    pub fn insn_bytes(&self) -> &[u8] {
+        self.bytes.get(..self.bytes_len).unwrap_or(&[])
+    }
+
+    /// Hands in what the device returned for the last [`Outcome::MmioRead`]: its first `len` bytes count. Without such a
+    /// request pending, nothing happens.
+    pub fn complete_read(&mut self, data: [u8; 8]) {
+        let State::Reading { gpa, len } = self.state else {
+            return;
+        };
+        let bits = u32::from(len.min(8)).wrapping_mul(8);
+        let mask = u64::MAX.checked_shr(64u32.wrapping_sub(bits)).unwrap_or(0);
+        let data = u64::from_le_bytes(data) & mask;
+        if !self.reads.push(Mmio { gpa, len, data }) {
+            // No instruction reads so often: begin it anew rather than ask for ever.
+            self.reads.truncate(0);
+        }
+        self.state = State::Ready;
+    }
+
+    /// Goes on with the instruction in progress, or begins with the one at RIP.
+    pub fn step<C: Cpu, M: GuestMemory>(
+        &mut self,
+        cpu: &mut C,
+        memory: &mut M,
+    ) -> Outcome<M::Error> {
+        match self.state {
+            State::Reading { gpa, len } => return Outcome::MmioRead { gpa, len },
+            State::Draining { .. } => return self.drain(),
+            State::Idle => {
+                self.insn = None;
+                self.bytes_len = 0;
+                self.reads.truncate(0);
+                self.writes.truncate(0);
+            }
+            State::Ready => {}
+        }
+        match self.run(cpu, memory) {
+            Ok(done) => {
+                self.state = State::Draining { next: 0, done };
+                self.drain()
+            }
+            Err(Stop::Mmio { gpa, len }) => {
+                self.state = State::Reading { gpa, len };
+                Outcome::MmioRead { gpa, len }
+            }
+            Err(stop) => {
+                self.abort();
+                match stop {
+                    Stop::Fault(fault) => Outcome::Fault(fault),
+                    Stop::Host(e) => Outcome::Host(e),
+                    Stop::Retry => Outcome::Done(Completion {
+                        retired: false,
+                        single_step: false,
+                    }),
+                    // The second was handled above.
+                    Stop::Unhandled | Stop::Mmio { .. } => Outcome::Unhandled,
+                }
+            }
+        }
+    }
+
+    fn drain<E>(&mut self) -> Outcome<E> {
+        let State::Draining { next, done } = self.state else {
+            return Outcome::Unhandled;
+        };
+        if let Some(write) = self.writes.get(next) {
+            self.state = State::Draining {
+                next: next.wrapping_add(1),
+                done,
+            };
+            return Outcome::MmioWrite {
+                gpa: write.gpa,
+                data: write.data.to_le_bytes(),
+                len: write.len,
+            };
+        }
+        self.abort();
+        Outcome::Done(done)
+    }
+
+    fn run<C: Cpu, M: GuestMemory>(
+        &mut self,
+        cpu: &mut C,
+        memory: &mut M,
+    ) -> Result<Completion, Stop<M::Error>> {
+        let mut run = Run::new(cpu, memory, self);
+        let insn = run.fetch()?;
+        let single_step = run.flags().has(Rflags::TF);
+        let mut left = MAX_ITERATIONS;
+        loop {
+            let retired = match run.execute(&insn) {
+                Ok(retired) => retired,
+                // Somebody else changed the operand of a locked instruction, or a page table.
+                Err(Stop::Retry) if left > 0 => {
+                    left = left.saturating_sub(1);
+                    run.rewind();
+                    continue;
+                }
+                Err(stop) => return Err(stop),
+            };
+            left = left.saturating_sub(1);
+            if retired || single_step || left == 0 || run.met_device() {
+                return Ok(Completion {
+                    retired,
+                    single_step,
+                });
+            }
+            run.rewind();
+        }
+    }
+}
+
+/// The bits of an address that say which page it is in.
+const PAGE_MASK: u64 = !PAGE_OFFSET;

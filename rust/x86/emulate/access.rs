@@ -1,0 +1,518 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! One run of an instruction: its view of registers and memory, and the changes that it has in mind.
+//!
+//! Reads happen at once, or are answered from the list of device reads that came before. Changes of registers and memory
+//! are put down and made by [`Run::commit`] when nothing can stop the instruction any more.
+
+use super::super::decode::decode;
+use super::super::exception::Fault;
+use super::super::insn::DecodeError;
+use super::super::insn::Insn;
+use super::super::insn::MemRef;
+use super::super::insn::Operand;
+use super::super::insn::Size;
+use super::super::insn::MAX_INSN_LEN;
+use super::super::paging::GuestMemory;
+use super::super::paging::MemoryError;
+use super::super::paging::PageAccess;
+use super::super::paging::Paging;
+use super::super::paging::WalkError;
+use super::super::paging::PAGE_OFFSET;
+use super::super::paging::PAGE_SIZE;
+use super::super::regs::Cr0;
+use super::super::regs::Gpr;
+use super::super::regs::Rflags;
+use super::super::segment::linearize;
+use super::super::segment::AccessKind;
+use super::super::segment::CpuMode;
+use super::super::segment::SegReg;
+use super::Cpu;
+use super::Emulator;
+use super::Mmio;
+use super::PAGE_MASK;
+
+/// Why a run did not reach its end.
+pub(super) enum Stop<E> {
+    /// The guest is owed an exception.
+    Fault(Fault),
+    /// A device has to be read first.
+    Mmio {
+        /// Where.
+        gpa: u64,
+        /// How many bytes, 1 to 8.
+        len: u8,
+    },
+    /// The instruction is not one that is emulated.
+    Unhandled,
+    /// Another processor interfered: run it again.
+    Retry,
+    /// The host could not reach guest memory.
+    Host(E),
+}
+
+impl<E> From<Fault> for Stop<E> {
+    fn from(fault: Fault) -> Self {
+        Self::Fault(fault)
+    }
+}
+
+/// A part of a memory operand inside one page.
+#[derive(Clone, Copy, Default)]
+struct Part {
+    gpa: u64,
+    len: u8,
+}
+
+/// A translated memory operand: one part, or two if it crosses a page. The second is empty otherwise.
+#[derive(Clone, Copy)]
+pub(super) struct Target {
+    parts: [Part; 2],
+}
+
+impl Target {
+    /// Whether the operand is one aligned piece, as atomic operations need.
+    fn is_atomic(&self) -> bool {
+        let [first, second] = self.parts;
+        second.len == 0
+            && first.len.is_power_of_two()
+            && first.gpa & u64::from(first.len).wrapping_sub(1) == 0
+    }
+}
+
+/// A write to memory that is put down.
+#[derive(Clone, Copy)]
+struct Store {
+    target: Target,
+    value: u64,
+    /// For a locked instruction, what memory must still hold.
+    expected: Option<u64>,
+}
+
+/// The most registers that an instruction changes.
+const MAX_REGISTERS: usize = 4;
+
+pub(super) struct Run<'a, C, M> {
+    cpu: &'a mut C,
+    memory: &'a mut M,
+    emulator: &'a mut Emulator,
+    mode: CpuMode,
+    paging: Paging,
+    cpl: u8,
+    rip: u64,
+    flags: Rflags,
+    /// How many of the device reads that are known this run has used.
+    reads_used: usize,
+    registers: [(Operand, Size, u64); MAX_REGISTERS],
+    registers_len: usize,
+    store: Option<Store>,
+}
+
+const NO_REGISTER: (Operand, Size, u64) = (Operand::None, Size::Byte, 0);
+
+impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
+    pub(super) fn new(cpu: &'a mut C, memory: &'a mut M, emulator: &'a mut Emulator) -> Self {
+        let mode = cpu.mode();
+        let paging = cpu.paging();
+        Self {
+            mode,
+            paging,
+            cpl: cpu.cpl(),
+            rip: cpu.rip(),
+            flags: paging.rflags,
+            cpu,
+            memory,
+            emulator,
+            reads_used: 0,
+            registers: [NO_REGISTER; MAX_REGISTERS],
+            registers_len: 0,
+            store: None,
+        }
+    }
+
+    /// Whether a device was read or is to be written.
+    pub(super) fn met_device(&self) -> bool {
+        self.reads_used > 0 || self.emulator.writes.len > 0
+    }
+
+    /// Drops what is put down, for another iteration or another try.
+    pub(super) fn rewind(&mut self) {
+        self.reads_used = 0;
+        self.registers_len = 0;
+        self.store = None;
+        self.flags = self.cpu.rflags();
+    }
+
+    /// RFLAGS, with the changes so far.
+    pub(super) fn flags(&self) -> Rflags {
+        self.flags
+    }
+
+    /// Puts down a change of RFLAGS.
+    pub(super) fn set_flags(&mut self, flags: Rflags) {
+        self.flags = flags;
+    }
+
+    /// A general register as it was before the instruction.
+    pub(super) fn gpr(&mut self, r: Gpr) -> u64 {
+        self.cpu.gpr(r)
+    }
+
+    /// The size of the stack pointer.
+    pub(super) fn stack_size(&mut self) -> Size {
+        if self.mode.is_64bit() {
+            Size::Qword
+        } else if self.cpu.segment(SegReg::Ss).attr.db() {
+            Size::Dword
+        } else {
+            Size::Word
+        }
+    }
+
+    /// Fetches and decodes the instruction, unless an earlier run has.
+    pub(super) fn fetch(&mut self) -> Result<Insn, Stop<M::Error>> {
+        if let Some(insn) = self.emulator.insn {
+            return Ok(insn);
+        }
+        let cs = self.cpu.segment(SegReg::Cs);
+        let access = PageAccess::explicit(AccessKind::Fetch, self.cpl);
+        let mut bytes = [0; MAX_INSN_LEN];
+        let mut have = 0usize;
+        loop {
+            // What is left of the page, as far as the segment reaches; more is fetched only if the instruction goes on.
+            let offset = self.rip.wrapping_add(have as u64) & self.mode.linear_mask();
+            let linear = self.linear(SegReg::Cs, offset, 1, AccessKind::Fetch)?;
+            let mut room = PAGE_SIZE.wrapping_sub(linear & PAGE_OFFSET);
+            if !self.mode.is_64bit() {
+                room = room.min(u64::from(cs.limit).saturating_sub(offset).saturating_add(1));
+            }
+            let end = have.saturating_add(room as usize).min(MAX_INSN_LEN);
+            let gpa = self.translate(linear, access)?;
+            let Some(chunk) = bytes.get_mut(have..end) else {
+                return Err(Stop::Unhandled);
+            };
+            match self.memory.read(gpa, chunk) {
+                Ok(()) => {}
+                // Code on a device: no instruction is emulated from there.
+                Err(MemoryError::Mmio) => return Err(Stop::Unhandled),
+                Err(MemoryError::Host(e)) => return Err(Stop::Host(e)),
+            }
+            have = end;
+            self.emulator.bytes = bytes;
+            self.emulator.bytes_len = have;
+            match decode(bytes.get(..have).unwrap_or(&[]), self.mode) {
+                Ok(insn) => {
+                    self.emulator.insn = Some(insn);
+                    return Ok(insn);
+                }
+                Err(DecodeError::Truncated) if have < MAX_INSN_LEN => {}
+                Err(DecodeError::Truncated | DecodeError::TooLong) => {
+                    return Err(Fault::gp(0).into());
+                }
+                Err(DecodeError::Invalid) => return Err(Fault::UD.into()),
+                Err(DecodeError::Unsupported) => return Err(Stop::Unhandled),
+            }
+        }
+    }
+
+    fn linear(
+        &mut self,
+        seg: SegReg,
+        offset: u64,
+        len: u8,
+        kind: AccessKind,
+    ) -> Result<u64, Stop<M::Error>> {
+        let segment = self.cpu.segment(seg);
+        let la57 = self.paging.la57();
+        Ok(linearize(
+            self.mode,
+            la57,
+            seg,
+            &segment,
+            offset,
+            u32::from(len),
+            kind,
+        )?)
+    }
+
+    fn translate(&mut self, linear: u64, access: PageAccess) -> Result<u64, Stop<M::Error>> {
+        if let Some(hint) = self.emulator.hint {
+            let allowed = match access.kind {
+                AccessKind::Read => true,
+                AccessKind::Write => hint.write,
+                AccessKind::Fetch => false,
+            };
+            if allowed && (hint.linear ^ linear) & PAGE_MASK == 0 {
+                return Ok(hint.gpa & PAGE_MASK | linear & PAGE_OFFSET);
+            }
+        }
+        match self.paging.translate(self.memory, linear, access) {
+            Ok(translation) => Ok(translation.gpa),
+            Err(WalkError::Fault(error)) => Err(Fault::page(linear, error).into()),
+            Err(WalkError::Contended) => Err(Stop::Retry),
+            Err(WalkError::Host(e)) => Err(Stop::Host(e)),
+        }
+    }
+
+    /// The offset in its segment of a memory operand. `stack_adjust` is added to RSP: POP computes its operand's address
+    /// after it has moved the stack pointer.
+    pub(super) fn effective_address(
+        &mut self,
+        insn: &Insn,
+        mem: &MemRef,
+        stack_adjust: u64,
+    ) -> u64 {
+        let mut address = mem.disp;
+        if mem.rip_relative {
+            address = address.wrapping_add(self.next_rip(insn));
+        }
+        if let Some(base) = mem.base {
+            address = address.wrapping_add(self.cpu.gpr(base));
+            if base == Gpr::Rsp {
+                address = address.wrapping_add(stack_adjust);
+            }
+        }
+        if let Some(index) = mem.index {
+            let scaled = self.cpu.gpr(index) << (mem.scale & 3);
+            address = address.wrapping_add(scaled);
+        }
+        address & address_mask(insn.address_size)
+    }
+
+    fn next_rip(&self, insn: &Insn) -> u64 {
+        self.rip.wrapping_add(u64::from(insn.len)) & self.mode.linear_mask()
+    }
+
+    /// Checks and translates an access to `size` bytes at an offset of a segment.
+    pub(super) fn target(
+        &mut self,
+        seg: SegReg,
+        offset: u64,
+        size: Size,
+        kind: AccessKind,
+    ) -> Result<Target, Stop<M::Error>> {
+        let len = size.bytes();
+        let linear = self.linear(seg, offset, len, kind)?;
+        let misaligned = linear & u64::from(len).wrapping_sub(1) != 0;
+        if misaligned && self.cpl == 3 && self.flags.has(Rflags::AC) && self.paging.cr0.has(Cr0::AM)
+        {
+            return Err(Fault::ac().into());
+        }
+        let access = PageAccess::explicit(kind, self.cpl);
+        let gpa = self.translate(linear, access)?;
+        let room = PAGE_SIZE.wrapping_sub(linear & PAGE_OFFSET);
+        if room >= u64::from(len) {
+            let second = Part::default();
+            return Ok(Target {
+                parts: [Part { gpa, len }, second],
+            });
+        }
+        let head = room as u8;
+        let next = linear.wrapping_add(room) & self.mode.linear_mask();
+        let second = self.translate(next, access)?;
+        Ok(Target {
+            parts: [
+                Part { gpa, len: head },
+                Part {
+                    gpa: second,
+                    len: len.wrapping_sub(head),
+                },
+            ],
+        })
+    }
+
+    /// Reads a translated operand.
+    pub(super) fn load(&mut self, target: &Target) -> Result<u64, Stop<M::Error>> {
+        let [first, second] = target.parts;
+        let low = self.load_part(first)?;
+        if second.len == 0 {
+            return Ok(low);
+        }
+        let high = self.load_part(second)?;
+        Ok(low | shift_left_bytes(high, first.len))
+    }
+
+    fn load_part(&mut self, part: Part) -> Result<u64, Stop<M::Error>> {
+        let mut raw = [0; 8];
+        let Some(buf) = raw.get_mut(..usize::from(part.len)) else {
+            return Err(Stop::Unhandled);
+        };
+        match self.memory.read(part.gpa, buf) {
+            Ok(()) => Ok(u64::from_le_bytes(raw)),
+            Err(MemoryError::Mmio) => self.load_device(part),
+            Err(MemoryError::Host(e)) => Err(Stop::Host(e)),
+        }
+    }
+
+    fn load_device(&mut self, part: Part) -> Result<u64, Stop<M::Error>> {
+        let i = self.reads_used;
+        if let Some(read) = self.emulator.reads.get(i) {
+            if read.gpa == part.gpa && read.len == part.len {
+                self.reads_used = i.wrapping_add(1);
+                return Ok(read.data);
+            }
+            // The tables changed under the instruction: what was read from elsewhere is of no use.
+            self.emulator.reads.truncate(i);
+        }
+        Err(Stop::Mmio {
+            gpa: part.gpa,
+            len: part.len,
+        })
+    }
+
+    /// Reads `size` bytes at an offset of a segment.
+    pub(super) fn read(
+        &mut self,
+        seg: SegReg,
+        offset: u64,
+        size: Size,
+    ) -> Result<u64, Stop<M::Error>> {
+        let target = self.target(seg, offset, size, AccessKind::Read)?;
+        self.load(&target)
+    }
+
+    /// Puts down a write. An instruction has one. With `expected`, it happens only if memory still holds that; an operand
+    /// that is not one aligned piece, or is a device's, is written without that certainty.
+    pub(super) fn store(&mut self, target: Target, value: u64, expected: Option<u64>) {
+        self.store = Some(Store {
+            target,
+            value,
+            expected,
+        });
+    }
+
+    /// The value of a register operand, or of a constant.
+    pub(super) fn register(&mut self, operand: Operand, size: Size) -> Result<u64, Stop<M::Error>> {
+        let value = match operand {
+            Operand::Reg(r) => self.cpu.gpr(r),
+            Operand::High(r) => self.cpu.gpr(r) >> 8,
+            Operand::Imm(value) => value,
+            Operand::Seg(seg) => u64::from(self.cpu.segment(seg).selector),
+            Operand::None | Operand::Mem(_) => return Err(Stop::Unhandled),
+        };
+        Ok(value & size.mask())
+    }
+
+    /// Puts down a change of a register.
+    pub(super) fn set_register(
+        &mut self,
+        operand: Operand,
+        size: Size,
+        value: u64,
+    ) -> Result<(), Stop<M::Error>> {
+        let Some(slot) = self.registers.get_mut(self.registers_len) else {
+            return Err(Stop::Unhandled);
+        };
+        *slot = (operand, size, value);
+        self.registers_len = self.registers_len.wrapping_add(1);
+        Ok(())
+    }
+
+    /// Makes the changes. RIP moves past the instruction if it has `retired`.
+    pub(super) fn commit(&mut self, insn: &Insn, retired: bool) -> Result<(), Stop<M::Error>> {
+        if let Some(store) = self.store.take() {
+            self.commit_store(&store)?;
+        }
+        let registers = self.registers;
+        for &(operand, size, value) in registers.iter().take(self.registers_len) {
+            self.commit_register(operand, size, value);
+        }
+        if retired {
+            let next = self.next_rip(insn);
+            self.cpu.set_rip(next);
+            // An instruction that completes clears RF.
+            self.flags = self.flags.without(Rflags::RF);
+        }
+        if self.flags != self.cpu.rflags() {
+            self.cpu.set_rflags(self.flags);
+        }
+        // The reads of this iteration have served.
+        self.emulator.reads.truncate(0);
+        Ok(())
+    }
+
+    fn commit_store(&mut self, store: &Store) -> Result<(), Stop<M::Error>> {
+        let [first, second] = store.target.parts;
+        if let Some(old) = store.expected.filter(|_| store.target.is_atomic()) {
+            match self
+                .memory
+                .compare_exchange(first.gpa, first.len, old, store.value)
+            {
+                Ok(true) => return Ok(()),
+                Ok(false) => return Err(Stop::Retry),
+                // A device: the plain way below.
+                Err(MemoryError::Mmio) => {}
+                Err(MemoryError::Host(e)) => return Err(Stop::Host(e)),
+            }
+        }
+        self.commit_part(first, store.value)?;
+        if second.len > 0 {
+            self.commit_part(second, shift_right_bytes(store.value, first.len))?;
+        }
+        Ok(())
+    }
+
+    fn commit_part(&mut self, part: Part, value: u64) -> Result<(), Stop<M::Error>> {
+        let raw = value.to_le_bytes();
+        let Some(data) = raw.get(..usize::from(part.len)) else {
+            return Err(Stop::Unhandled);
+        };
+        match self.memory.write(part.gpa, data) {
+            Ok(()) => Ok(()),
+            Err(MemoryError::Mmio) => {
+                let unused = shift_left_bytes(u64::MAX, part.len);
+                let write = Mmio {
+                    gpa: part.gpa,
+                    len: part.len,
+                    data: value & !unused,
+                };
+                if self.emulator.writes.push(write) {
+                    Ok(())
+                } else {
+                    Err(Stop::Unhandled)
+                }
+            }
+            Err(MemoryError::Host(e)) => Err(Stop::Host(e)),
+        }
+    }
+
+    fn commit_register(&mut self, operand: Operand, size: Size, value: u64) {
+        let (r, shift) = match operand {
+            Operand::Reg(r) => (r, 0),
+            Operand::High(r) => (r, 8),
+            _ => return,
+        };
+        let new = match size {
+            // Writes of 32 bits clear the upper half, smaller ones keep the rest.
+            Size::Dword | Size::Qword => value & size.mask(),
+            Size::Byte | Size::Word => {
+                let mask = size.mask() << shift;
+                self.cpu.gpr(r) & !mask | (value << shift) & mask
+            }
+        };
+        self.cpu.set_gpr(r, new);
+    }
+}
+
+/// The bits of an address of this size in bytes.
+pub(super) const fn address_mask(address_size: u8) -> u64 {
+    match address_size {
+        2 => 0xffff,
+        4 => 0xffff_ffff,
+        _ => u64::MAX,
+    }
+}
+
+/// The value shifted up by so many bytes; zero by eight or more.
+fn shift_left_bytes(value: u64, bytes: u8) -> u64 {
+    value
+        .checked_shl(u32::from(bytes).wrapping_mul(8))
+        .unwrap_or(0)
+}
+
+/// The value shifted down by so many bytes; zero by eight or more.
+fn shift_right_bytes(value: u64, bytes: u8) -> u64 {
+    value
+        .checked_shr(u32::from(bytes).wrapping_mul(8))
+        .unwrap_or(0)
+}

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the decoder hands to the emulator: an instruction, taken apart.
+
+use super::regs::Gpr;
+use super::segment::SegReg;
+
+/// The longest an instruction can be, in bytes.
+pub const MAX_INSN_LEN: usize = 15;
+
+/// The size of an operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Size {
+    /// One byte.
+    Byte = 1,
+    /// Two bytes.
+    Word = 2,
+    /// Four bytes.
+    Dword = 4,
+    /// Eight bytes.
+    Qword = 8,
+}
+
+impl Size {
+    /// In bytes.
+    #[inline]
+    #[must_use]
+    pub const fn bytes(self) -> u8 {
+        self as u8
+    }
+
+    /// In bits.
+    #[inline]
+    #[must_use]
+    pub const fn bits(self) -> u32 {
+        (self as u32).wrapping_mul(8)
+    }
+
+    /// The bits of a value of this size.
+    #[inline]
+    #[must_use]
+    pub const fn mask(self) -> u64 {
+        match self {
+            Self::Byte => 0xff,
+            Self::Word => 0xffff,
+            Self::Dword => 0xffff_ffff,
+            Self::Qword => u64::MAX,
+        }
+    }
+
+    /// The top bit of a value of this size.
+    #[inline]
+    #[must_use]
+    pub const fn sign_bit(self) -> u64 {
+        match self {
+            Self::Byte => 1 << 7,
+            Self::Word => 1 << 15,
+            Self::Dword => 1 << 31,
+            Self::Qword => 1 << 63,
+        }
+    }
+
+    /// The value, extended from this size to 64 bits as a signed number.
+    #[inline]
+    #[must_use]
+    pub const fn sign_extend(self, value: u64) -> u64 {
+        match self {
+            Self::Byte => value as u8 as i8 as i64 as u64,
+            Self::Word => value as u16 as i16 as i64 as u64,
+            Self::Dword => value as u32 as i32 as i64 as u64,
+            Self::Qword => value,
+        }
+    }
+}
+
+/// A memory operand: segment, and the parts of the effective address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemRef {
+    /// The segment, after prefixes and defaults.
+    pub seg: SegReg,
+    /// The base register, if any.
+    pub base: Option<Gpr>,
+    /// The index register, if any.
+    pub index: Option<Gpr>,
+    /// The base-two logarithm of what the index is multiplied by, 0 to 3.
+    pub scale: u8,
+    /// The displacement, sign-extended; for an absolute address, the address.
+    pub disp: u64,
+    /// Whether the base is the address of the next instruction.
+    pub rip_relative: bool,
+}
+
+/// A place that an instruction reads or writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operand {
+    /// There is none.
+    None,
+    /// A general register, its low part at sizes below eight.
+    Reg(Gpr),
+    /// AH, CH, DH or BH: the second byte of one of the first four registers.
+    High(Gpr),
+    /// Memory.
+    Mem(MemRef),
+    /// A constant, sign-extended as the instruction does.
+    Imm(u64),
+    /// A segment register.
+    Seg(SegReg),
+}
+
+/// The repeat prefixes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rep {
+    /// None.
+    None,
+    /// F3: REP or REPE.
+    Repe,
+    /// F2: REPNE.
+    Repne,
+}
+
+/// The two-operand arithmetic, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AluOp {
+    /// Addition.
+    Add,
+    /// Bitwise or.
+    Or,
+    /// Addition with carry.
+    Adc,
+    /// Subtraction with borrow.
+    Sbb,
+    /// Bitwise and.
+    And,
+    /// Subtraction.
+    Sub,
+    /// Bitwise exclusive or.
+    Xor,
+    /// Subtraction for the flags alone.
+    Cmp,
+}
+
+impl AluOp {
+    /// From the three bits by which opcodes tell them apart.
+    #[inline]
+    #[must_use]
+    pub const fn from_number(number: u8) -> Self {
+        match number & 7 {
+            0 => Self::Add,
+            1 => Self::Or,
+            2 => Self::Adc,
+            3 => Self::Sbb,
+            4 => Self::And,
+            5 => Self::Sub,
+            6 => Self::Xor,
+            _ => Self::Cmp,
+        }
+    }
+}
+
+/// Shifts and rotations, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShiftOp {
+    /// Rotate left.
+    Rol,
+    /// Rotate right.
+    Ror,
+    /// Shift left.
+    Shl,
+    /// Shift right, filling with zeroes.
+    Shr,
+    /// Shift right, filling with the sign.
+    Sar,
+}
+
+/// What is done to the bit that BT and its siblings select.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BitOp {
+    /// It is only read.
+    Test,
+    /// It is set.
+    Set,
+    /// It is cleared.
+    Reset,
+    /// It is inverted.
+    Complement,
+}
+
+/// The string instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StringOp {
+    /// Memory to memory.
+    Movs,
+    /// Memory against memory.
+    Cmps,
+    /// The accumulator to memory.
+    Stos,
+    /// Memory to the accumulator.
+    Lods,
+    /// The accumulator against memory.
+    Scas,
+}
+
+/// What an instruction does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// `dst = src`.
+    Mov,
+    /// `dst = src`, zero-extended from the given size.
+    MovZx(Size),
+    /// `dst = src`, sign-extended from the given size.
+    MovSx(Size),
+    /// `dst = src` with its bytes reversed.
+    MovBe,
+    /// `dst = address of src`.
+    Lea,
+    /// `dst <-> src`, always locked.
+    Xchg,
+    /// `dst = dst op src`.
+    Alu(AluOp),
+    /// Flags of `dst & src`.
+    Test,
+    /// `dst = !dst`.
+    Not,
+    /// `dst = -dst`.
+    Neg,
+    /// `dst = dst + 1`, leaving CF.
+    Inc,
+    /// `dst = dst - 1`, leaving CF.
+    Dec,
+    /// `dst = dst shifted by src`.
+    Shift(ShiftOp),
+    /// A bit of `dst`, selected by `src`, to CF, then changed.
+    Bit(BitOp),
+    /// If `dst` is the accumulator, `dst = src`; else the accumulator is `dst`.
+    CmpXchg,
+    /// CMPXCHG8B.
+    CmpXchg8b,
+    /// `dst = dst + src`, and `src` becomes the old `dst`.
+    Xadd,
+    /// `dst = dst * src`, signed and cut.
+    Imul,
+    /// `dst = src` if the condition of this number holds.
+    Cmov(u8),
+    /// `dst = 1` if the condition of this number holds, else 0.
+    Set(u8),
+    /// Push `src`.
+    Push,
+    /// Pop to `dst`.
+    Pop,
+    /// A string instruction.
+    String(StringOp),
+    /// A cache-line flush or write-back: the address is checked, nothing else is done.
+    Flush,
+}
+
+/// An instruction, taken apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Insn {
+    /// What it does.
+    pub op: Op,
+    /// How long it is, 1 to 15 bytes.
+    pub len: u8,
+    /// The size of its operands.
+    pub size: Size,
+    /// The size of its addresses: 2, 4 or 8 bytes.
+    pub address_size: u8,
+    /// Whether it has a LOCK prefix, on an instruction that may have one.
+    pub lock: bool,
+    /// Its repeat prefix.
+    pub rep: Rep,
+    /// Whether it has a REX prefix: AH to BH are SPL to DIL then.
+    pub rex: bool,
+    /// The first operand.
+    pub dst: Operand,
+    /// The second operand.
+    pub src: Operand,
+    /// For string instructions, the segment of the source.
+    pub string_seg: SegReg,
+}
+
+/// Why bytes could not be decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeError {
+    /// There are too few: the instruction goes on.
+    Truncated,
+    /// It is longer than 15 bytes: #GP(0).
+    TooLong,
+    /// It is no instruction in this mode, or has a LOCK prefix that it may not have: #UD.
+    Invalid,
+    /// It is, or may be, an instruction, but none that is emulated.
+    Unsupported,
+}

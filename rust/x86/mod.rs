@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The x86 architecture, as a model: pure, without allocation, without `unsafe`, without the kernel.
+//!
+//! Nothing here can panic on anything that a guest or a VMM controls: registers wrap, tables are searched, arrays are reached through
+//! `get` or a mask. Guest memory is reached through [`paging::GuestMemory`], the processor's state through
+//! [`emulate::Cpu`]; both are traits that the module implements and the tests do too.
+//!
+//! | module | what it answers |
+//! |---|---|
+//! | [`regs`] | general registers ([`Gpr`](regs::Gpr), [`Gprs`](regs::Gprs)), RFLAGS, CR0, CR3, CR4, EFER, XCR0, DR6, DR7 as types |
+//! | [`exception`] | vectors, page-fault error codes, [`Fault`](exception::Fault): an exception to inject |
+//! | [`segment`] | segment registers in the format of the VMCS, [`CpuMode`](segment::CpuMode), [`linearize`](segment::linearize) |
+//! | [`paging`] | [`Paging::translate`](paging::Paging::translate): a linear address to a guest-physical one, or a page fault |
+//! | [`insn`], [`decode`] | bytes to an [`Insn`](insn::Insn) |
+//! | [`emulate`] | [`Emulator::step`](emulate::Emulator::step): one instruction, resumed across device accesses |
+//! | [`io`] | [`StringIo::prepare`](io::StringIo::prepare): the memory of INS and OUTS, in chunks |
+//! | [`cpuid`] | [`supported`](cpuid::policy::supported), [`CpuidTable`](cpuid::table::CpuidTable), [`GuestFeatures`](cpuid::features::GuestFeatures) |
+//! | [`msr`] | [`Msr::class`](msr::Msr::class), [`check_value`](msr::check_value), [`MsrState`](msr::state::MsrState) |
+//! | [`cr`] | whether a control register, EFER, XCR0 or a debug register may get a value, and what follows |
+//! | [`event`] | [`PendingEvents`](event::PendingEvents): what the next entry injects; double and triple faults |
+//!
+//! The emulator, from the side of an EPT violation in no memory slot:
+//!
+//! ```text
+//! emulator.set_hint(..);                        // optional: saves a walk of the guest's tables
+//! loop {
+//!     match emulator.step(&mut cpu, &mut memory) {
+//!         Done(c)                    => break,  // c.single_step: raise #DB
+//!         MmioRead { gpa, len }      => ..,     // read the device, or leave for userspace and come back;
+//!                                               // then emulator.complete_read(data)
+//!         MmioWrite { gpa, data, len } => ..,   // write the device, or leave for userspace and come back
+//!         Fault(f)                   => break,  // events.raise(f.into())
+//!         Unhandled                  => break,  // internal error, with emulator.insn_bytes()
+//!         Host(e)                    => break,
+//!     }
+//! }
+//! ```
+
+#![forbid(unsafe_code)]
+// Public for the crate that the host tests; in the module, a private tree.
+#![allow(unreachable_pub)]
+// A model of the architecture is whole; the module asks for less, and the tests for all of it.
+#![allow(dead_code)]
+
+pub mod bits;
+pub mod cpuid;
+pub mod cr;
+pub mod decode;
+pub mod emulate;
+pub mod event;
+pub mod exception;
+pub mod insn;
+pub mod io;
+pub mod msr;
+pub mod paging;
+pub mod regs;
+pub mod segment;

@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The MSRs that exist only here: values that a guest stores and reads back, and constants.
+//!
+//! They are those that Linux and firmware touch on a processor of Intel's. The rest are unknown, and #GP: kernels probe
+//! with RDMSR and expect it.
+
+use super::super::cpuid::features::Features;
+use super::super::cpuid::features::GuestFeatures;
+use super::mtrr;
+use super::mtrr::Mtrrs;
+use super::Msr;
+use super::MsrError;
+
+/// IA32_APIC_BASE: the processor is the bootstrap one.
+const APIC_BASE_BSP: u64 = 1 << 8;
+/// IA32_APIC_BASE: x2APIC mode.
+const APIC_BASE_X2APIC: u64 = 1 << 10;
+/// IA32_APIC_BASE: the APIC is enabled.
+const APIC_BASE_ENABLE: u64 = 1 << 11;
+/// Where an APIC is after reset.
+const APIC_DEFAULT_BASE: u64 = 0xfee0_0000;
+
+/// MISC_ENABLE: fast strings.
+const MISC_ENABLE_FAST_STRING: u64 = 1 << 0;
+/// MISC_ENABLE: performance monitoring is there, read-only.
+const MISC_ENABLE_EMON: u64 = 1 << 7;
+/// MISC_ENABLE: branch traces are not there, read-only.
+const MISC_ENABLE_BTS_UNAVAILABLE: u64 = 1 << 11;
+/// MISC_ENABLE: precise events are not there, read-only.
+const MISC_ENABLE_PEBS_UNAVAILABLE: u64 = 1 << 12;
+
+/// PLATFORM_INFO: CPUID can be made to fault.
+const PLATFORM_INFO_CPUID_FAULT: u64 = 1 << 31;
+/// MISC_FEATURES_ENABLES: CPUID faults outside CPL 0.
+const CPUID_FAULT_ENABLE: u64 = 1 << 0;
+
+/// FEAT_CTL: no further writes.
+const FEAT_CTL_LOCKED: u64 = 1;
+
+/// The revision of microcode that guests see: Linux takes zero for a processor without any.
+const UCODE_RESET: u64 = 1 << 32;
+
+/// What a write has changed that others depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Nothing.
+    None,
+    /// The base or the mode of the local APIC.
+    ApicBase,
+    /// Whether CPUID faults.
+    CpuidFault,
+}
+
+/// The emulated MSRs of one vCPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MsrState {
+    /// The MTRRs.
+    pub mtrrs: Mtrrs,
+    apic_base: u64,
+    misc_enable: u64,
+    ucode_rev: u64,
+    arch_capabilities: u64,
+    platform_info: u64,
+    misc_features_enables: u64,
+    mcg_status: u64,
+    power_ctl: u64,
+    smi_count: u64,
+}
+
+/// Whether an MSR is one that [`MsrState`] answers for.
+pub(super) const fn is_emulated(msr: Msr) -> bool {
+    constant(msr).is_some()
+        || mtrr::is_mtrr(msr)
+        || matches!(
+            msr,
+            Msr::APIC_BASE
+                | Msr::MISC_ENABLE
+                | Msr::UCODE_REV
+                | Msr::UCODE_WRITE
+                | Msr::ARCH_CAPABILITIES
+                | Msr::PLATFORM_INFO
+                | Msr::MISC_FEATURES_ENABLES
+                | Msr::MCG_STATUS
+                | Msr::POWER_CTL
+                | Msr::SMI_COUNT
+                | Msr::FEAT_CTL
+                | Msr::PERF_CTL
+                | Msr::BBL_CR_CTL3
+                | Msr::K7_HWCR
+        )
+}
+
+/// MSRs that always read the same and take no write.
+const fn constant(msr: Msr) -> Option<u64> {
+    match msr {
+        Msr::P5_MC_ADDR
+        | Msr::P5_MC_TYPE
+        | Msr::PLATFORM_ID
+        | Msr::EBL_CR_POWERON
+        | Msr::LAST_BRANCH_FROM
+        | Msr::LAST_BRANCH_TO
+        | Msr::LAST_INT_FROM
+        | Msr::LAST_INT_TO
+        | Msr::RAPL_POWER_UNIT
+        | Msr::PKG_ENERGY_STATUS
+        | Msr::DRAM_ENERGY_STATUS
+        | Msr::PP0_ENERGY_STATUS
+        | Msr::PP1_ENERGY_STATUS => Some(0),
+        // No machine-check banks.
+        Msr::MCG_CAP => Some(0),
+        Msr::MTRR_CAP => Some(mtrr::CAPABILITIES),
+        // 200 MHz, and a ratio of four.
+        Msr::FSB_FREQ => Some(3),
+        Msr::PERF_STATUS => Some(1000 | (4 << 40)),
+        _ => None,
+    }
+}
+
+impl MsrState {
+    /// The state after reset. One processor of a machine is the bootstrap one.
+    #[must_use]
+    pub const fn new(bootstrap: bool) -> Self {
+        Self {
+            mtrrs: Mtrrs::new(),
+            apic_base: APIC_DEFAULT_BASE
+                | APIC_BASE_ENABLE
+                | if bootstrap { APIC_BASE_BSP } else { 0 },
+            misc_enable: MISC_ENABLE_FAST_STRING
+                | MISC_ENABLE_BTS_UNAVAILABLE
+                | MISC_ENABLE_PEBS_UNAVAILABLE,
+            ucode_rev: UCODE_RESET,
+            arch_capabilities: 0,
+            platform_info: PLATFORM_INFO_CPUID_FAULT,
+            misc_features_enables: 0,
+            mcg_status: 0,
+            power_ctl: 0,
+            smi_count: 0,
+        }
+    }
+
+    /// IA32_APIC_BASE.
+    #[inline]
+    #[must_use]
+    pub const fn apic_base(&self) -> u64 {
+        self.apic_base
+    }
+
+    /// Whether IA32_APIC_BASE enables the local APIC.
+    #[inline]
+    #[must_use]
+    pub const fn apic_enabled(&self) -> bool {
+        self.apic_base & APIC_BASE_ENABLE != 0
+    }
+
+    /// Whether CPUID is to fault with #GP at this privilege level.
+    #[inline]
+    #[must_use]
+    pub const fn cpuid_faults(&self, cpl: u8) -> bool {
+        self.misc_features_enables & CPUID_FAULT_ENABLE != 0 && cpl > 0
+    }
+
+    /// Sets what IA32_ARCH_CAPABILITIES tells guests that have it.
+    pub fn set_arch_capabilities(&mut self, value: u64) {
+        self.arch_capabilities = value;
+    }
+
+    /// Reads an MSR of [`Class::Emulated`](super::Class::Emulated). `host` is whether a VMM asks.
+    ///
+    /// # Errors
+    ///
+    /// [`MsrError::Unknown`] if there is none.
+    pub fn read(&self, msr: Msr, features: &GuestFeatures, host: bool) -> Result<u64, MsrError> {
+        if let Some(value) = constant(msr) {
+            return Ok(value);
+        }
+        match msr {
+            Msr::APIC_BASE => Ok(self.apic_base),
+            Msr::MISC_ENABLE => Ok(self.misc_enable),
+            Msr::UCODE_REV => Ok(self.ucode_rev),
+            Msr::ARCH_CAPABILITIES if host || features.has(Features::ARCH_CAPABILITIES) => {
+                Ok(self.arch_capabilities)
+            }
+            Msr::PLATFORM_INFO => Ok(self.platform_info),
+            Msr::MISC_FEATURES_ENABLES => Ok(self.misc_features_enables),
+            Msr::MCG_STATUS => Ok(self.mcg_status),
+            Msr::POWER_CTL => Ok(self.power_ctl),
+            Msr::SMI_COUNT => Ok(self.smi_count),
+            // Locked with nothing enabled: there is no VMX to find.
+            Msr::FEAT_CTL => Ok(FEAT_CTL_LOCKED),
+            Msr::PERF_CTL | Msr::K7_HWCR => Ok(0),
+            // L2 enabled and configured; nobody documents the rest.
+            Msr::BBL_CR_CTL3 => Ok(0xbe70_2111),
+            _ => self.mtrrs.read(msr),
+        }
+    }
+
+    /// Writes an MSR of [`Class::Emulated`](super::Class::Emulated). `host` is whether a VMM asks.
+    ///
+    /// # Errors
+    ///
+    /// [`MsrError::Unknown`] if there is none, [`MsrError::Refused`] if it is read-only or does not take the value.
+    pub fn write(
+        &mut self,
+        msr: Msr,
+        value: u64,
+        features: &GuestFeatures,
+        host: bool,
+    ) -> Result<Effect, MsrError> {
+        if let Some(constant) = constant(msr) {
+            // A VMM may restore what it saved.
+            return if host && value == constant {
+                Ok(Effect::None)
+            } else {
+                Err(MsrError::Refused)
+            };
+        }
+        match msr {
+            Msr::APIC_BASE => return self.write_apic_base(value, features, host),
+            Msr::MISC_ENABLE => {
+                let fixed =
+                    MISC_ENABLE_EMON | MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE;
+                self.misc_enable = if host {
+                    value
+                } else {
+                    value & !fixed | self.misc_enable & fixed
+                };
+            }
+            // Guests write zero before they ask CPUID for the revision.
+            Msr::UCODE_REV => {
+                if host {
+                    self.ucode_rev = value;
+                }
+            }
+            // Microcode is not for guests to load; nothing is told.
+            Msr::UCODE_WRITE => {}
+            Msr::ARCH_CAPABILITIES => {
+                if !host {
+                    return Err(MsrError::Unknown);
+                }
+                self.arch_capabilities = value;
+            }
+            Msr::PLATFORM_INFO => {
+                if !host {
+                    return Err(MsrError::Refused);
+                }
+                self.platform_info = value;
+            }
+            Msr::MISC_FEATURES_ENABLES => {
+                let offered = self.platform_info & PLATFORM_INFO_CPUID_FAULT != 0;
+                let allowed = if offered { CPUID_FAULT_ENABLE } else { 0 };
+                if value & !allowed != 0 {
+                    return Err(MsrError::Refused);
+                }
+                self.misc_features_enables = value;
+                return Ok(Effect::CpuidFault);
+            }
+            Msr::MCG_STATUS => {
+                // Software can only clear it (SDM vol. 3, 17.3.1.2).
+                if !host && value != 0 {
+                    return Err(MsrError::Refused);
+                }
+                self.mcg_status = value;
+            }
+            Msr::POWER_CTL => self.power_ctl = value,
+            Msr::SMI_COUNT => {
+                if !host {
+                    return Err(MsrError::Refused);
+                }
+                self.smi_count = value;
+            }
+            Msr::FEAT_CTL => {
+                // It is locked.
+                if !(host && value == FEAT_CTL_LOCKED) {
+                    return Err(MsrError::Refused);
+                }
+            }
+            Msr::PERF_CTL | Msr::BBL_CR_CTL3 => {}
+            Msr::K7_HWCR => {
+                if value != 0 {
+                    return Err(MsrError::Refused);
+                }
+            }
+            _ => self.mtrrs.write(msr, value, features)?,
+        }
+        Ok(Effect::None)
+    }
+
+    /// IA32_APIC_BASE: the modes and the ways between them (SDM vol. 3, 12.12.5).
+    fn write_apic_base(
+        &mut self,
+        value: u64,
+        features: &GuestFeatures,
+        host: bool,
+    ) -> Result<Effect, MsrError> {
+        let x2apic_allowed = host || features.has(Features::X2APIC);
+        let mut reserved = features.reserved_gpa_bits() | 0x2ff;
+        if !x2apic_allowed {
+            reserved |= APIC_BASE_X2APIC;
+        }
+        let mode = |v: u64| (v & APIC_BASE_ENABLE != 0, v & APIC_BASE_X2APIC != 0);
+        let allowed = match (mode(self.apic_base), mode(value)) {
+            // There is no such mode.
+            (_, (false, true)) => false,
+            // A VMM may go anywhere.
+            _ if host => true,
+            // x2APIC mode is entered from xAPIC mode and left for none.
+            ((false, _), (true, true)) => false,
+            ((true, true), (true, false)) => false,
+            _ => true,
+        };
+        if value & reserved != 0 || !allowed {
+            return Err(MsrError::Refused);
+        }
+        self.apic_base = value;
+        Ok(Effect::ApicBase)
+    }
+}

@@ -1,0 +1,498 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The guest's page tables: how a linear address becomes a guest-physical one.
+//!
+//! [`Paging`] is the state that decides the translation; [`Paging::translate`] walks the tables in guest memory, checks
+//! the rights of the access, and sets accessed and dirty bits as the processor would (SDM vol. 3, chapter 5). Memory is
+//! reached through [`GuestMemory`], so this serves the instruction emulator whether the processor or we ourselves do
+//! the translating while the guest runs.
+
+use super::exception::PfError;
+use super::regs::Cr0;
+use super::regs::Cr3;
+use super::regs::Cr4;
+use super::regs::Efer;
+use super::regs::Rflags;
+use super::segment::AccessKind;
+
+/// The size of the smallest page, in bytes.
+pub const PAGE_SIZE: u64 = 4096;
+/// The bits of an address inside the smallest page.
+pub const PAGE_OFFSET: u64 = PAGE_SIZE - 1;
+
+/// Why guest memory could not be accessed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryError<E> {
+    /// There is no memory at the address (or it is read-only and this was a write): the access belongs to a device.
+    Mmio,
+    /// There is memory, but the host could not reach it.
+    Host(E),
+}
+
+/// Guest-physical memory.
+///
+/// Callers never cross a 4 KiB boundary in one call. An aligned access of 2, 4 or 8 bytes is to be made in one piece, as
+/// other processors may be writing: page-table entries are read so.
+pub trait GuestMemory {
+    /// What the host reports when it cannot reach memory that the guest has: an errno, say.
+    type Error;
+
+    /// Reads `buf.len()` bytes at `gpa`.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError::Mmio`] if there is no memory at `gpa`.
+    fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<Self::Error>>;
+
+    /// Writes `data` at `gpa`.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError::Mmio`] if there is no memory at `gpa` or it is read-only; nothing is written then.
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<Self::Error>>;
+
+    /// Replaces the `len` bytes at `gpa` by `new` if they equal `old`, atomically. Says whether it did.
+    ///
+    /// `len` is 1, 2, 4 or 8, and `gpa` is a multiple of it. The values are little-endian, in the low bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`GuestMemory::write`].
+    fn compare_exchange(
+        &mut self,
+        gpa: u64,
+        len: u8,
+        old: u64,
+        new: u64,
+    ) -> Result<bool, MemoryError<Self::Error>>;
+}
+
+/// The state that decides how addresses are translated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Paging {
+    /// CR0: PG and WP count.
+    pub cr0: Cr0,
+    /// CR3.
+    pub cr3: Cr3,
+    /// CR4: PSE, PAE, LA57, SMEP, SMAP and PKE count.
+    pub cr4: Cr4,
+    /// EFER: LMA and NXE count.
+    pub efer: Efer,
+    /// RFLAGS: AC counts.
+    pub rflags: Rflags,
+    /// The rights of protection keys for user pages; counts with CR4.PKE.
+    pub pkru: u32,
+    /// The width of guest-physical addresses, in bits. Values outside 32 to 52 are taken as the nearest.
+    pub maxphyaddr: u8,
+    /// Whether the guest's processor has 1 GiB pages.
+    pub gbpages: bool,
+}
+
+/// Who accesses, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageAccess {
+    /// What is done.
+    pub kind: AccessKind,
+    /// Whether it is done by code at CPL 3. Implicit accesses to system structures are not, whatever the CPL.
+    pub user: bool,
+    /// Whether it is an implicit access (to a descriptor table, a TSS): RFLAGS.AC does not permit it under SMAP.
+    pub implicit: bool,
+    /// Whether it is only asked where the address leads: no rights are checked, no bit is set.
+    pub probe: bool,
+}
+
+impl PageAccess {
+    /// An ordinary access of an instruction at this privilege level.
+    #[inline]
+    #[must_use]
+    pub const fn explicit(kind: AccessKind, cpl: u8) -> Self {
+        Self {
+            kind,
+            user: cpl == 3,
+            implicit: false,
+            probe: false,
+        }
+    }
+
+    /// An access by the processor to a structure of its own.
+    #[inline]
+    #[must_use]
+    pub const fn implicit(kind: AccessKind) -> Self {
+        Self {
+            kind,
+            user: false,
+            implicit: true,
+            probe: false,
+        }
+    }
+
+    /// A question, without effects: for a debugger.
+    pub const PROBE: Self = Self {
+        kind: AccessKind::Read,
+        user: false,
+        implicit: true,
+        probe: true,
+    };
+}
+
+/// Where an address leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// The guest-physical address.
+    pub gpa: u64,
+    /// The base-two logarithm of the size of the page: 12, 21, 22 or 30. With paging off, 12.
+    pub page_shift: u8,
+    /// Whether the page is one of user mode.
+    pub user: bool,
+    /// Whether the tables permit writes at all.
+    pub writable: bool,
+}
+
+/// Why a translation failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WalkError<E> {
+    /// The guest is owed a page fault, with this error code and the linear address in CR2.
+    Fault(PfError),
+    /// Another processor kept changing the tables: let the guest try the instruction again.
+    Contended,
+    /// The host could not reach a table.
+    Host(E),
+}
+
+/// The formats of the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    /// Two levels of 1024 entries of 4 bytes.
+    Bits32,
+    /// A table of four, then two levels of 512 entries of 8 bytes.
+    Pae,
+    /// Four levels.
+    Level4,
+    /// Five levels.
+    Level5,
+}
+
+const PTE_P: u64 = 1 << 0;
+const PTE_W: u64 = 1 << 1;
+const PTE_U: u64 = 1 << 2;
+const PTE_A: u64 = 1 << 5;
+const PTE_D: u64 = 1 << 6;
+const PTE_PS: u64 = 1 << 7;
+const PTE_NX: u64 = 1 << 63;
+
+/// The most levels a walk has.
+const MAX_LEVELS: usize = 5;
+/// How often a walk is begun again because another processor changed an entry under it.
+const MAX_RESTARTS: usize = 32;
+
+/// The bits `low` to `high`, inclusive; none if `low` is above `high`.
+const fn bit_range(low: u32, high: u32) -> u64 {
+    if low > high || high > 63 {
+        return 0;
+    }
+    (u64::MAX << low) & (u64::MAX >> (63 - high))
+}
+
+/// An entry passed on the way down, to have its accessed bit set.
+#[derive(Clone, Copy, Default)]
+struct Visited {
+    gpa: u64,
+    value: u64,
+}
+
+/// The end of a walk, before the rights are judged.
+struct Leaf {
+    translation: Translation,
+    nx: bool,
+    key: u32,
+    path: [Visited; MAX_LEVELS],
+    depth: usize,
+    entry_size: u8,
+}
+
+impl Paging {
+    fn format(&self) -> Format {
+        if !self.cr4.has(Cr4::PAE) {
+            Format::Bits32
+        } else if !self.efer.has(Efer::LMA) {
+            Format::Pae
+        } else if self.cr4.has(Cr4::LA57) {
+            Format::Level5
+        } else {
+            Format::Level4
+        }
+    }
+
+    /// Whether 57-bit linear addresses are in force.
+    #[inline]
+    #[must_use]
+    pub fn la57(&self) -> bool {
+        self.cr4.has(Cr4::LA57)
+    }
+
+    fn phys_bits(&self) -> u32 {
+        u32::from(self.maxphyaddr).clamp(32, 52)
+    }
+
+    /// The bits of the error code that the access alone decides.
+    fn access_error(&self, access: PageAccess) -> PfError {
+        let fetch_reported =
+            self.cr4.has(Cr4::SMEP) || (self.cr4.has(Cr4::PAE) && self.efer.has(Efer::NXE));
+        PfError::empty()
+            .with_if(PfError::W, access.kind == AccessKind::Write)
+            .with_if(PfError::U, access.user)
+            .with_if(
+                PfError::I,
+                access.kind == AccessKind::Fetch && fetch_reported,
+            )
+    }
+
+    /// Translates a linear address for an access that stays inside one page of 4 KiB.
+    ///
+    /// Outside 64-bit mode the caller has cut the address to 32 bits; in it the address is canonical.
+    ///
+    /// A table outside memory is taken as one whose entries are not present. One in read-only memory works, but keeps no
+    /// accessed and dirty bits, as a page table in ROM does.
+    ///
+    /// # Errors
+    ///
+    /// See [`WalkError`].
+    pub fn translate<M: GuestMemory>(
+        &self,
+        memory: &mut M,
+        linear: u64,
+        access: PageAccess,
+    ) -> Result<Translation, WalkError<M::Error>> {
+        if !self.cr0.has(Cr0::PG) {
+            return Ok(Translation {
+                gpa: linear & 0xffff_ffff,
+                page_shift: 12,
+                user: true,
+                writable: true,
+            });
+        }
+        let error = self.access_error(access);
+        for _ in 0..MAX_RESTARTS {
+            let leaf = self.walk(memory, linear, error)?;
+            if access.probe {
+                return Ok(leaf.translation);
+            }
+            if let Some(extra) = self.violation(&leaf, access) {
+                return Err(WalkError::Fault(error | PfError::P | extra));
+            }
+            if Self::mark(memory, &leaf, access.kind == AccessKind::Write)? {
+                return Ok(leaf.translation);
+            }
+        }
+        Err(WalkError::Contended)
+    }
+
+    /// Goes down the tables; says where they lead and what they permit.
+    fn walk<M: GuestMemory>(
+        &self,
+        memory: &mut M,
+        linear: u64,
+        error: PfError,
+    ) -> Result<Leaf, WalkError<M::Error>> {
+        let format = self.format();
+        let (mut table, levels, index_bits, entry_size) = match format {
+            Format::Bits32 => (self.cr3.root() & 0xffff_ffff, 2u32, 10u32, 4u8),
+            Format::Pae => (self.cr3.pae_root(), 3, 9, 8),
+            Format::Level4 => (self.cr3.root(), 4, 9, 8),
+            Format::Level5 => (self.cr3.root(), 5, 9, 8),
+        };
+        // With PAE the topmost index has the two bits that 32-bit addresses leave; the mask of nine is as good.
+        let index_mask = (1u64 << index_bits) - 1;
+        let mut path = [Visited::default(); MAX_LEVELS];
+        let mut depth = 0usize;
+        let (mut user, mut writable, mut nx) = (true, true, false);
+
+        let mut level = levels;
+        while level > 0 {
+            let shift = index_bits
+                .wrapping_mul(level.wrapping_sub(1))
+                .wrapping_add(12);
+            let index = (linear >> (shift & 63)) & index_mask;
+            let gpa = table.wrapping_add(index.wrapping_mul(u64::from(entry_size)));
+            let entry = match Self::read_entry(memory, gpa, entry_size) {
+                Ok(entry) => entry,
+                Err(MemoryError::Mmio) => 0,
+                Err(MemoryError::Host(e)) => return Err(WalkError::Host(e)),
+            };
+            if entry & PTE_P == 0 {
+                return Err(WalkError::Fault(error));
+            }
+            let pdpte = format == Format::Pae && level == 3;
+            let large = !pdpte && self.is_large(format, level, entry);
+            if entry & self.reserved(format, level, large) != 0 {
+                return Err(WalkError::Fault(error | PfError::P | PfError::RSVD));
+            }
+            if !pdpte {
+                // The entries of the table of four carry no rights and no accessed bit.
+                user &= entry & PTE_U != 0;
+                writable &= entry & PTE_W != 0;
+                nx |= entry_size == 8 && entry & PTE_NX != 0;
+                if let Some(slot) = path.get_mut(depth) {
+                    *slot = Visited { gpa, value: entry };
+                    depth = depth.wrapping_add(1);
+                }
+            }
+            if level == 1 || large {
+                return Ok(Leaf {
+                    translation: Translation {
+                        gpa: self.frame(format, entry, large, shift)
+                            | (linear & bit_range(0, shift.wrapping_sub(1))),
+                        page_shift: shift as u8,
+                        user,
+                        writable,
+                    },
+                    nx: nx && self.efer.has(Efer::NXE),
+                    key: ((entry >> 59) & 15) as u32,
+                    path,
+                    depth,
+                    entry_size,
+                });
+            }
+            table = match format {
+                Format::Bits32 => entry & 0xffff_f000,
+                _ => entry & bit_range(12, 51),
+            };
+            level = level.wrapping_sub(1);
+        }
+        // Level 1 always returns.
+        Err(WalkError::Fault(error))
+    }
+
+    fn read_entry<M: GuestMemory>(
+        memory: &mut M,
+        gpa: u64,
+        size: u8,
+    ) -> Result<u64, MemoryError<M::Error>> {
+        if size == 4 {
+            let mut raw = [0; 4];
+            memory.read(gpa, &mut raw)?;
+            Ok(u64::from(u32::from_le_bytes(raw)))
+        } else {
+            let mut raw = [0; 8];
+            memory.read(gpa, &mut raw)?;
+            Ok(u64::from_le_bytes(raw))
+        }
+    }
+
+    /// Whether an entry above the last level maps a page itself. Where that does not exist, the bit is ignored (32-bit
+    /// paging without PSE) or reserved (see [`Self::reserved`]).
+    fn is_large(&self, format: Format, level: u32, entry: u64) -> bool {
+        if entry & PTE_PS == 0 {
+            return false;
+        }
+        match (format, level) {
+            (Format::Bits32, 2) => self.cr4.has(Cr4::PSE),
+            (Format::Bits32, _) => false,
+            (_, 2) => true,
+            (Format::Level4 | Format::Level5, 3) => self.gbpages,
+            _ => false,
+        }
+    }
+
+    /// The bits that must be clear in a present entry (SDM vol. 3, tables 5-4 to 5-20).
+    fn reserved(&self, format: Format, level: u32, large: bool) -> u64 {
+        let phys = self.phys_bits();
+        if format == Format::Bits32 {
+            // PSE-36: bits 13 to 20 hold address bits 32 to 39, as far as addresses go.
+            return if large {
+                bit_range(phys.min(40).wrapping_sub(19), 21)
+            } else {
+                0
+            };
+        }
+        let mut reserved = bit_range(phys, 51);
+        if !self.efer.has(Efer::NXE) {
+            reserved |= PTE_NX;
+        }
+        if format == Format::Pae {
+            reserved |= bit_range(52, 62);
+        }
+        match (format, level) {
+            (Format::Pae, 3) => reserved | PTE_NX | bit_range(1, 2) | bit_range(5, 8),
+            (_, 1) => reserved,
+            (_, 2) if large => reserved | bit_range(13, 20),
+            (_, 3) if large => reserved | bit_range(13, 29),
+            (_, 2) => reserved,
+            _ => reserved | PTE_PS,
+        }
+    }
+
+    /// The frame that a leaf entry maps.
+    fn frame(&self, format: Format, entry: u64, large: bool, shift: u32) -> u64 {
+        if format == Format::Bits32 {
+            if large {
+                return (entry & 0xffc0_0000) | ((entry & bit_range(13, 20)) << 19);
+            }
+            return entry & 0xffff_f000;
+        }
+        entry & bit_range(shift, 51)
+    }
+
+    /// Judges the rights of an access (SDM vol. 3, 5.6). `Some` is a violation, with the bits that the error code gets
+    /// besides P and those of the access.
+    fn violation(&self, leaf: &Leaf, access: PageAccess) -> Option<PfError> {
+        let none = PfError::empty();
+        let page = &leaf.translation;
+        if access.user && !page.user {
+            return Some(none);
+        }
+        match access.kind {
+            AccessKind::Fetch => {
+                let smep = !access.user && page.user && self.cr4.has(Cr4::SMEP);
+                (leaf.nx || smep).then_some(none)
+            }
+            AccessKind::Read | AccessKind::Write => {
+                if !access.user && page.user && self.cr4.has(Cr4::SMAP) {
+                    let permitted = !access.implicit && self.rflags.has(Rflags::AC);
+                    if !permitted {
+                        return Some(none);
+                    }
+                }
+                let write = access.kind == AccessKind::Write;
+                let guarded = access.user || self.cr0.has(Cr0::WP);
+                if write && !page.writable && guarded {
+                    return Some(none);
+                }
+                if page.user && self.cr4.has(Cr4::PKE) && self.efer.has(Efer::LMA) {
+                    let rights = self.pkru >> (leaf.key & 15).wrapping_mul(2);
+                    let denied = rights & 1 != 0 || (write && rights & 2 != 0 && guarded);
+                    if denied {
+                        return Some(PfError::PK);
+                    }
+                }
+                None
+            }
+        }
+    }
+
+    /// Sets the accessed bits on the way and the dirty bit at its end. Says false if an entry is no longer what it was.
+    fn mark<M: GuestMemory>(
+        memory: &mut M,
+        leaf: &Leaf,
+        write: bool,
+    ) -> Result<bool, WalkError<M::Error>> {
+        let mut left = leaf.depth;
+        for visited in leaf.path.iter().take(leaf.depth) {
+            left = left.wrapping_sub(1);
+            let last = left == 0;
+            let mut wanted = visited.value | PTE_A;
+            if last && write {
+                wanted |= PTE_D;
+            }
+            if wanted == visited.value {
+                continue;
+            }
+            match memory.compare_exchange(visited.gpa, leaf.entry_size, visited.value, wanted) {
+                Ok(true) | Err(MemoryError::Mmio) => {}
+                Ok(false) => return Ok(false),
+                Err(MemoryError::Host(e)) => return Err(WalkError::Host(e)),
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Events: how exceptions combine, what an entry takes, what a VMM sees.
+
+use rkvm_x86::event::*;
+use rkvm_x86::exception::Fault;
+use rkvm_x86::exception::PfError;
+use rkvm_x86::exception::Vector;
+
+const OPEN: Gate = Gate {
+    interrupts_enabled: true,
+    shadow: Shadow::None,
+};
+const SHUT: Gate = Gate {
+    interrupts_enabled: false,
+    shadow: Shadow::None,
+};
+const STI: Gate = Gate {
+    interrupts_enabled: true,
+    shadow: Shadow::Sti,
+};
+
+fn gp() -> Exception {
+    Fault::gp(8).into()
+}
+
+fn pf() -> Exception {
+    Fault::page(0x1234, PfError::W).into()
+}
+
+fn int(vector: u8) -> Interrupt {
+    Interrupt {
+        vector,
+        insn_len: 0,
+    }
+}
+
+#[test]
+fn error_codes() {
+    let with: Vec<u8> = (0..=255).filter(|&v| Vector(v).has_error_code()).collect();
+    assert_eq!(with, [8, 10, 11, 12, 13, 14, 17, 21]);
+    assert!(!Vector::NMI.is_exception() && !Vector(32).is_exception() && Vector(31).is_exception());
+}
+
+#[test]
+fn combinations() {
+    use Combination::*;
+    let contributory = [
+        Vector::DE,
+        Vector::TS,
+        Vector::NP,
+        Vector::SS,
+        Vector::GP,
+        Vector::CP,
+    ];
+    let faults = [Vector::PF, Vector::VE];
+    let benign = [
+        Vector::DB,
+        Vector::BP,
+        Vector::UD,
+        Vector::NM,
+        Vector::MF,
+        Vector::AC,
+        Vector(31),
+    ];
+    for b in benign {
+        for any in contributory
+            .into_iter()
+            .chain(faults)
+            .chain(benign)
+            .chain([Vector::DF])
+        {
+            assert_eq!(combine(b, any), Second);
+            assert_eq!(combine(any, b), Second);
+        }
+    }
+    for c in contributory {
+        for d in contributory {
+            assert_eq!(combine(c, d), DoubleFault);
+        }
+        for p in faults {
+            assert_eq!(combine(c, p), Second);
+            assert_eq!(combine(p, c), DoubleFault);
+        }
+        assert_eq!(combine(Vector::DF, c), TripleFault);
+    }
+    assert_eq!(combine(Vector::PF, Vector::PF), DoubleFault);
+    assert_eq!(combine(Vector::DF, Vector::PF), TripleFault);
+    assert_eq!(combine(Vector::DF, Vector::DF), TripleFault);
+}
+
+#[test]
+fn an_exception_is_taken_with_its_payload() {
+    let mut e = PendingEvents::new();
+    assert!(e.is_idle() && !e.has_deliverable(OPEN));
+    e.raise(pf());
+    assert!(!e.is_idle() && e.has_deliverable(SHUT));
+    let s = e.select(SHUT);
+    assert_eq!(s.inject, Some(Injection::Exception(pf())));
+    assert!(!s.exit_at_once && !s.interrupt_window && !s.nmi_window);
+    // The entry was not made after all: it is taken again, and CR2 is in place.
+    let again = Exception {
+        payload: None,
+        ..pf()
+    };
+    assert_eq!(e.select(SHUT).inject, Some(Injection::Exception(again)));
+    // It was delivered.
+    e.redeliver(None);
+    assert!(e.is_idle());
+    // It was not.
+    e.redeliver(Some(Vectoring::Exception(gp())));
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Exception(gp())));
+}
+
+#[test]
+fn exceptions_pile_up_to_a_shutdown() {
+    let mut e = PendingEvents::new();
+    e.raise(pf());
+    e.raise(gp());
+    let df = Exception {
+        vector: Vector::DF,
+        error: Some(0),
+        payload: None,
+        insn_len: 0,
+    };
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Exception(df)));
+    assert!(!e.take_triple_fault());
+    e.raise(gp());
+    assert!(e.take_triple_fault());
+    assert!(!e.take_triple_fault() && e.is_idle());
+    // One that broke the delivery of another counts the same.
+    e.redeliver(Some(Vectoring::Exception(gp())));
+    e.raise(gp());
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Exception(df)));
+    // A benign one takes the place.
+    let mut e = PendingEvents::new();
+    e.raise(gp());
+    e.raise(Fault::UD.into());
+    assert_eq!(
+        e.select(OPEN).inject,
+        Some(Injection::Exception(Fault::UD.into()))
+    );
+    e.redeliver(None);
+    assert!(e.is_idle());
+    e.raise_triple_fault();
+    assert!(e.has_deliverable(SHUT) && e.take_triple_fault());
+}
+
+#[test]
+fn interrupts_wait_for_the_gate() {
+    let mut e = PendingEvents::new();
+    assert!(e.ready_for_interrupt(OPEN));
+    assert!(!e.ready_for_interrupt(SHUT) && !e.ready_for_interrupt(STI));
+    e.queue_interrupt(0x21);
+    e.queue_interrupt(0x20);
+    assert!(!e.ready_for_interrupt(OPEN));
+    for gate in [SHUT, STI] {
+        assert!(!e.has_deliverable(gate));
+        let s = e.select(gate);
+        assert!(s.inject.is_none() && s.interrupt_window && !s.exit_at_once);
+    }
+    assert!(e.has_deliverable(OPEN));
+    let s = e.select(OPEN);
+    assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
+    assert!(!s.interrupt_window);
+    assert_eq!(e.interrupt_in_bitmap(), Some(0x20));
+    // Until it is delivered the next one waits, and the entry does not take two.
+    e.queue_interrupt(0x21);
+    let s = e.select(OPEN);
+    assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
+    assert!(s.interrupt_window);
+    e.redeliver(None);
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Interrupt(int(0x21))));
+}
+
+#[test]
+fn redelivered_interrupts_need_no_gate() {
+    let mut e = PendingEvents::new();
+    let soft = Interrupt {
+        vector: 0x80,
+        insn_len: 2,
+    };
+    for i in [int(0x30), soft] {
+        e.redeliver(Some(Vectoring::Interrupt(i)));
+        assert_eq!(e.select(SHUT).inject, Some(Injection::Interrupt(i)));
+        assert_eq!(e.interrupt_in_bitmap(), (!i.is_soft()).then_some(i.vector));
+    }
+}
+
+#[test]
+fn priorities() {
+    // An exception before an NMI before an interrupt.
+    let mut e = PendingEvents::new();
+    e.queue_interrupt(0x20);
+    e.queue_nmi();
+    e.raise(gp());
+    let s = e.select(OPEN);
+    assert_eq!(s.inject, Some(Injection::Exception(gp())));
+    assert!(s.exit_at_once && s.interrupt_window);
+    e.redeliver(None);
+    let s = e.select(OPEN);
+    assert_eq!(s.inject, Some(Injection::Nmi));
+    assert!(s.interrupt_window && !s.nmi_window);
+    e.redeliver(None);
+    assert!(e.nmi_masked());
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Interrupt(int(0x20))));
+    // What began is finished first; a new exception comes right after.
+    e.redeliver(Some(Vectoring::Interrupt(int(0x20))));
+    e.raise(gp());
+    let s = e.select(SHUT);
+    assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
+    assert!(s.exit_at_once);
+    e.redeliver(None);
+    assert_eq!(e.select(SHUT).inject, Some(Injection::Exception(gp())));
+}
+
+#[test]
+fn nmis_are_two_at_most() {
+    let mut e = PendingEvents::new();
+    for _ in 0..5 {
+        e.queue_nmi();
+    }
+    // Interrupts being off is nothing to an NMI; a shadow is.
+    assert!(e.select(STI).nmi_window);
+    let s = e.select(SHUT);
+    assert_eq!(s.inject, Some(Injection::Nmi));
+    assert!(s.nmi_window, "another waits");
+    e.redeliver(None);
+    assert!(e.nmi_masked() && !e.has_deliverable(OPEN));
+    e.queue_nmi();
+    let s = e.select(OPEN);
+    assert!(s.inject.is_none() && s.nmi_window);
+    e.set_nmi_masked(false);
+    let s = e.select(OPEN);
+    assert_eq!(s.inject, Some(Injection::Nmi));
+    assert!(!s.nmi_window, "that was all");
+    // Its delivery was broken off.
+    e.redeliver(Some(Vectoring::Nmi));
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Nmi));
+}
+
+#[test]
+fn state_goes_out_and_in() {
+    let mut e = PendingEvents::new();
+    e.raise(pf());
+    e.queue_nmi();
+    e.set_nmi_masked(true);
+    let state = e.state();
+    assert_eq!(state.exception_pending, Some(pf()));
+    assert!(state.nmi_pending && state.nmi_masked && !state.nmi_injected);
+    let mut copy = PendingEvents::new();
+    copy.set_state(&state).unwrap();
+    assert_eq!(copy.state(), state);
+    assert_eq!(copy.select(OPEN), e.select(OPEN));
+    let state = e.state();
+    assert_eq!(state.exception_injected.unwrap().vector, Vector::PF);
+    copy.set_state(&state).unwrap();
+    assert_eq!(copy.state(), state);
+
+    // For a VMM without payloads CR2 is in place before it looks.
+    let mut e = PendingEvents::new();
+    e.raise(pf());
+    assert_eq!(e.take_payload(), Some((Vector::PF, 0x1234)));
+    assert_eq!(e.take_payload(), None);
+    assert_eq!(
+        e.state().exception_pending,
+        Some(Exception {
+            payload: None,
+            ..pf()
+        })
+    );
+
+    // States that cannot be leave everything as it was.
+    let before = e.clone();
+    let with = |vector| Exception { vector, ..gp() };
+    for bad in [
+        EventsState {
+            exception_pending: Some(gp()),
+            exception_injected: Some(gp()),
+            ..EventsState::default()
+        },
+        EventsState {
+            exception_pending: Some(with(Vector::NMI)),
+            ..EventsState::default()
+        },
+        EventsState {
+            exception_injected: Some(with(Vector(32))),
+            nmi_masked: true,
+            ..EventsState::default()
+        },
+    ] {
+        assert_eq!(e.set_state(&bad), Err(Invalid));
+        assert_eq!(e, before);
+    }
+    // An interrupt that is set waits until it can be taken; one of software has begun.
+    let mut e = PendingEvents::new();
+    e.set_state(&EventsState {
+        interrupt_injected: Some(int(0x31)),
+        ..EventsState::default()
+    })
+    .unwrap();
+    assert_eq!(e.interrupt_in_bitmap(), Some(0x31));
+    assert!(e.select(SHUT).interrupt_window && e.select(SHUT).inject.is_none());
+    assert_eq!(e.select(OPEN).inject, Some(Injection::Interrupt(int(0x31))));
+}
