@@ -161,10 +161,6 @@ pub enum Vectoring {
     Interrupt(Interrupt),
 }
 
-/// An interrupt already waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Busy;
-
 /// The state that KVM_SET_VCPU_EVENTS gives is none that there can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Invalid;
@@ -240,6 +236,11 @@ impl PendingEvents {
         };
     }
 
+    /// Forgets an exception that no entry has taken: KVM_SET_REGS replaces the state that it was raised in.
+    pub fn drop_pending_exception(&mut self) {
+        self.exception_pending = None;
+    }
+
     /// Shuts the vCPU down, as soon as it is looked at.
     pub fn raise_triple_fault(&mut self) {
         self.triple_fault = true;
@@ -250,17 +251,10 @@ impl PendingEvents {
         core::mem::take(&mut self.triple_fault)
     }
 
-    /// Queues an external interrupt (KVM_INTERRUPT without an irqchip).
-    ///
-    /// # Errors
-    ///
-    /// [`Busy`] if one waits already.
-    pub fn queue_interrupt(&mut self, vector: u8) -> Result<(), Busy> {
-        if self.interrupt_pending.is_some() {
-            return Err(Busy);
-        }
+    /// Queues an external interrupt (KVM_INTERRUPT without an irqchip). One that waits already is replaced, as in KVM: the VMM
+    /// knows from `ready_for_interrupt_injection` that it should not have done so.
+    pub fn queue_interrupt(&mut self, vector: u8) {
         self.interrupt_pending = Some(vector);
-        Ok(())
     }
 
     /// Whether [`PendingEvents::queue_interrupt`] would take an interrupt that an entry would deliver at once: what KVM calls ready for
@@ -421,7 +415,12 @@ impl PendingEvents {
         EventsState {
             exception_pending: self.exception_pending,
             exception_injected: self.exception_injected,
-            interrupt_injected: self.interrupt_injected,
+            interrupt_injected: self
+                .interrupt_injected
+                .or(self.interrupt_pending.map(|vector| Interrupt {
+                    vector,
+                    insn_len: 0,
+                })),
             nmi_injected: self.nmi_injected,
             nmi_pending: self.nmi_pending > 0,
             nmi_masked: self.nmi_masked,
@@ -429,7 +428,7 @@ impl PendingEvents {
         }
     }
 
-    /// Sets the state, for a VMM. What KVM_INTERRUPT queued stays.
+    /// Sets the state, for a VMM. An external interrupt waits again until it can be taken.
     ///
     /// # Errors
     ///
@@ -446,7 +445,11 @@ impl PendingEvents {
         }
         self.exception_pending = state.exception_pending;
         self.exception_injected = state.exception_injected;
-        self.interrupt_injected = state.interrupt_injected;
+        self.interrupt_injected = state.interrupt_injected.filter(Interrupt::is_soft);
+        self.interrupt_pending = state
+            .interrupt_injected
+            .filter(|i| !i.is_soft())
+            .map(|i| i.vector);
         self.nmi_injected = state.nmi_injected;
         self.nmi_pending = u8::from(state.nmi_pending);
         self.nmi_masked = state.nmi_masked;
@@ -454,20 +457,12 @@ impl PendingEvents {
         Ok(())
     }
 
-    /// Forgets an injected or queued interrupt, and says which there was: KVM_GET_SREGS shows it in its bitmap.
+    /// The external interrupt that waits or is being delivered: KVM_GET_SREGS shows it in its bitmap.
     #[must_use]
     pub const fn interrupt_in_bitmap(&self) -> Option<u8> {
         match self.interrupt_injected {
             Some(interrupt) if !interrupt.is_soft() => Some(interrupt.vector),
-            _ => None,
+            _ => self.interrupt_pending,
         }
-    }
-
-    /// Sets the injected interrupt, as KVM_SET_SREGS does from its bitmap.
-    pub fn set_injected_interrupt(&mut self, vector: u8) {
-        self.interrupt_injected = Some(Interrupt {
-            vector,
-            insn_len: 0,
-        });
     }
 }

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: GPL-2.0
+# The commands of the project; scripts/ does the work. See README and
+# Documentation/testing.rst.
+
+# A kernel's build tree. Without one: the testbed's kernel, if there, or the
+# running one's.
+KDIR ?=
+# make test T=PATTERN runs only the tests whose name matches.
+T ?=
+
+.PHONY: all run test bench shell check clean distclean
+
+all:
+	@scripts/build $(KDIR)
+
+run:
+	@scripts/run
+
+test:
+	@scripts/test $(if $(T),'$(T)')
+
+bench:
+	@scripts/bench
+
+shell:
+	@scripts/shell
+
+check:
+	@scripts/check
+
+clean:
+	rm -rf build
+
+distclean: clean
+	@scripts/setup distclean

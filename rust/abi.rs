@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What user space sees: the numbers and structures of the KVM API (Documentation/virt/kvm/api.rst).
+
+pub(crate) mod cap;
+pub(crate) mod ioctl;
+
+use crate::linux::user;
+use kernel::prelude::*;
+
+pub(crate) use crate::bindings::kvm_cpuid2;
+pub(crate) use crate::bindings::kvm_cpuid_entry2;
+pub(crate) use crate::bindings::kvm_debugregs;
+pub(crate) use crate::bindings::kvm_dtable;
+pub(crate) use crate::bindings::kvm_fpu;
+pub(crate) use crate::bindings::kvm_interrupt;
+pub(crate) use crate::bindings::kvm_mp_state;
+pub(crate) use crate::bindings::kvm_msr_entry;
+pub(crate) use crate::bindings::kvm_msr_list;
+pub(crate) use crate::bindings::kvm_msrs;
+pub(crate) use crate::bindings::kvm_regs;
+pub(crate) use crate::bindings::kvm_segment;
+pub(crate) use crate::bindings::kvm_signal_mask;
+pub(crate) use crate::bindings::kvm_sregs;
+pub(crate) use crate::bindings::kvm_userspace_memory_region;
+pub(crate) use crate::bindings::kvm_vcpu_events;
+pub(crate) use crate::bindings::kvm_xcrs;
+
+/// KVM_GET_API_VERSION: the only version there has been since 2007.
+pub(crate) const API_VERSION: isize = 12;
+
+/// The most vCPUs in a VM (KVM_CAP_MAX_VCPUS), and one more than the greatest vCPU identifier
+/// (KVM_CAP_MAX_VCPU_ID).
+pub(crate) const MAX_VCPUS: usize = 64;
+
+/// Pages of a vCPU's mapping: `struct kvm_run`, and the data of port accesses.
+pub(crate) const RUN_PAGES: usize = 2;
+
+/// The most entries of KVM_GET_MSRS and KVM_SET_MSRS, as in KVM.
+pub(crate) const MAX_MSR_ENTRIES: usize = 256;
+
+/// The entries of KVM_GET_MSRS and KVM_SET_MSRS that user space gave at `arg`: EFAULT, and E2BIG if
+/// they are too many.
+pub(crate) fn read_msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
+    let count = user::read::<kvm_msrs>(arg)?.nmsrs as usize;
+    if count >= MAX_MSR_ENTRIES {
+        return Err(E2BIG);
+    }
+    user::read_array(arg.wrapping_add(size_of::<kvm_msrs>()), count)
+}
+
+/// KVM_EXIT_*: why KVM_RUN returned (KVM API, 5).
+pub(crate) mod exit {
+    pub(crate) use crate::bindings::KVM_EXIT_FAIL_ENTRY as FAIL_ENTRY;
+    pub(crate) use crate::bindings::KVM_EXIT_HLT as HLT;
+    pub(crate) use crate::bindings::KVM_EXIT_INTERNAL_ERROR as INTERNAL_ERROR;
+    pub(crate) use crate::bindings::KVM_EXIT_INTR as INTR;
+    pub(crate) use crate::bindings::KVM_EXIT_IO as IO;
+    pub(crate) use crate::bindings::KVM_EXIT_IRQ_WINDOW_OPEN as IRQ_WINDOW_OPEN;
+    pub(crate) use crate::bindings::KVM_EXIT_MMIO as MMIO;
+    pub(crate) use crate::bindings::KVM_EXIT_SET_TPR as SET_TPR;
+    pub(crate) use crate::bindings::KVM_EXIT_SHUTDOWN as SHUTDOWN;
+    pub(crate) use crate::bindings::KVM_EXIT_UNKNOWN as UNKNOWN;
+}
+
+/// KVM_INTERNAL_ERROR_*: what the kernel could not do for a guest.
+pub(crate) mod internal {
+    pub(crate) use crate::bindings::KVM_INTERNAL_ERROR_DELIVERY_EV as DELIVERY_EVENT;
+    pub(crate) use crate::bindings::KVM_INTERNAL_ERROR_EMULATION as EMULATION;
+    pub(crate) use crate::bindings::KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON as UNEXPECTED_EXIT;
+}

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KVM_CHECK_EXTENSION: what is there, truthfully, and 0 for everything else.
+
+use super::MAX_VCPUS;
+use crate::bindings as b;
+use crate::linux::fpu;
+
+/// The answer for a capability (KVM API, 4.4): 0 if it is not there, 1 or more if it is.
+pub(crate) fn check(cap: usize) -> isize {
+    let Ok(cap) = u32::try_from(cap) else {
+        return 0;
+    };
+    match cap {
+        b::KVM_CAP_USER_MEMORY
+        | b::KVM_CAP_SET_TSS_ADDR
+        | b::KVM_CAP_EXT_CPUID
+        | b::KVM_CAP_NOP_IO_DELAY
+        | b::KVM_CAP_MP_STATE
+        | b::KVM_CAP_SYNC_MMU
+        | b::KVM_CAP_DESTROY_MEMORY_REGION_WORKS
+        | b::KVM_CAP_JOIN_MEMORY_REGIONS_WORKS
+        | b::KVM_CAP_USER_NMI
+        | b::KVM_CAP_SET_IDENTITY_MAP_ADDR
+        | b::KVM_CAP_VCPU_EVENTS
+        | b::KVM_CAP_DEBUGREGS
+        | b::KVM_CAP_READONLY_MEM
+        | b::KVM_CAP_GET_TSC_KHZ
+        | b::KVM_CAP_IMMEDIATE_EXIT
+        | b::KVM_CAP_GET_MSR_FEATURES
+        | b::KVM_CAP_CHECK_EXTENSION_VM => 1,
+        // Only if the host switches such state.
+        b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),
+        b::KVM_CAP_XSAVE2 => fpu::uabi_max_size() as isize,
+        b::KVM_CAP_NR_VCPUS => kernel::cpu::nr_cpu_ids().min(MAX_VCPUS as u32) as isize,
+        b::KVM_CAP_MAX_VCPUS | b::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
+        b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_SLOTS as isize,
+        _ => 0,
+    }
+}

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The ioctls that rkvm implements; any other gets ENOTTY (EINVAL on a vCPU, as in KVM).
+
+use super::*;
+use crate::bindings as b;
+use kernel::ioctl::_IO;
+use kernel::ioctl::_IOR;
+use kernel::ioctl::_IOW;
+use kernel::ioctl::_IOWR;
+
+const KVMIO: u32 = b::KVMIO;
+
+// /dev/rkvm.
+pub(crate) const GET_API_VERSION: u32 = _IO(KVMIO, 0x00);
+pub(crate) const CREATE_VM: u32 = _IO(KVMIO, 0x01);
+pub(crate) const GET_MSR_INDEX_LIST: u32 = _IOWR::<kvm_msr_list>(KVMIO, 0x02);
+/// Of the device and of a VM.
+pub(crate) const CHECK_EXTENSION: u32 = _IO(KVMIO, 0x03);
+pub(crate) const GET_VCPU_MMAP_SIZE: u32 = _IO(KVMIO, 0x04);
+pub(crate) const GET_SUPPORTED_CPUID: u32 = _IOWR::<kvm_cpuid2>(KVMIO, 0x05);
+pub(crate) const GET_MSR_FEATURE_INDEX_LIST: u32 = _IOWR::<kvm_msr_list>(KVMIO, 0x0a);
+
+// A VM.
+pub(crate) const CREATE_VCPU: u32 = _IO(KVMIO, 0x41);
+pub(crate) const SET_USER_MEMORY_REGION: u32 = _IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
+pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
+pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
+
+// A vCPU.
+pub(crate) const RUN: u32 = _IO(KVMIO, 0x80);
+pub(crate) const GET_REGS: u32 = _IOR::<kvm_regs>(KVMIO, 0x81);
+pub(crate) const SET_REGS: u32 = _IOW::<kvm_regs>(KVMIO, 0x82);
+pub(crate) const GET_SREGS: u32 = _IOR::<kvm_sregs>(KVMIO, 0x83);
+pub(crate) const SET_SREGS: u32 = _IOW::<kvm_sregs>(KVMIO, 0x84);
+pub(crate) const INTERRUPT: u32 = _IOW::<kvm_interrupt>(KVMIO, 0x86);
+/// Of the device, for feature MSRs, and of a vCPU.
+pub(crate) const GET_MSRS: u32 = _IOWR::<kvm_msrs>(KVMIO, 0x88);
+pub(crate) const SET_MSRS: u32 = _IOW::<kvm_msrs>(KVMIO, 0x89);
+pub(crate) const SET_SIGNAL_MASK: u32 = _IOW::<b::kvm_signal_mask>(KVMIO, 0x8b);
+pub(crate) const GET_FPU: u32 = _IOR::<kvm_fpu>(KVMIO, 0x8c);
+pub(crate) const SET_FPU: u32 = _IOW::<kvm_fpu>(KVMIO, 0x8d);
+pub(crate) const SET_CPUID2: u32 = _IOW::<kvm_cpuid2>(KVMIO, 0x90);
+pub(crate) const GET_CPUID2: u32 = _IOWR::<kvm_cpuid2>(KVMIO, 0x91);
+pub(crate) const GET_MP_STATE: u32 = _IOR::<kvm_mp_state>(KVMIO, 0x98);
+pub(crate) const SET_MP_STATE: u32 = _IOW::<kvm_mp_state>(KVMIO, 0x99);
+pub(crate) const NMI: u32 = _IO(KVMIO, 0x9a);
+pub(crate) const GET_VCPU_EVENTS: u32 = _IOR::<kvm_vcpu_events>(KVMIO, 0x9f);
+pub(crate) const SET_VCPU_EVENTS: u32 = _IOW::<kvm_vcpu_events>(KVMIO, 0xa0);
+pub(crate) const GET_DEBUGREGS: u32 = _IOR::<kvm_debugregs>(KVMIO, 0xa1);
+pub(crate) const SET_DEBUGREGS: u32 = _IOW::<kvm_debugregs>(KVMIO, 0xa2);
+/// Of a VM (the default of new vCPUs) and of a vCPU.
+pub(crate) const SET_TSC_KHZ: u32 = _IO(KVMIO, 0xa2);
+/// Of a VM and of a vCPU.
+pub(crate) const GET_TSC_KHZ: u32 = _IO(KVMIO, 0xa3);
+pub(crate) const GET_XSAVE: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xa4);
+pub(crate) const SET_XSAVE: u32 = _IOW::<b::kvm_xsave>(KVMIO, 0xa5);
+pub(crate) const GET_XCRS: u32 = _IOR::<kvm_xcrs>(KVMIO, 0xa6);
+pub(crate) const SET_XCRS: u32 = _IOW::<kvm_xcrs>(KVMIO, 0xa7);

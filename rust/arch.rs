@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The part of a vCPU's architectural state that no backend holds.
+
+use crate::abi;
+use crate::backend::Loaded;
+use crate::linux::task::SignalMask;
+use crate::run::Pending;
+use crate::x86::cpuid::features::GuestFeatures;
+use crate::x86::cpuid::table::CpuidTable;
+use crate::x86::cpuid::CpuidEntry;
+use crate::x86::emulate::Emulator;
+use crate::x86::event::PendingEvents;
+use crate::x86::msr::state::MsrState;
+use crate::x86::regs::Cr0;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr6;
+use crate::x86::regs::Dr7;
+use crate::x86::regs::Efer;
+use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
+use crate::x86::segment::CpuMode;
+use crate::x86::segment::SegReg;
+use crate::x86::segment::Segment;
+use kernel::prelude::*;
+
+/// A vCPU's CPUID table.
+pub(crate) type Cpuid = CpuidTable<KVVec<CpuidEntry>>;
+
+/// Registers, events and whatever is half done.
+pub(crate) struct Arch {
+    pub(crate) events: PendingEvents,
+    /// KVM_MP_STATE_*; only RUNNABLE does anything without a local APIC in the kernel.
+    pub(crate) mp_state: u32,
+    /// The task priority, which the VMM's local APIC has and tells in `kvm_run`.
+    pub(crate) cr8: u64,
+    /// DR0 to DR3.
+    pub(crate) dr: [u64; 4],
+    pub(crate) dr6: u64,
+    /// DR7 enables a breakpoint, so the addresses must be loaded for the guest.
+    pub(crate) breakpoints_armed: bool,
+    pub(crate) xcr0: u64,
+    pub(crate) cpuid: KBox<Cpuid>,
+    pub(crate) features: GuestFeatures,
+    pub(crate) msrs: MsrState,
+    /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
+    pub(crate) tsc_khz: u32,
+    /// IA32_TSC_ADJUST.
+    pub(crate) tsc_adjust: u64,
+    pub(crate) emulator: Emulator,
+    /// What the next KVM_RUN completes.
+    pub(crate) pending: Pending,
+    /// Signals blocked during KVM_RUN, if not those that the thread blocks anyway.
+    pub(crate) signal_mask: Option<SignalMask>,
+    /// The guest has run: its CPUID is not to change under it any more.
+    pub(crate) has_run: bool,
+}
+
+impl Arch {
+    /// The state after power-up. vCPU 0 is the bootstrap processor.
+    pub(crate) fn new(bootstrap: bool) -> Result<Self> {
+        let cpuid = Cpuid::new(KVVec::new()).map_err(|_| EINVAL)?;
+        Ok(Self {
+            events: PendingEvents::new(),
+            mp_state: crate::bindings::KVM_MP_STATE_RUNNABLE,
+            cr8: 0,
+            dr: [0; 4],
+            dr6: Dr6::RESET.bits(),
+            breakpoints_armed: false,
+            xcr0: 1,
+            cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
+            features: GuestFeatures::default(),
+            msrs: MsrState::new(bootstrap),
+            tsc_khz: crate::linux::msr::tsc_khz(),
+            tsc_adjust: 0,
+            emulator: Emulator::new(),
+            pending: Pending::Nothing,
+            signal_mask: None,
+            has_run: false,
+        })
+    }
+
+    /// Brings CPUID up to date with the registers that show in it.
+    pub(crate) fn refresh_cpuid(&mut self, host: &crate::system::Host, cr4: Cr4) {
+        self.cpuid.update(
+            &crate::x86::cpuid::table::RuntimeState {
+                cr4,
+                xcr0: crate::x86::regs::Xcr0::new(self.xcr0),
+                xss: 0,
+                apic_enabled: None,
+            },
+            &host.xsave,
+        );
+    }
+}
+
+/// Puts the registers that a backend holds into the state after power-up (SDM vol. 3, table 10-1).
+pub(crate) fn reset(hw: &mut impl Loaded) {
+    for r in Gpr::ALL {
+        hw.set_gpr(r, 0);
+    }
+    // Family 6; what the VMM says later of its processor does not show here, as in KVM.
+    hw.set_gpr(Gpr::Rdx, 0x600);
+    hw.set_rip(0xfff0);
+    hw.set_rflags(Rflags::FIXED);
+    for seg in SegReg::ALL {
+        hw.set_segment(seg, &Segment::reset(seg));
+    }
+    let table = crate::backend::TableReg {
+        base: 0,
+        limit: 0xffff,
+    };
+    hw.set_gdtr(table);
+    hw.set_idtr(table);
+    hw.set_cr2(0);
+    hw.set_cr3(0);
+    hw.set_cr4(Cr4::empty());
+    hw.set_efer(Efer::empty());
+    hw.set_cr0(Cr0::ET | Cr0::CD | Cr0::NW);
+    hw.set_dr7(Dr7::RESET);
+    // The counter starts from zero.
+    hw.set_tsc_offset(crate::linux::msr::rdtsc().wrapping_neg());
+}
+
+/// The mode that the vCPU is in.
+pub(crate) fn mode(hw: &mut impl Loaded) -> CpuMode {
+    let cs = hw.segment(SegReg::Cs).attr;
+    CpuMode::of(hw.cr0(), hw.rflags(), hw.efer(), cs)
+}
+
+/// Whether the guest executes 64-bit code.
+pub(crate) fn in_64bit_mode(hw: &mut impl Loaded) -> bool {
+    hw.efer().has(Efer::LMA) && hw.segment(SegReg::Cs).attr.l()
+}
+
+/// The privilege level: that of SS, but for modes in which segments have none.
+pub(crate) fn cpl(hw: &mut impl Loaded) -> u8 {
+    if !hw.cr0().has(Cr0::PE) {
+        0
+    } else if hw.rflags().has(Rflags::VM) {
+        3
+    } else {
+        hw.segment(SegReg::Ss).attr.dpl()
+    }
+}
+
+const _: () = assert!(abi::MAX_VCPUS <= u8::MAX as usize);

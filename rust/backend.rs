@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The seam between the core and a processor's virtualisation: what a backend gives, and the words
+//! that both sides speak.
+//!
+//! A backend is chosen once, when the module loads, and everything above is instantiated for it: no
+//! function pointer is called on an exit.
+
+use crate::linux::irq::IrqsOff;
+use crate::linux::irq::PreemptOff;
+use crate::linux::preempt::Followed;
+use crate::linux::preempt::FollowsThread;
+use crate::linux::preempt::Following;
+use crate::mmu::ept::Access;
+use crate::mmu::ept::EptCaps;
+use crate::x86::event::Exception;
+use crate::x86::event::Injection;
+use crate::x86::event::Shadow;
+use crate::x86::event::Vectoring;
+use crate::x86::msr::Msr;
+use crate::x86::regs::Cr0;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr7;
+use crate::x86::regs::Efer;
+use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
+use crate::x86::segment::SegReg;
+use crate::x86::segment::Segment;
+use kernel::prelude::*;
+
+/// A descriptor-table register.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct TableReg {
+    /// Linear address.
+    pub(crate) base: u64,
+    /// Limit in bytes.
+    pub(crate) limit: u16,
+}
+
+/// A port access, as an exit describes it.
+#[derive(Clone, Copy)]
+pub(crate) struct PortAccess {
+    pub(crate) port: u16,
+    /// Bytes: 1, 2 or 4.
+    pub(crate) size: u8,
+    /// IN or INS.
+    pub(crate) input: bool,
+    /// INS or OUTS.
+    pub(crate) string: bool,
+    /// With a REP prefix.
+    pub(crate) rep: bool,
+}
+
+/// An access to a control register.
+#[derive(Clone, Copy)]
+pub(crate) enum CrAccess {
+    /// MOV to CRn.
+    Write { cr: u8, gpr: Gpr },
+    /// MOV from CRn.
+    Read { cr: u8, gpr: Gpr },
+    /// CLTS.
+    Clts,
+    /// LMSW with its operand.
+    Lmsw(u16),
+}
+
+/// Why the guest stopped running.
+pub(crate) enum Exit {
+    /// An interrupt of the host, by its vector; it waits for [`Loaded::host_interrupt`].
+    Interrupt,
+    /// An NMI of the host, already handled.
+    Nmi,
+    /// A machine check of the host.
+    MachineCheck,
+    /// An exception that is intercepted, to be raised for the guest.
+    Exception(Exception),
+    TripleFault,
+    InterruptWindow,
+    NmiWindow,
+    Cpuid,
+    Hlt,
+    Pause,
+    Invd,
+    Wbinvd,
+    Rdpmc,
+    Vmcall,
+    Monitor,
+    Mwait,
+    Rdmsr,
+    Wrmsr,
+    Xsetbv,
+    Cr(CrAccess),
+    Dr { dr: u8, gpr: Gpr, write: bool },
+    Port(PortAccess),
+    /// A guest-physical access that the page tables below do not allow.
+    PageFault {
+        gpa: u64,
+        access: Access,
+        /// The linear address that was accessed, if `gpa` is what it translates to.
+        linear: Option<u64>,
+    },
+    /// A guest-physical access to a page that is known to have no memory.
+    KnownMmio { gpa: u64 },
+    /// An instruction that the guest does not have: #UD.
+    Undefined,
+    /// A hardware task switch.
+    TaskSwitch,
+    /// The processor refused the guest's state, or the entry altogether: the hardware's reason.
+    EntryFailed(u64),
+    /// Anything else: the hardware's reason.
+    Unknown(u64),
+}
+
+/// Instructions that work in a guest only if the hardware offers to let them.
+#[derive(Clone, Copy)]
+pub(crate) struct Features {
+    /// RDTSCP and RDPID.
+    pub(crate) rdtscp: bool,
+    /// INVPCID.
+    pub(crate) invpcid: bool,
+    /// XSAVES and XRSTORS.
+    pub(crate) xsaves: bool,
+}
+
+/// A way to run guests.
+pub(crate) trait Backend: Send + Sync + Sized + 'static {
+    /// A vCPU's hardware state.
+    type Vcpu: Send;
+    /// The part of it that follows its thread.
+    type Follows: FollowsThread + Send + Sync;
+    /// A vCPU whose hardware state is on this CPU.
+    type Loaded<'a>: Loaded;
+
+    /// What the page tables may use.
+    fn ept_caps(&self) -> EptCaps;
+    /// Bits of CR0 that the hardware holds at one for a running guest, whatever the guest sees.
+    fn cr0_fixed(&self) -> u64;
+    /// Bits of CR4 that the hardware can hold for a running guest.
+    fn cr4_allowed(&self) -> u64;
+    /// Instructions that a guest can only have with the hardware's help.
+    fn features(&self) -> Features;
+
+    /// Makes the state of a vCPU, and the part of it that follows the thread.
+    fn new_vcpu(&self, eptp: u64) -> Result<(Self::Vcpu, Self::Follows)>;
+
+    /// Loads a vCPU on this CPU until the result is dropped.
+    fn load<'a>(
+        &'a self,
+        vcpu: &'a mut Self::Vcpu,
+        follows: &'a Followed<Self::Follows>,
+    ) -> Self::Loaded<'a>;
+}
+
+/// A guard that keeps a vCPU loaded.
+pub(crate) type Follow<'a, B> = Following<'a, <B as Backend>::Follows>;
+
+/// A vCPU that is loaded: its registers are at hand, and it can be entered.
+pub(crate) trait Loaded {
+    fn gpr(&mut self, r: Gpr) -> u64;
+    fn set_gpr(&mut self, r: Gpr, value: u64);
+    fn rip(&mut self) -> u64;
+    fn set_rip(&mut self, rip: u64);
+    fn rflags(&mut self) -> Rflags;
+    fn set_rflags(&mut self, rflags: Rflags);
+    fn cr0(&mut self) -> Cr0;
+    fn set_cr0(&mut self, cr0: Cr0);
+    fn cr2(&mut self) -> u64;
+    fn set_cr2(&mut self, cr2: u64);
+    fn cr3(&mut self) -> u64;
+    fn set_cr3(&mut self, cr3: u64);
+    fn cr4(&mut self) -> Cr4;
+    fn set_cr4(&mut self, cr4: Cr4);
+    fn efer(&mut self) -> Efer;
+    fn set_efer(&mut self, efer: Efer);
+    fn dr7(&mut self) -> Dr7;
+    fn set_dr7(&mut self, dr7: Dr7);
+    fn segment(&mut self, seg: SegReg) -> Segment;
+    fn set_segment(&mut self, seg: SegReg, value: &Segment);
+    fn gdtr(&mut self) -> TableReg;
+    fn set_gdtr(&mut self, value: TableReg);
+    fn idtr(&mut self) -> TableReg;
+    fn set_idtr(&mut self, value: TableReg);
+    /// The four entries of PAE paging, which the processor loads with CR3.
+    fn set_pdptes(&mut self, pdptes: &[u64; 4]);
+
+    /// MSRs that the hardware holds.
+    fn read_msr(&mut self, msr: Msr) -> Option<u64>;
+    /// Whether the MSR is one of those. The value has been checked.
+    fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
+    /// What the guest's time-stamp counter adds to the host's, in ticks, modulo 2^64.
+    fn tsc_offset(&mut self) -> u64;
+    fn set_tsc_offset(&mut self, offset: u64);
+
+    /// Whether interrupts are held off for one instruction.
+    fn shadow(&mut self) -> Shadow;
+    fn set_shadow(&mut self, shadow: Shadow);
+    fn nmi_blocked(&mut self) -> bool;
+    fn set_nmi_blocked(&mut self, blocked: bool);
+    /// Asks for an exit as soon as an interrupt could be taken.
+    fn set_interrupt_window(&mut self, open: bool);
+    /// Asks for an exit as soon as an NMI could be taken.
+    fn set_nmi_window(&mut self, open: bool);
+    /// Delivers an event with the next entry.
+    fn inject(&mut self, injection: &Injection);
+    /// There is no next entry for now: it is to be told anew what to deliver.
+    fn cancel_injection(&mut self);
+    /// The event whose delivery the last exit broke off, if it is one that can.
+    fn vectoring(&mut self) -> Option<Vectoring>;
+    /// A single step is due after an instruction that was completed for the guest.
+    fn set_pending_step(&mut self);
+
+    /// Length of the instruction that exited, in bytes, if the exit was by an instruction.
+    fn instruction_len(&mut self) -> u8;
+    /// The segment and the address size of INS or OUTS, if the hardware tells.
+    fn string_io_info(&mut self) -> Option<(SegReg, u8)>;
+
+    /// Drops what the TLB holds of the guest's own translations.
+    fn flush_guest_tlb(&mut self);
+    /// Drops what the TLB holds of guest-physical translations.
+    fn flush_memory(&mut self);
+
+    /// Puts into the hardware what an entry needs and only leaves with the thread. Before the first
+    /// [`Self::enter`] since interrupts were last on.
+    fn prepare(&mut self, preempt: &PreemptOff);
+    /// Runs the guest until an exit, and says why it ended.
+    fn enter(&mut self, irqs: &IrqsOff) -> Exit;
+    /// Handles the interrupt that ended the guest's run.
+    fn host_interrupt(&mut self, irqs: &IrqsOff);
+    /// The hardware's reason for the last exit, its qualification and its interruption information.
+    fn raw_exit(&mut self) -> [u64; 3];
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What bindgen made of `bindings/bindings.h`. Only the layers that may hold `unsafe` call it;
+//! the structures of the KVM ABI reach the others through [`crate::abi`].
+
+#![allow(
+    clippy::all,
+    clippy::undocumented_unsafe_blocks,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    unused_imports,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn
+)]
+
+use kernel::bindings::{
+    cpumask,
+    file_operations,
+    file,
+    folio,
+    inode,
+    lock_class_key,
+    mm_struct,
+    module,
+    mutex,
+    page,
+    rwlock_t,
+    srcu_struct,
+    task_struct,
+    vm_area_struct, //
+};
+
+type __kernel_ssize_t = isize;
+type __kernel_size_t = usize;
+type __kernel_ptrdiff_t = isize;
+
+include!("bindings/bindings_generated.rs");
+
+macro_rules! abi_types {
+    ($($ty:ident),* $(,)?) => { $(
+        // SAFETY: A structure of the KVM ABI: integers and arrays of them, whose padding is named.
+        unsafe impl kernel::transmute::FromBytes for $ty {}
+        // SAFETY: As above: every byte of it is initialised.
+        unsafe impl kernel::transmute::AsBytes for $ty {}
+    )* };
+}
+
+abi_types! {
+    kvm_cpuid2,
+    kvm_cpuid_entry2,
+    kvm_debugregs,
+    kvm_fpu,
+    kvm_interrupt,
+    kvm_mp_state,
+    kvm_msr_entry,
+    kvm_msr_list,
+    kvm_msrs,
+    kvm_regs,
+    kvm_signal_mask,
+    kvm_sregs,
+    kvm_userspace_memory_region,
+    kvm_vcpu_events,
+    kvm_xcrs,
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * C helpers: kernel services that are inline functions, macros or per-CPU
+ * variables, and so out of bindgen's sight. One line of C each where it can
+ * be; the Rust side wraps them in linux/ and vmx/.
+ */
+#ifndef RKVM_HELPERS_H
+#define RKVM_HELPERS_H
+
+#include <linux/jump_label.h>
+#include <linux/types.h>
+
+struct fpu_guest;
+struct page;
+struct preempt_notifier;
+struct preempt_ops;
+
+/**
+ * struct rkvm_host_segments - the thread's segment state, saved over guest runs
+ * @fs_base: user FS base
+ * @gs_base: the kernel's own GS base on this CPU
+ * @kernel_gs_base: user GS base, in MSR_KERNEL_GS_BASE while in the kernel
+ * @ds: user selectors; those of FS and GS only matter if not null
+ * @es: ditto
+ * @fs: ditto
+ * @gs: ditto
+ * @ldt: LDT selector
+ */
+struct rkvm_host_segments {
+	u64 fs_base;
+	u64 gs_base;
+	u64 kernel_gs_base;
+	u16 ds;
+	u16 es;
+	u16 fs;
+	u16 gs;
+	u16 ldt;
+};
+
+/**
+ * struct rkvm_host_tables - this CPU's descriptor tables
+ */
+struct rkvm_host_tables {
+	u64 gdt;
+	u64 idt;
+	u64 tss;
+	u64 sysenter_esp;
+};
+
+/* Both with preemption off; restore undoes what VM exits did to the segments. */
+void rkvm_host_segments_save(struct rkvm_host_segments *s);
+void rkvm_host_segments_restore(const struct rkvm_host_segments *s);
+void rkvm_host_tables(struct rkvm_host_tables *t);
+
+/* Selectors and the rest of the host state that never changes. */
+u16 rkvm_kernel_cs(void);
+u16 rkvm_kernel_ds(void);
+u16 rkvm_kernel_tr(void);
+
+void rkvm_local_irq_disable(void);
+void rkvm_local_irq_enable(void);
+void rkvm_preempt_disable(void);
+void rkvm_preempt_enable(void);
+int rkvm_smp_processor_id(void);
+
+/* Work that must be done before a guest is entered: signals, reschedule. */
+bool rkvm_guest_entry_work_pending(void);
+int rkvm_guest_entry_work(void);
+void rkvm_guest_timing_enter(void);
+void rkvm_guest_timing_exit(void);
+bool rkvm_signal_pending(void);
+/* Another signal mask, and back: they do not nest. */
+void rkvm_sigmask_push(u64 mask);
+void rkvm_sigmask_pop(void);
+
+/* Restores the guest's FPU registers if the kernel used the FPU meanwhile. */
+void rkvm_fpu_load(void);
+/* The thread's guest FPU image, where a task's own would be. */
+u64 rkvm_fpu_user_xfeatures(void);
+u32 rkvm_fpu_uabi_size(struct fpu_guest *fpu);
+u32 rkvm_fpu_uabi_max_size(void);
+void *rkvm_fpu_fxsave(struct fpu_guest *fpu);
+void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area);
+
+/* An external interrupt or a machine check that ended a guest's run. */
+void rkvm_handle_interrupt(u32 vector);
+void rkvm_handle_machine_check(void);
+
+void rkvm_preempt_notifier_init(struct preempt_notifier *n, struct preempt_ops *ops);
+
+bool rkvm_cpu_has_vmx(void);
+int rkvm_vmx_get_ref(void);
+void rkvm_vmx_put_ref(void);
+bool rkvm_cpu_has_l1tf(void);
+bool rkvm_cpu_flushes_l1d(void);
+bool rkvm_cpu_has_itlb_multihit(void);
+void rkvm_enable_l1d_flush(void);
+DECLARE_STATIC_KEY_FALSE(rkvm_l1d_flush);
+/* Between two vCPUs on one CPU, where the kernel wants it. */
+void rkvm_vcpu_switch_barrier(void);
+/* After a guest ran, before user code may. */
+void rkvm_mark_guest_ran(void);
+
+bool rkvm_hw_breakpoint_active(void);
+void rkvm_hw_breakpoint_restore(void);
+void rkvm_set_debugregs(const u64 *dr);
+void rkvm_clear_dr7(void);
+
+u64 rkvm_get_debugctl(void);
+void rkvm_set_debugctl(u64 value);
+u64 rkvm_xgetbv(void);
+void rkvm_xsetbv(u64 value);
+bool rkvm_host_osxsave(void);
+u64 rkvm_host_xss(void);
+int rkvm_rdmsr_safe(u32 msr, u64 *value);
+int rkvm_wrmsr_safe(u32 msr, u64 value);
+u32 rkvm_tsc_khz(void);
+void rkvm_cpuid(u32 leaf, u32 subleaf, u32 *regs);
+
+/* The VMCS that rkvm left current on this CPU, or all ones. */
+u64 rkvm_current_vmcs(void);
+void rkvm_set_current_vmcs(u64 phys);
+
+/* CPUs, and what runs on each. */
+int rkvm_cpuhp_setup(int (*online)(unsigned int), int (*offline)(unsigned int));
+void rkvm_cpuhp_remove(int state);
+void rkvm_on_each_cpu(void (*f)(void *), void *arg);
+int rkvm_on_cpu(int cpu, void (*f)(void *), void *arg);
+int rkvm_nr_cpu_ids(void);
+
+void *rkvm_alloc_page(void);
+void rkvm_free_page(void *va);
+u64 rkvm_virt_to_phys(const void *va);
+int rkvm_vma_insert_page(struct vm_area_struct *vma, u64 offset, void *va);
+unsigned long rkvm_vma_pages(struct vm_area_struct *vma);
+unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma);
+
+struct mm_struct *rkvm_current_mm(void);
+void rkvm_mmgrab(struct mm_struct *mm);
+void rkvm_mmdrop(struct mm_struct *mm);
+
+#endif

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Doing something on every CPU, now and as CPUs come and go.
+
+use crate::bindings;
+use kernel::prelude::*;
+
+/// What must be held on every CPU that is online.
+pub(crate) trait PerCpuHold: 'static {
+    /// Called on a CPU that is online or is coming up, in a context that may sleep. An error keeps
+    /// the CPU from coming up.
+    fn acquire() -> Result;
+    /// Called on a CPU that is going down, or on each when the registration ends.
+    fn release(cpu: u32);
+}
+
+/// A CPU-hotplug state.
+///
+/// # Invariants
+///
+/// `state` is a registered state with the callbacks of `T`.
+pub(crate) struct HotplugState<T: PerCpuHold> {
+    state: i32,
+    _hold: core::marker::PhantomData<fn() -> T>,
+}
+
+impl<T: PerCpuHold> HotplugState<T> {
+    /// Acquires on every online CPU; the first refusal undoes what was done and is returned.
+    pub(crate) fn register() -> Result<Self> {
+        // SAFETY: The callbacks are functions of this module, which outlives the registration by
+        // the lifetime of `Self`.
+        let ret = unsafe { bindings::rkvm_cpuhp_setup(Some(Self::online), Some(Self::offline)) };
+        if ret < 0 {
+            return Err(Error::from_errno(ret));
+        }
+        // INVARIANT: Registered just now.
+        Ok(Self {
+            state: ret,
+            _hold: core::marker::PhantomData,
+        })
+    }
+
+    unsafe extern "C" fn online(_cpu: u32) -> i32 {
+        T::acquire().map_or_else(|e| e.to_errno(), |()| 0)
+    }
+
+    unsafe extern "C" fn offline(cpu: u32) -> i32 {
+        T::release(cpu);
+        0
+    }
+}
+
+impl<T: PerCpuHold> Drop for HotplugState<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant the state is registered.
+        unsafe { bindings::rkvm_cpuhp_remove(self.state) };
+    }
+}
+
+/// Calls `f` with `arg` on `cpu` with interrupts off there, and waits for it. A CPU that is not
+/// online is left alone.
+///
+/// # Safety
+///
+/// `f` may be called with `arg` on another CPU, in interrupt context.
+pub(crate) unsafe fn call_on(
+    cpu: i32,
+    f: unsafe extern "C" fn(*mut core::ffi::c_void),
+    arg: *mut core::ffi::c_void,
+) {
+    // SAFETY: As the caller promises. The error is that of a CPU that is offline.
+    unsafe { bindings::rkvm_on_cpu(cpu, Some(f), arg) };
+}

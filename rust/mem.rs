@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Guest memory: user memory that the user has told us is a guest's, in memslots.
+//!
+//! There is one [`GuestMemory`] for each VM. It answers the guest's EPT violations ([`fault`]), the
+//! host's own accesses to guest memory ([`access`]), and the host's calls when it changes the
+//! mappings of that user memory ([`notify`]).
+//!
+//! It belongs to the address space of the task that made it. Whatever touches user memory must run
+//! in that address space; the files' ioctls see to it, and answer EIO otherwise.
+
+pub(crate) mod access;
+pub(crate) mod fault;
+mod notify;
+mod slots;
+
+pub(crate) use slots::MAX_SLOTS;
+
+use crate::bindings::kvm_userspace_memory_region;
+use crate::bindings::KVM_MEM_READONLY;
+use crate::linux::mm::user_range_ok;
+use crate::linux::mmu_notifier::Listening;
+use crate::linux::srcu::SrcuCell;
+use crate::mmu::ept::EptCaps;
+use crate::mmu::Mmu;
+use crate::tlb::VcpuSet;
+use kernel::prelude::*;
+use kernel::sync::new_mutex;
+use kernel::sync::Mutex;
+use slots::Slot;
+use slots::Slots;
+
+/// The most pages that a memslot can have, as in KVM: dirty bitmaps count them in 31 bits.
+const MAX_PAGES: u64 = (1 << 31) - 1;
+
+/// The memory of one VM.
+#[pin_data]
+pub(crate) struct GuestMemory {
+    #[pin]
+    inner: Listening<Inner>,
+}
+
+/// What the notifier's callbacks reach too.
+#[pin_data]
+struct Inner {
+    /// Held to change `slots`.
+    #[pin]
+    update: Mutex<()>,
+    #[pin]
+    slots: SrcuCell<Slots>,
+    #[pin]
+    mmu: Mmu,
+}
+
+impl GuestMemory {
+    /// Memory without a memslot, in the current task's address space: ENOMEM, EINTR if killed.
+    pub(crate) fn new(caps: EptCaps) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            inner <- Listening::new(try_pin_init!(Inner {
+                update <- new_mutex!((), "rkvm_memslots"),
+                slots <- SrcuCell::new(KBox::new(Slots::empty(), GFP_KERNEL_ACCOUNT)?),
+                mmu <- Mmu::new(caps),
+            }? Error)),
+        }? Error)
+    }
+
+    /// The EPT pointer for the VMCS. Does not change.
+    #[inline]
+    pub(crate) fn eptp(&self) -> u64 {
+        self.inner.mmu.eptp()
+    }
+
+    /// The vCPUs that use this memory.
+    #[inline]
+    pub(crate) fn vcpus(&self) -> &VcpuSet {
+        self.inner.mmu.vcpus()
+    }
+
+    /// Returns if the current task runs in this memory's address space.
+    #[inline]
+    pub(crate) fn is_current(&self) -> bool {
+        self.inner.is_current()
+    }
+
+    /// Counts the changes of memslots.
+    pub(crate) fn generation(&self) -> u64 {
+        self.inner.slots.read().generation
+    }
+
+    /// KVM_SET_USER_MEMORY_REGION: makes, moves or, if the size is 0, deletes a memslot.
+    ///
+    /// EINVAL: misaligned or out of bounds; a flag that is not supported; a change of anything but
+    /// the place of a slot that is there; deletion of one that is not. EEXIST: another slot is in
+    /// the way. ENOMEM.
+    ///
+    /// When it returns, nothing uses what was there before.
+    pub(crate) fn set_region(&self, region: &kvm_userspace_memory_region) -> Result {
+        let new = self.check_region(region)?;
+        let inner = &*self.inner;
+        let _update = inner.update.lock();
+        let (old, next) = {
+            let slots = inner.slots.read();
+            let old = slots.by_id(region.slot).cloned();
+            match (&old, &new) {
+                (None, None) => return Err(EINVAL),
+                (Some(old), Some(new)) => {
+                    if new.hvas != old.hvas || new.read_only != old.read_only {
+                        return Err(EINVAL);
+                    }
+                    if new.gfns == old.gfns && new.flags == old.flags {
+                        return Ok(());
+                    }
+                }
+                _ => {}
+            }
+            if let Some(new) = &new {
+                if slots.occupied(&new.gfns, new.id) {
+                    return Err(EEXIST);
+                }
+            }
+            (old, slots.with(region.slot, new)?)
+        };
+        inner.replace_slot(old, next)
+    }
+
+    /// The slot that the user describes, with what can be said without knowing the others; none if
+    /// it is to be deleted. EINVAL.
+    fn check_region(&self, region: &kvm_userspace_memory_region) -> Result<Option<Slot>> {
+        let size = region.memory_size;
+        let gpa = region.guest_phys_addr;
+        let hva = region.userspace_addr;
+        if region.flags & !KVM_MEM_READONLY != 0
+            || (size | gpa | hva) & 0xfff != 0
+            || !user_range_ok(hva, size)
+            || region.slot >= MAX_SLOTS
+            || size >> 12 > MAX_PAGES
+        {
+            return Err(EINVAL);
+        }
+        if size == 0 {
+            return Ok(None);
+        }
+        let slot = Slot::new(region).ok_or(EINVAL)?;
+        if slot.gfns.end > self.inner.mmu.format().gfn_limit {
+            return Err(EINVAL);
+        }
+        Ok(Some(slot))
+    }
+}
+
+impl Inner {
+    /// Publishes `next`. `old`, if any, is a slot that is not in it any more as it was: nothing uses
+    /// it when this returns. With `update` held. ENOMEM, and then nothing has changed.
+    fn replace_slot(&self, old: Option<Slot>, next: KBox<Slots>) -> Result {
+        if let Some(old) = old {
+            // While there can be entries made from the slot, the notifier must find it. So it goes
+            // in two steps: first no more entries are made, then what there is is zapped.
+            let gfns = old.gfns.clone();
+            let leaving = Slot {
+                leaving: true,
+                ..old
+            };
+            let between = self.slots.read().with(leaving.id, Some(leaving))?;
+            drop(self.slots.replace(between));
+            self.mmu.zap(core::iter::once(gfns), true);
+        }
+        drop(self.slots.replace(next));
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The guest has touched what EPT does not map, or not so: find out what is there, and map it.
+
+use super::slots::Slot;
+use super::GuestMemory;
+use crate::linux::mm;
+use crate::linux::mm::HostFrame;
+use crate::linux::mm::NoFrame;
+use crate::linux::task::signal_pending;
+use crate::mmu::ept::Access;
+use crate::mmu::ept::Level;
+use crate::mmu::page_of;
+use crate::mmu::Mapped;
+use crate::mmu::Mapping;
+use kernel::prelude::*;
+
+/// What an EPT violation comes to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Fault {
+    /// It is mapped: the guest may go on.
+    Mapped,
+    /// There is no memslot, or a read-only one is to be written.
+    Mmio,
+    /// A signal is pending: KVM_RUN ends with EINTR.
+    Interrupted,
+    /// The page behind this host address had a memory error.
+    HwPoison(u64),
+    /// The user has nothing mapped at this host address, or not with the access that is needed:
+    /// KVM_RUN ends with EFAULT.
+    BadHva(u64),
+}
+
+impl GuestMemory {
+    /// Resolves an EPT violation at `gpa`: ENOMEM. Sleeps. The current task runs in this memory's
+    /// address space, or the answer is [`Fault::BadHva`].
+    pub(crate) fn map(&self, gpa: u64, access: Access) -> Result<Fault> {
+        let gfn = gpa >> 12;
+        loop {
+            if let Some(fault) = self.try_map(gfn, access)? {
+                return Ok(fault);
+            }
+            // The memslot is being moved, or the host is changing its mappings. It would be of no
+            // use to hurry; and neither waits for this thread.
+            if signal_pending() {
+                return Ok(Fault::Interrupted);
+            }
+            mm::cond_resched();
+        }
+    }
+
+    /// One attempt; `None` if something changed meanwhile.
+    fn try_map(&self, gfn: u64, access: Access) -> Result<Option<Fault>> {
+        let slots = self.inner.slots.read();
+        let Some(slot) = slots.find(gfn) else {
+            return Ok(Some(Fault::Mmio));
+        };
+        if slot.leaving {
+            return Ok(None);
+        }
+        if access.write && slot.read_only {
+            return Ok(Some(Fault::Mmio));
+        }
+        let mmu = &self.inner.mmu;
+        let hva = slot.hva_of(gfn);
+        // Before the look-up: see mmu/invalidation.rs.
+        let noted = mmu.changes().sequence();
+        if mmu.changes().in_progress(&page_of(hva)) {
+            return Ok(None);
+        }
+        // A frame of another address space would be one that nobody tells us about.
+        if !self.inner.is_current() {
+            return Ok(Some(Fault::BadHva(hva)));
+        }
+        let mut frame = match mm::host_frame(hva, access.write, !slot.read_only) {
+            Ok(frame) => frame,
+            Err(NoFrame::Interrupted) => return Ok(Some(Fault::Interrupted)),
+            Err(NoFrame::Poisoned) => return Ok(Some(Fault::HwPoison(hva))),
+            Err(NoFrame::BadAddress) => return Ok(Some(Fault::BadHva(hva))),
+        };
+        frame.writable &= !slot.read_only;
+        let mapped = mmu.map(Mapping {
+            gfn,
+            level: self.leaf_level(slot, gfn, &frame, access),
+            frame,
+            hva,
+            noted,
+            access,
+        })?;
+        Ok((mapped == Mapped::Done).then_some(Fault::Mapped))
+    }
+
+    /// The largest leaf for `gfn` all of whose frames are in the slot and are mapped by the host with
+    /// one entry, in the same place of the leaf.
+    fn leaf_level(&self, slot: &Slot, gfn: u64, frame: &HostFrame, access: Access) -> Level {
+        let format = self.inner.mmu.format();
+        if frame.page.is_none() || access.exec && format.nx_huge {
+            return Level::Page4K;
+        }
+        let hva = slot.hva_of(gfn);
+        let host = Level::from_number(mm::host_mapping_level(self.inner.mm(), hva));
+        let mut level = host.min(format.max_leaf);
+        let gfns = &slot.gfns;
+        while let Some(below) = level.below() {
+            let mask = level.mask();
+            let first = gfn & !mask;
+            let inside = first >= gfns.start && gfns.end.wrapping_sub(first) > mask;
+            let aligned = ((gfn ^ hva >> 12) | (gfn ^ frame.pfn)) & mask == 0;
+            if inside && aligned {
+                break;
+            }
+            level = below;
+        }
+        level
+    }
+}

@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the processor translates guest-physical addresses with: EPT tables, filled on faults, and
+//! emptied when the host or the user takes the memory away.
+//!
+//! There is one [`Mmu`] for each VM, owned by its guest memory ([`crate::mem`]), which says what is
+//! to be mapped; this says how. No entry outlives the host mapping that it was made from: see
+//! [`invalidation`].
+//!
+//! # Locks, in the order in which they are taken
+//!
+//! 1. a vCPU's mutex, the VM's own locks;
+//! 2. the memslots' update mutex (`mem.rs`), held to change memslots. It is held over grace periods
+//!    of 3, so nobody takes it inside 3;
+//! 3. the memslots' SRCU section (`mem.rs`), held to use a memslot: over faults, guest memory
+//!    accesses and notifier callbacks;
+//! 4. the host's: `mmap_lock`, and what mm/ holds when it calls the notifier (`i_mmap_rwsem`,
+//!    `anon_vma`, page-table locks). Faults and accesses take them inside 3, notifier callbacks
+//!    enter 3 inside them: no deadlock, as entering 3 never waits, and 2 is not taken inside 4;
+//! 5. the MMU lock (`Mmu::tables`), a rwlock: read to make entries, let them grow and age; write to
+//!    take them away. Nothing is allocated and nobody sleeps inside;
+//! 6. the invalidations' spinlock (`Invalidations::range`), and the vCPU set's (`VcpuSet::inner`),
+//!    which is held until the interrupted CPUs answer. Neither inside the other.
+//!
+//! None is taken in interrupts, and all are taken with interrupts on: a CPU that spins for one still
+//! answers the IPI that its holder waits for.
+//!
+//! # Flush before free, flush before unlock
+//!
+//! What is taken away is flushed before the MMU lock is released, even though the pages are needed
+//! only later: a second change of the same address would find nothing to zap, not flush, and let the
+//! page go while the first one's flush is on its way. Tables are freed after the flush, outside the
+//! lock: no walk of software can be in them, as those hold the lock, nor one of hardware.
+
+pub(crate) mod ept;
+pub(crate) mod invalidation;
+mod table;
+mod tables;
+
+use crate::linux::mm::HostFrame;
+use crate::linux::mmu_notifier::HvaRange;
+use crate::linux::rwlock::RwLock;
+use crate::tlb::Request;
+use crate::tlb::VcpuSet;
+use core::ops::Range;
+use ept::Access;
+use ept::EptCaps;
+use ept::Format;
+use ept::Frame;
+use ept::Level;
+use invalidation::Invalidations;
+use invalidation::Sequence;
+use kernel::prelude::*;
+use table::Table;
+use tables::Detached;
+use tables::Outcome;
+use tables::Tables;
+use tables::Want;
+
+/// The second stage of address translation of one VM.
+#[pin_data]
+pub(crate) struct Mmu {
+    #[pin]
+    tables: RwLock<Tables>,
+    #[pin]
+    changes: Invalidations,
+    #[pin]
+    vcpus: VcpuSet,
+    format: Format,
+    eptp: u64,
+}
+
+/// A frame that was looked up for a guest frame, and what must still hold when it is mapped.
+pub(crate) struct Mapping {
+    /// The guest frame that is wanted.
+    pub(crate) gfn: u64,
+    /// What backs that frame.
+    pub(crate) frame: HostFrame,
+    /// How large a leaf may be: the memslot and the host map all of it alike.
+    pub(crate) level: Level,
+    /// The host virtual address of the frame.
+    pub(crate) hva: u64,
+    /// Noted before the look-up.
+    pub(crate) noted: Sequence,
+    /// What the guest wants.
+    pub(crate) access: Access,
+}
+
+/// How an attempt to map ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mapped {
+    /// The guest may go on.
+    Done,
+    /// The host has changed something: look up again.
+    Stale,
+}
+
+impl Mmu {
+    /// An MMU that maps nothing: ENOMEM.
+    pub(crate) fn new(caps: EptCaps) -> impl PinInit<Self, Error> {
+        pin_init::pin_init_scope(move || {
+            let format = Format::new(&caps);
+            let tables = Tables::new(format)?;
+            let eptp = tables.eptp();
+            Ok(try_pin_init!(Self {
+                tables <- RwLock::new(tables),
+                changes <- Invalidations::new(),
+                vcpus <- VcpuSet::new(),
+                format,
+                eptp,
+            }? Error))
+        })
+    }
+
+    /// The EPT pointer for the VMCS. Does not change.
+    #[inline]
+    pub(crate) fn eptp(&self) -> u64 {
+        self.eptp
+    }
+
+    /// How entries are made.
+    #[inline]
+    pub(crate) fn format(&self) -> &Format {
+        &self.format
+    }
+
+    /// The vCPUs that run on these tables.
+    #[inline]
+    pub(crate) fn vcpus(&self) -> &VcpuSet {
+        &self.vcpus
+    }
+
+    /// The changes of the host's mappings.
+    #[inline]
+    pub(crate) fn changes(&self) -> &Invalidations {
+        &self.changes
+    }
+
+    /// Maps a frame, if it still is what it was: ENOMEM.
+    pub(crate) fn map(&self, mapping: Mapping) -> Result<Mapped> {
+        let Mapping { mut level, .. } = mapping;
+        let mut page = mapping.frame.page;
+        let mut spare: Option<Table> = None;
+        loop {
+            let mask = level.mask();
+            let frame = Frame {
+                pfn: mapping.frame.pfn & !mask,
+                writable: mapping.frame.writable,
+                mmio: mapping.frame.mmio,
+            };
+            let want = Want {
+                gfn: mapping.gfn,
+                level,
+                entry: self.format.leaf(level, &frame, mapping.access),
+                access: mapping.access,
+            };
+            let first = mapping.hva & !(mask << 12 | 0xfff);
+            let hvas = first..first.saturating_add(level.pages() << 12);
+            let outcome = {
+                let tables = self.tables.read();
+                if !self.changes.unchanged(mapping.noted, &hvas) {
+                    return Ok(Mapped::Stale);
+                }
+                let outcome = tables.install(&want, &mut spare);
+                if outcome == Outcome::Mapped {
+                    // Inside the lock: once the host has been told that the page may be dirty, and
+                    // not before, may it be told to forget it.
+                    if let Some(page) = page.take() {
+                        page.put_used(mapping.frame.writable);
+                    }
+                }
+                outcome
+            };
+            match outcome {
+                Outcome::Mapped => return Ok(Mapped::Done),
+                Outcome::NeedTable => spare = Some(Table::new()?),
+                // Once some of a large page had to be executable, all of it stays small.
+                Outcome::TableInTheWay if self.format.nx_huge => {
+                    level = level.below().unwrap_or(Level::Page4K);
+                }
+                Outcome::TableInTheWay | Outcome::LeafInTheWay => {
+                    self.remove(true, |tables, detached| tables.make_way(&want, detached));
+                }
+            }
+        }
+    }
+
+    /// Unmaps guest frames. May sleep, if `may_sleep`, after it has let all locks go.
+    pub(crate) fn zap(&self, gfns: impl Iterator<Item = Range<u64>>, may_sleep: bool) -> bool {
+        self.remove(may_sleep, |tables, detached| {
+            for range in gfns {
+                tables.zap(range, detached);
+            }
+        })
+    }
+
+    /// Unmaps everything.
+    pub(crate) fn zap_all(&self, may_sleep: bool) {
+        self.zap(core::iter::once(0..self.format.gfn_limit), may_sleep);
+    }
+
+    /// Takes entries away, and all that this needs: see the head of this file. Returns if there were
+    /// any.
+    fn remove(&self, may_sleep: bool, f: impl FnOnce(&mut Tables, &mut Detached)) -> bool {
+        let mut detached = Detached::new();
+        {
+            let mut tables = self.tables.write();
+            f(&mut tables, &mut detached);
+            if detached.must_flush() {
+                self.vcpus.request_all_and_wait(Request::TlbFlush);
+            }
+        }
+        let removed = detached.must_flush();
+        // SAFETY: Flushed above, if there was anything to flush.
+        unsafe { detached.free(may_sleep) };
+        removed
+    }
+
+    /// Clears accessed marks; returns if any was set. With `flush`, cached translations go too, so
+    /// that the next access is seen. Does not sleep.
+    pub(crate) fn clear_young(&self, gfns: impl Iterator<Item = Range<u64>>, flush: bool) -> bool {
+        if !self.format.ad {
+            // The processor keeps no marks: what was mapped may have been used, and its next use
+            // shows as a fault.
+            return self.zap(gfns, false);
+        }
+        let tables = self.tables.read();
+        let mut young = false;
+        for range in gfns {
+            young |= tables.clear_young(range);
+        }
+        if young && flush {
+            self.vcpus.request_all_and_wait(Request::TlbFlush);
+        }
+        young
+    }
+
+    /// Returns if any accessed mark is set. Does not sleep.
+    pub(crate) fn test_young(&self, mut gfns: impl Iterator<Item = Range<u64>>) -> bool {
+        let tables = self.tables.read();
+        gfns.any(|range| tables.test_young(range))
+    }
+}
+
+/// The host addresses of one page.
+#[inline]
+pub(crate) fn page_of(hva: u64) -> HvaRange {
+    let start = hva & !0xfff;
+    start..start.saturating_add(0x1000)
+}

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A page of 512 entries, and how one finds the next: the only place that makes references out of
+//! physical addresses.
+
+use super::ept::Entry;
+use super::ept::Level;
+use crate::bindings;
+use core::ops::Deref;
+use core::ptr::NonNull;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering;
+use kernel::prelude::*;
+
+/// The words of a table. The processor reads them, and sets accessed and dirty flags, at any time.
+pub(super) struct Words([AtomicU64; 512]);
+
+impl Words {
+    /// The word for `gfn` in a table of `level`.
+    #[inline]
+    pub(super) fn at(&self, level: Level, gfn: u64) -> Word<'_> {
+        // The index is below 512 and the compiler knows it: there is no check left.
+        Word(&self.0[level.index(gfn) & 511])
+    }
+
+    /// All words.
+    pub(super) fn iter(&self) -> impl Iterator<Item = Word<'_>> {
+        self.0.iter().map(Word)
+    }
+}
+
+/// One entry's word.
+#[derive(Clone, Copy)]
+pub(super) struct Word<'a>(&'a AtomicU64);
+
+impl<'a> Word<'a> {
+    /// The entry at this moment; a table that it points to is seen as it was linked.
+    #[inline]
+    pub(super) fn get(self) -> Entry {
+        Entry::from_bits(self.0.load(Ordering::Acquire))
+    }
+
+    /// Makes it `new` if it is `old`; otherwise, what it is.
+    #[inline]
+    pub(super) fn change(self, old: Entry, new: Entry) -> Result<(), Entry> {
+        self.0
+            .compare_exchange(old.bits(), new.bits(), Ordering::SeqCst, Ordering::Acquire)
+            .map(|_| ())
+            .map_err(Entry::from_bits)
+    }
+
+    /// Makes it not present and returns what it was, flags included that came in last.
+    #[inline]
+    pub(super) fn clear(self) -> Entry {
+        Entry::from_bits(self.0.swap(Entry::NONE.bits(), Ordering::SeqCst))
+    }
+
+    /// Clears the accessed flag and returns the entry before.
+    #[inline]
+    pub(super) fn age(self) -> Entry {
+        Entry::from_bits(self.0.fetch_and(Entry::OLD, Ordering::SeqCst))
+    }
+}
+
+/// A table that is owned: not linked anywhere, or a root.
+///
+/// Dropping it frees this one page. The tables that its entries point to are not its business:
+/// [`Table::free_tree`] frees those too.
+///
+/// # Invariants
+///
+/// `va` is a page from `rkvm_table_alloc` that nobody else frees.
+pub(super) struct Table {
+    va: NonNull<Words>,
+}
+
+// SAFETY: The page belongs to nobody's thread.
+unsafe impl Send for Table {}
+// SAFETY: Shared references give access to atomics only.
+unsafe impl Sync for Table {}
+
+impl Table {
+    /// Allocates an empty table: ENOMEM. Sleeps.
+    pub(super) fn new() -> Result<Self> {
+        // SAFETY: The caller may sleep.
+        let va = unsafe { bindings::rkvm_table_alloc() };
+        // INVARIANT: Allocated just now.
+        Ok(Self {
+            va: NonNull::new(va.cast()).ok_or(ENOMEM)?,
+        })
+    }
+
+    /// Its physical address.
+    #[inline]
+    pub(super) fn phys(&self) -> u64 {
+        // SAFETY: By the invariant it is a page of the direct map.
+        unsafe { bindings::rkvm_table_phys(self.va.as_ptr().cast()) }
+    }
+
+    /// Gives up the ownership: the page now belongs to whoever has the entry.
+    #[inline]
+    pub(super) fn into_entry(self) -> Entry {
+        let entry = Entry::table(self.phys());
+        core::mem::forget(self);
+        entry
+    }
+
+    /// Takes the ownership back.
+    ///
+    /// # Safety
+    ///
+    /// `entry` is from [`into_entry`](Self::into_entry), is linked nowhere any more, and is taken
+    /// back this once.
+    pub(super) unsafe fn from_entry(entry: Entry) -> Self {
+        // SAFETY: The entry holds the address of a page of the direct map.
+        let va = unsafe { bindings::rkvm_table_virt(entry.phys()) };
+        // INVARIANT: The page was given up to the entry, and the caller has that.
+        Self {
+            // SAFETY: An address in the direct map is not null.
+            va: unsafe { NonNull::new_unchecked(va.cast()) },
+        }
+    }
+
+    /// The table that an entry points to.
+    ///
+    /// # Safety
+    ///
+    /// `entry` is from [`into_entry`](Self::into_entry), and the page is not freed during `'a`.
+    #[inline]
+    pub(super) unsafe fn peek<'a>(entry: Entry) -> &'a Words {
+        // SAFETY: The entry holds the address of a page of the direct map, which is a table and
+        // stays one during `'a`, by the function's requirement.
+        unsafe { &*bindings::rkvm_table_virt(entry.phys()).cast::<Words>() }
+    }
+
+    /// Frees this table of `level` and all that it leads to.
+    ///
+    /// # Safety
+    ///
+    /// No walk, of software or of a processor, can be in these tables or come into them.
+    pub(super) unsafe fn free_tree(self, level: Level, may_sleep: bool) {
+        if let Some(below) = level.below() {
+            for word in self.iter() {
+                let entry = word.get();
+                if entry.is_present() && !entry.is_leaf(level) {
+                    // SAFETY: The entry is a table's, and goes with `self`.
+                    let child = unsafe { Self::from_entry(entry) };
+                    // SAFETY: As for `self`. The recursion ends: each level is one lower.
+                    unsafe { child.free_tree(below, may_sleep) };
+                }
+            }
+        }
+        drop(self);
+        if may_sleep {
+            crate::linux::mm::cond_resched();
+        }
+    }
+
+    /// A word of the page's owner, beside its contents: see [`super::tables::Detached`].
+    pub(super) fn link(&self) -> u64 {
+        // SAFETY: By the invariant it is a page of ours.
+        unsafe { bindings::rkvm_table_link(self.va.as_ptr().cast()) }
+    }
+
+    /// Sets the owner's word.
+    pub(super) fn set_link(&mut self, link: u64) {
+        // SAFETY: By the invariant it is a page of ours.
+        unsafe { bindings::rkvm_table_set_link(self.va.as_ptr().cast(), link) };
+    }
+}
+
+impl Deref for Table {
+    type Target = Words;
+
+    #[inline]
+    fn deref(&self) -> &Words {
+        // SAFETY: By the invariant it is a page of 512 words, which were zeroed when allocated.
+        unsafe { self.va.as_ref() }
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        // SAFETY: By the invariant it is ours to free.
+        unsafe { bindings::rkvm_table_free(self.va.as_ptr().cast()) };
+    }
+}

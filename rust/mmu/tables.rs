@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tables of a VM as one structure.
+//!
+//! Who may do what is in the types: with `&Tables` (the MMU lock held for reading) entries appear,
+//! grow and age, atomically and in parallel; with `&mut Tables` (held for writing) they go. A table
+//! that is linked therefore stays as long as anybody has a `&Tables`.
+
+use super::ept::Access;
+use super::ept::Entry;
+use super::ept::Format;
+use super::ept::Level;
+use super::table::Table;
+use super::table::Word;
+use super::table::Words;
+use core::ops::Range;
+use kernel::prelude::*;
+
+/// A leaf that shall be there.
+pub(super) struct Want {
+    /// Any guest frame in it.
+    pub(super) gfn: u64,
+    /// Its level.
+    pub(super) level: Level,
+    /// The leaf.
+    pub(super) entry: Entry,
+    /// What it is for.
+    pub(super) access: Access,
+}
+
+/// How an attempt to install a leaf ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// The guest can do what it wants to.
+    Mapped,
+    /// A table is missing, and there was none to spare.
+    NeedTable,
+    /// There is a table where the leaf should go.
+    TableInTheWay,
+    /// There is another leaf, which does not allow the access.
+    LeafInTheWay,
+}
+
+/// The tables under one root.
+pub(super) struct Tables {
+    root: Table,
+    format: Format,
+}
+
+impl Tables {
+    /// Empty tables: ENOMEM.
+    pub(super) fn new(format: Format) -> Result<Self> {
+        Ok(Self {
+            root: Table::new()?,
+            format,
+        })
+    }
+
+    /// The EPTP for them.
+    pub(super) fn eptp(&self) -> u64 {
+        self.format.eptp(self.root.phys())
+    }
+
+    /// Installs a leaf, if that takes nothing away: where there is nothing yet, or a leaf of which
+    /// the new one is a more permissive version. A table that is needed comes out of `spare`.
+    pub(super) fn install(&self, want: &Want, spare: &mut Option<Table>) -> Outcome {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        loop {
+            let word = words.at(level, want.gfn);
+            let mut entry = word.get();
+            if level == want.level {
+                return Self::install_leaf(word, entry, want);
+            }
+            if entry.is_leaf(level) {
+                return if entry.allows(want.access) {
+                    Outcome::Mapped
+                } else {
+                    Outcome::LeafInTheWay
+                };
+            }
+            if !entry.is_present() {
+                let Some(table) = spare.take() else {
+                    return Outcome::NeedTable;
+                };
+                let new = table.into_entry();
+                if word.change(entry, new).is_err() {
+                    // Someone was faster: take what is there now.
+                    // SAFETY: `new` has just been made and was not linked.
+                    *spare = Some(unsafe { Table::from_entry(new) });
+                    continue;
+                }
+                entry = new;
+            }
+            let Some(below) = level.below() else {
+                // `want.level` is at least the lowest, so the loop ended before.
+                return Outcome::LeafInTheWay;
+            };
+            // SAFETY: A table's entry, linked when it was read; it is not freed while `self` is
+            // borrowed.
+            words = unsafe { Table::peek(entry) };
+            level = below;
+        }
+    }
+
+    fn install_leaf(word: Word<'_>, mut old: Entry, want: &Want) -> Outcome {
+        loop {
+            let new = if !old.is_present() {
+                want.entry
+            } else if !old.is_leaf(want.level) {
+                return Outcome::TableInTheWay;
+            } else {
+                match old.grown_by(want.entry) {
+                    // Another vCPU's fault was for the same.
+                    Some(grown) if grown == old => return Outcome::Mapped,
+                    Some(grown) => grown,
+                    None => return Outcome::LeafInTheWay,
+                }
+            };
+            match word.change(old, new) {
+                Ok(()) => return Outcome::Mapped,
+                Err(now) => old = now,
+            }
+        }
+    }
+
+    /// Removes what keeps `want` from being installed.
+    pub(super) fn make_way(&mut self, want: &Want, detached: &mut Detached) {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        loop {
+            let word = words.at(level, want.gfn);
+            let entry = word.get();
+            if !entry.is_present() {
+                return;
+            }
+            let here = level == want.level || entry.is_leaf(level);
+            match level.below() {
+                Some(below) if !here => {
+                    // SAFETY: A table's entry, linked; nobody else frees it during `&mut self`.
+                    words = unsafe { Table::peek(entry) };
+                    level = below;
+                }
+                _ => {
+                    Self::remove(word, level, detached);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Removes all leaves that map any of the frames `gfns`, and tables that map no others.
+    pub(super) fn zap(&mut self, gfns: Range<u64>, detached: &mut Detached) {
+        let end = gfns.end.min(self.format.gfn_limit);
+        Self::zap_in(&self.root, self.format.top, gfns.start..end, detached);
+    }
+
+    fn zap_in(words: &Words, level: Level, gfns: Range<u64>, detached: &mut Detached) {
+        for_entries(words, level, gfns, &mut |word, entry, part: Range<u64>| {
+            let whole = part.end.wrapping_sub(part.start) == level.pages();
+            match level.below() {
+                // SAFETY: A table's entry, linked; the caller has `&mut Tables`, so nobody frees
+                // it meanwhile, and this only once it is back.
+                Some(below) if !whole && !entry.is_leaf(level) => unsafe {
+                    Self::zap_in(Table::peek(entry), below, part, detached);
+                },
+                _ => Self::remove(word, level, detached),
+            }
+        });
+    }
+
+    /// Takes an entry of a table of `level` away, with all below it.
+    fn remove(word: Word<'_>, level: Level, detached: &mut Detached) {
+        let entry = word.clear();
+        detached.removed = true;
+        if let (Some(below), false) = (level.below(), entry.is_leaf(level)) {
+            // SAFETY: A table's entry that was linked until now, and here alone.
+            detached.push(unsafe { Table::from_entry(entry) }, below);
+        }
+    }
+
+    /// Clears the accessed flags of the leaves that map any of `gfns`; returns if any was set.
+    pub(super) fn clear_young(&self, gfns: Range<u64>) -> bool {
+        let mut young = false;
+        self.for_leaves(gfns, &mut |word, entry| {
+            if entry.is_young(self.format.ad) {
+                young |= word.age().is_young(self.format.ad);
+            }
+        });
+        young
+    }
+
+    /// Returns if the accessed flag of a leaf that maps any of `gfns` is set.
+    pub(super) fn test_young(&self, gfns: Range<u64>) -> bool {
+        let mut young = false;
+        self.for_leaves(gfns, &mut |_, entry| {
+            young |= entry.is_young(self.format.ad)
+        });
+        young
+    }
+
+    fn for_leaves(&self, gfns: Range<u64>, f: &mut dyn FnMut(Word<'_>, Entry)) {
+        let end = gfns.end.min(self.format.gfn_limit);
+        Self::for_leaves_in(&self.root, self.format.top, gfns.start..end, f);
+    }
+
+    fn for_leaves_in(
+        words: &Words,
+        level: Level,
+        gfns: Range<u64>,
+        f: &mut dyn FnMut(Word<'_>, Entry),
+    ) {
+        for_entries(words, level, gfns, &mut |word, entry, part| {
+            match level.below() {
+                // SAFETY: A table's entry; the caller has `&Tables`, so it stays.
+                Some(below) if !entry.is_leaf(level) => unsafe {
+                    Self::for_leaves_in(Table::peek(entry), below, part, f);
+                },
+                _ => f(word, entry),
+            }
+        });
+    }
+}
+
+/// Calls `f` for each present entry of a table of `level` that spans any of `gfns`, with the part of
+/// `gfns` that it spans.
+fn for_entries(
+    words: &Words,
+    level: Level,
+    gfns: Range<u64>,
+    f: &mut dyn FnMut(Word<'_>, Entry, Range<u64>),
+) {
+    let mut gfn = gfns.start;
+    while gfn < gfns.end {
+        let next = (gfn | level.mask()).saturating_add(1).min(gfns.end);
+        let word = words.at(level, gfn);
+        let entry = word.get();
+        if entry.is_present() {
+            f(word, entry, gfn..next);
+        }
+        gfn = next;
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        let Some(below) = self.format.top.below() else {
+            return;
+        };
+        for word in self.root.iter() {
+            let entry = word.clear();
+            if entry.is_present() && !entry.is_leaf(self.format.top) {
+                // SAFETY: A table's entry, that was linked here alone.
+                let table = unsafe { Table::from_entry(entry) };
+                // SAFETY: The VM goes: it has no vCPU that could walk them, and a CPU that cached
+                // something of it flushes before it runs a vCPU under this root again (see tlb.rs).
+                unsafe { table.free_tree(below, true) };
+            }
+        }
+    }
+}
+
+/// Tables that have been taken out, to be freed once no processor can have them cached.
+///
+/// A list through the pages' own words, as there is nothing to allocate from where this happens.
+#[must_use = "the tables would leak"]
+pub(super) struct Detached {
+    /// The first table's entry, with its level in bits 8:6; 0 if there is none.
+    head: u64,
+    /// Something was taken out: translations must be flushed.
+    removed: bool,
+}
+
+/// Where the level is in [`Detached`]'s links: entries of tables have nothing there.
+const LEVEL_SHIFT: u32 = 6;
+const LEVEL_MASK: u64 = 7 << LEVEL_SHIFT;
+
+impl Detached {
+    /// Nothing yet.
+    pub(super) const fn new() -> Self {
+        Self {
+            head: 0,
+            removed: false,
+        }
+    }
+
+    /// Returns if anything was taken out, so that there is something to flush.
+    pub(super) const fn must_flush(&self) -> bool {
+        self.removed
+    }
+
+    fn push(&mut self, mut table: Table, level: Level) {
+        table.set_link(self.head);
+        self.head = table.into_entry().bits() | u64::from(level.number()) << LEVEL_SHIFT;
+    }
+
+    /// Frees the tables.
+    ///
+    /// # Safety
+    ///
+    /// If [`must_flush`](Self::must_flush), the vCPUs' translations were flushed since.
+    pub(super) unsafe fn free(self, may_sleep: bool) {
+        let mut head = self.head;
+        while head != 0 {
+            let level = Level::from_number((head >> LEVEL_SHIFT & 7) as u8);
+            // SAFETY: What `push` made of a table's entry, taken off the list.
+            let table = unsafe { Table::from_entry(Entry::from_bits(head & !LEVEL_MASK)) };
+            head = table.link();
+            // SAFETY: No software walk comes here since the table was taken out under `&mut
+            // Tables`, and no processor's since the flush.
+            unsafe { table.free_tree(level, may_sleep) };
+        }
+    }
+}

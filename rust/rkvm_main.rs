@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! rkvm: the KVM core.
+//!
+//! `/dev/rkvm` speaks the KVM API. The tree is the table of contents:
+//!
+//! | module | what |
+//! |---|---|
+//! | [`abi`] | the numbers and structures that user space sees |
+//! | [`system`], [`vm`], [`vcpu`] | the three kinds of file and their ioctls |
+//! | [`run`] | KVM_RUN: enter, exit, dispatch |
+//! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
+//! | [`x86`] | the architecture as a model, without the kernel |
+//! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
+//! | [`linux`] | kernel services that the `kernel` crate lacks |
+
+#![crate_name = "rkvm"]
+
+use backend::Backend;
+use kernel::prelude::*;
+use kernel::sync::Arc;
+use linux::file::Chrdev;
+use system::Host;
+use system::Machine;
+use system::System;
+use vmx::Vmx;
+
+mod abi;
+mod arch;
+mod backend;
+mod bindings;
+mod events;
+mod linux;
+mod mem;
+mod mmu;
+mod run;
+mod run_page;
+mod system;
+mod tlb;
+mod vcpu;
+mod vm;
+mod vmx;
+mod x86;
+
+module! {
+    type: RkvmModule,
+    name: "rkvm",
+    authors: ["The rkvm developers"],
+    description: "Kernel-based virtual machines, in Rust",
+    license: "GPL v2",
+}
+
+/// A backend that a loaded module can be asked for.
+pub(crate) trait Installed: Backend {
+    /// The machine, unless the module is coming or going.
+    fn machine() -> Option<Arc<Machine<Self>>>;
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialised in `RkvmModule::init`, before anything can ask for the machine.
+    unsafe(uninit) static MACHINE: Mutex<Option<Arc<Machine<Vmx>>>> = None;
+}
+
+impl Installed for Vmx {
+    fn machine() -> Option<Arc<Machine<Self>>> {
+        MACHINE.lock().clone()
+    }
+}
+
+/// The module, while it is loaded.
+struct RkvmModule {
+    _device: Pin<KBox<Chrdev<System<Vmx>>>>,
+}
+
+impl kernel::Module for RkvmModule {
+    fn init(_module: &'static ThisModule) -> Result<Self> {
+        // SAFETY: Called once, before any other use of the lock.
+        unsafe { MACHINE.init() };
+        let backend = Vmx::new()?;
+        let host = Host::new(&backend)?;
+        *MACHINE.lock() = Some(Arc::new(Machine { backend, host }, GFP_KERNEL)?);
+        let device = KBox::pin_init(Chrdev::register(c"rkvm"), GFP_KERNEL)
+            .inspect_err(|_| *MACHINE.lock() = None)?;
+        pr_info!("ready at /dev/rkvm\n");
+        Ok(Self { _device: device })
+    }
+}
+
+impl Drop for RkvmModule {
+    fn drop(&mut self) {
+        // Every file holds the module, so none is left, and with them went the VMs.
+        *MACHINE.lock() = None;
+    }
+}

@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KVM_RUN: enter the guest, handle its exits, and return when user space has to do something.
+//!
+//! The path of an exit is this file from [`Run::guest_loop`] down. The inner loop of
+//! [`Run::enter_once`] stays with interrupts off and handles what needs nothing else;
+//! [`Run::handle`] takes the others, with interrupts on, and decides whether to go back in.
+
+pub(crate) mod cr;
+mod memory;
+pub(crate) mod msr;
+mod port;
+
+use crate::abi;
+use crate::arch::Arch;
+use crate::events;
+use crate::backend::Exit;
+use crate::backend::Loaded;
+use crate::linux::debug;
+use crate::linux::fpu::Swapped;
+use crate::linux::irq::IrqsOff;
+use crate::linux::irq::PreemptOff;
+use crate::linux::msr as host_msr;
+use crate::linux::task;
+use crate::mem::GuestMemory;
+use crate::run_page::RunPages;
+use crate::system::Host;
+use crate::tlb::Request;
+use crate::tlb::VcpuShared;
+use crate::x86::event::Shadow;
+use crate::x86::exception::Fault;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
+use kernel::prelude::*;
+
+pub(crate) use memory::PendingMmio;
+pub(crate) use port::PendingPort;
+
+/// What a handler wants next.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Back into the guest.
+    Guest,
+    /// To user space; the exit reason has been written.
+    User,
+}
+
+/// What waits for the next KVM_RUN to be completed.
+#[derive(Default)]
+pub(crate) enum Pending {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A port access that the VMM was asked for.
+    Port(PendingPort),
+    /// An instruction whose device accesses the VMM was asked for.
+    Mmio(PendingMmio),
+}
+
+/// A vCPU in KVM_RUN.
+pub(crate) struct Run<'a, L: Loaded> {
+    pub(crate) hw: L,
+    pub(crate) arch: &'a mut Arch,
+    pub(crate) fpu: Swapped<'a>,
+    pub(crate) memory: &'a GuestMemory,
+    pub(crate) shared: &'a VcpuShared,
+    pub(crate) page: &'a RunPages,
+    pub(crate) host: &'a Host,
+}
+
+impl<L: Loaded> Run<'_, L> {
+    /// KVM_RUN, from the completion of what the last one left to the outputs of this one.
+    pub(crate) fn run(&mut self) -> Result {
+        let result = self.run_inner();
+        let ready = events::ready_for_interrupt(&mut self.hw, &self.arch.events);
+        let interrupts_on = self.hw.rflags().has(Rflags::IF);
+        self.page
+            .set_outputs(ready, interrupts_on, self.arch.cr8, self.arch.msrs.apic_base());
+        result
+    }
+
+    fn run_inner(&mut self) -> Result {
+        if self.page.syncs_regs() || self.page.cr8() > 15 {
+            return Err(EINVAL);
+        }
+        self.arch.cr8 = self.page.cr8();
+        if self.complete_pending()? == Next::User {
+            return Ok(());
+        }
+        if self.page.immediate_exit() {
+            return Err(EINTR);
+        }
+        self.guest_loop()
+    }
+
+    /// Finishes the instruction for which the last KVM_RUN returned.
+    fn complete_pending(&mut self) -> Result<Next> {
+        match core::mem::take(&mut self.arch.pending) {
+            Pending::Nothing => Ok(Next::Guest),
+            Pending::Port(port) => self.complete_port(port),
+            Pending::Mmio(mmio) => self.complete_mmio(mmio),
+        }
+    }
+
+    fn guest_loop(&mut self) -> Result {
+        self.page.set_exit_reason(abi::exit::UNKNOWN);
+        loop {
+            if self.arch.events.take_triple_fault() {
+                self.page.set_exit_reason(abi::exit::SHUTDOWN);
+                return Ok(());
+            }
+            if self.window_is_open() {
+                self.page.set_exit_reason(abi::exit::IRQ_WINDOW_OPEN);
+                return Ok(());
+            }
+            if let Some(exit) = self.enter_once() {
+                if self.handle(exit)? == Next::User {
+                    return Ok(());
+                }
+            }
+            if task::guest_entry_work_pending() {
+                if task::signal_pending() {
+                    self.page.set_exit_reason(abi::exit::INTR);
+                    return Err(EINTR);
+                }
+                task::guest_entry_work()?;
+            }
+        }
+    }
+
+    /// Whether the VMM waits for a moment to queue an interrupt, and this is it.
+    fn window_is_open(&mut self) -> bool {
+        self.page.request_interrupt_window()
+            && events::ready_for_interrupt(&mut self.hw, &self.arch.events)
+    }
+
+    /// Enters the guest, unless something came up: `None` then, or if the exit is dealt with.
+    fn enter_once(&mut self) -> Option<Exit> {
+        let wanted = self.page.request_interrupt_window();
+        let arch = &mut *self.arch;
+        let delivery = events::deliver(&mut self.hw, &mut arch.events, &mut arch.dr6, wanted);
+
+        let preempt = PreemptOff::new();
+        self.hw.prepare(&preempt);
+        self.shared.set_cpu(preempt.cpu());
+        let irqs = IrqsOff::new();
+        self.shared.enter_guest_mode();
+        if self.shared.pending() {
+            self.take_requests();
+        }
+        if task::guest_entry_work_pending() {
+            self.shared.leave_guest_mode();
+            drop(irqs);
+            drop(preempt);
+            self.hw.cancel_injection();
+            return None;
+        }
+
+        if delivery.exit_at_once {
+            // It waits for interrupts to be on, which is in the guest, after the delivery.
+            preempt.interrupt_self();
+        }
+        self.fpu.load();
+        let switched = self.load_guest_state(&irqs);
+        task::guest_time_begins(&irqs);
+        let exit = self.inner_loop(&irqs);
+        self.shared.leave_guest_mode();
+        self.save_guest_state(&irqs, switched);
+
+        let exit = match exit {
+            Exit::Interrupt => {
+                self.hw.host_interrupt(&irqs);
+                None
+            }
+            Exit::Nmi => None,
+            Exit::MachineCheck => {
+                crate::linux::irq::machine_check(&irqs);
+                None
+            }
+            exit => Some(exit),
+        };
+        task::guest_time_ends(&irqs);
+        drop(irqs);
+        drop(preempt);
+
+        if !matches!(exit, Some(Exit::EntryFailed(_))) {
+            events::conclude(&mut self.hw, &mut self.arch.events, &delivery);
+        }
+        exit
+    }
+
+    /// Enters, and enters again as long as the exits need neither interrupts nor user space.
+    #[inline]
+    fn inner_loop(&mut self, irqs: &IrqsOff) -> Exit {
+        loop {
+            let exit = self.hw.enter(irqs);
+            match exit {
+                Exit::Cpuid => self.cpuid(),
+                exit => return exit,
+            }
+            if self.shared.pending() || task::guest_entry_work_pending() {
+                return Exit::Nmi;
+            }
+        }
+    }
+
+    fn take_requests(&mut self) {
+        if self.shared.take(Request::TlbFlush) {
+            self.hw.flush_memory();
+        }
+        self.shared.take(Request::Kick);
+    }
+
+    /// Loads what no VMCS field holds and the host must not keep: XCR0, breakpoint addresses.
+    #[inline]
+    fn load_guest_state(&mut self, irqs: &IrqsOff) -> Switched {
+        let mut switched = Switched {
+            xcr0: false,
+            debugctl: debug::host_debugctl(),
+        };
+        if self.host.xcr0 != 0
+            && self.arch.xcr0 != self.host.xcr0
+            && self.hw.cr4().has(Cr4::OSXSAVE)
+        {
+            host_msr::load_xcr0(irqs, self.arch.xcr0);
+            switched.xcr0 = true;
+        }
+        if debug::host_breakpoints_active() {
+            debug::disarm();
+        }
+        if self.arch.breakpoints_armed {
+            debug::load_guest(&self.arch.dr);
+        }
+        switched
+    }
+
+    /// The exit has disarmed the breakpoints; their addresses are harmless, and MOV DR always exits.
+    #[inline]
+    fn save_guest_state(&mut self, irqs: &IrqsOff, switched: Switched) {
+        if debug::host_breakpoints_active() {
+            debug::restore_host_breakpoints();
+        }
+        if switched.xcr0 {
+            host_msr::load_xcr0(irqs, self.host.xcr0);
+        }
+        if switched.debugctl != 0 {
+            debug::restore_host_debugctl(switched.debugctl);
+        }
+    }
+
+    /// Handles an exit, interrupts on.
+    fn handle(&mut self, exit: Exit) -> Result<Next> {
+        match exit {
+            Exit::Interrupt | Exit::Nmi | Exit::MachineCheck => Ok(Next::Guest),
+            // The loop looks for what is to be injected anyway.
+            Exit::InterruptWindow | Exit::NmiWindow => Ok(Next::Guest),
+            Exit::Cpuid => {
+                self.cpuid();
+                Ok(Next::Guest)
+            }
+            Exit::Port(access) => self.port_access(access),
+            Exit::PageFault {
+                gpa,
+                access,
+                linear,
+            } => self.page_fault(gpa, access, linear),
+            Exit::KnownMmio { gpa } => self.emulate(gpa, None),
+            Exit::Hlt => {
+                self.skip();
+                // Without a local APIC in the kernel, only the VMM knows what may wake the vCPU.
+                self.page.set_exit_reason(abi::exit::HLT);
+                Ok(Next::User)
+            }
+            Exit::Rdmsr => self.rdmsr(),
+            Exit::Wrmsr => self.wrmsr(),
+            Exit::Cr(access) => self.cr_access(access),
+            Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
+            Exit::Xsetbv => self.xsetbv(),
+            Exit::Exception(exception) => {
+                events::mark_restart(&mut self.hw, exception.vector);
+                self.arch.events.raise(exception);
+                Ok(Next::Guest)
+            }
+            Exit::Vmcall => {
+                self.hypercall();
+                self.skip();
+                Ok(Next::Guest)
+            }
+            Exit::Pause | Exit::Invd => {
+                self.skip();
+                Ok(Next::Guest)
+            }
+            Exit::Wbinvd => {
+                // Nothing of a guest bypasses the caches, so there is nothing to write back.
+                self.skip();
+                Ok(Next::Guest)
+            }
+            Exit::Rdpmc => self.raise(Fault::gp(0)),
+            Exit::Monitor | Exit::Mwait | Exit::Undefined => self.raise(Fault::UD),
+            Exit::TripleFault => {
+                self.page.set_exit_reason(abi::exit::SHUTDOWN);
+                Ok(Next::User)
+            }
+            Exit::TaskSwitch => {
+                let raw = self.hw.raw_exit();
+                self.page.set_emulation_error(&[], &raw);
+                Ok(Next::User)
+            }
+            Exit::EntryFailed(reason) => {
+                self.page.set_entry_failure(reason, self.shared.cpu());
+                Ok(Next::User)
+            }
+            Exit::Unknown(_) => {
+                let raw = self.hw.raw_exit();
+                let data = [raw[0], raw[1], raw[2], self.shared.cpu() as u64];
+                self.page
+                    .set_internal_error(abi::internal::UNEXPECTED_EXIT, &data);
+                Ok(Next::User)
+            }
+        }
+    }
+
+    /// CPUID, from the table that KVM_SET_CPUID2 made. All zero without one, as in KVM.
+    #[inline]
+    fn cpuid(&mut self) {
+        let function = self.hw.gpr(Gpr::Rax) as u32;
+        let index = self.hw.gpr(Gpr::Rcx) as u32;
+        let regs = self.arch.cpuid.lookup(function, index);
+        self.hw.set_gpr(Gpr::Rax, u64::from(regs.eax));
+        self.hw.set_gpr(Gpr::Rbx, u64::from(regs.ebx));
+        self.hw.set_gpr(Gpr::Rcx, u64::from(regs.ecx));
+        self.hw.set_gpr(Gpr::Rdx, u64::from(regs.edx));
+        self.skip();
+    }
+
+    /// VMCALL: no hypercall is offered, and none at all to user mode.
+    fn hypercall(&mut self) {
+        let error: i64 = if crate::arch::cpl(&mut self.hw) == 0 {
+            -i64::from(crate::bindings::KVM_ENOSYS)
+        } else {
+            -i64::from(crate::bindings::KVM_EPERM)
+        };
+        let value = error as u64;
+        let value = if crate::arch::in_64bit_mode(&mut self.hw) {
+            value
+        } else {
+            value & 0xffff_ffff
+        };
+        self.hw.set_gpr(Gpr::Rax, value);
+    }
+
+    /// Raises an exception in the place of completing the instruction.
+    fn raise(&mut self, fault: Fault) -> Result<Next> {
+        events::mark_restart(&mut self.hw, fault.vector);
+        self.arch.events.raise(fault.into());
+        Ok(Next::Guest)
+    }
+
+    /// Completes the instruction that exited: RIP goes past it, the one-instruction shadow ends, and
+    /// a single step is due if it was asked for.
+    #[inline]
+    fn skip(&mut self) {
+        let len = self.hw.instruction_len();
+        skip(&mut self.hw, len);
+    }
+}
+
+/// What [`Run::load_guest_state`] changed.
+struct Switched {
+    xcr0: bool,
+    debugctl: u64,
+}
+
+/// Moves RIP past an instruction of `len` bytes, as its completion would.
+#[inline]
+pub(crate) fn skip(hw: &mut impl Loaded, len: u8) {
+    let old = hw.rip();
+    let mut rip = old.wrapping_add(u64::from(len));
+    // Out of 64-bit mode RIP wraps at 4 GiB; a carry into bit 32 is the only time it matters.
+    if (old ^ rip) >> 31 == 3 && !crate::arch::in_64bit_mode(hw) {
+        rip &= 0xffff_ffff;
+    }
+    hw.set_rip(rip);
+    retire(hw);
+}
+
+/// What the completion of any instruction does besides moving RIP: the one-instruction shadow ends, RF
+/// is cleared, and a single step is due if it was asked for.
+#[inline]
+fn retire(hw: &mut impl Loaded) {
+    let flags = hw.rflags();
+    if flags.has(Rflags::RF) {
+        hw.set_rflags(flags.without(Rflags::RF));
+    }
+    retire_emulated(hw, flags.has(Rflags::TF));
+}
+
+/// The same for an instruction that was emulated: the emulator has cleared RF, and may have changed TF.
+#[inline]
+fn retire_emulated(hw: &mut impl Loaded, step: bool) {
+    hw.set_shadow(Shadow::None);
+    if step {
+        hw.set_pending_step();
+    }
+}

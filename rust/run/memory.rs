@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Memory that the guest reached and the hardware could not: what is to be mapped is mapped, and
+//! accesses to devices are emulated and taken to user space (KVM API, KVM_EXIT_MMIO).
+
+use super::Next;
+use super::Pending;
+use super::Run;
+use crate::arch::Arch;
+use crate::backend::Loaded;
+use crate::mem::fault::Fault as MemFault;
+use crate::mem::GuestMemory;
+use crate::mem::access::MemError;
+use crate::mmu::ept::Access;
+use crate::x86;
+use crate::x86::cpuid::features::Features;
+use crate::x86::emulate::Hint;
+use crate::x86::emulate::Outcome;
+use crate::x86::paging::MemoryError;
+use crate::x86::regs::Cr0;
+use crate::x86::regs::Cr3;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Efer;
+use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
+use crate::x86::segment::SegReg;
+use crate::x86::segment::Segment;
+use kernel::prelude::*;
+
+/// A device access that the VMM was asked for. The emulator remembers the rest.
+#[derive(Clone, Copy)]
+pub(crate) struct PendingMmio {
+    write: bool,
+}
+
+/// The vCPU as the emulator sees it.
+pub(super) struct EmuCpu<'a, L: Loaded> {
+    hw: &'a mut L,
+    maxphyaddr: u8,
+    gbpages: bool,
+}
+
+impl<'a, L: Loaded> EmuCpu<'a, L> {
+    pub(super) fn new(hw: &'a mut L, arch: &Arch) -> Self {
+        Self {
+            hw,
+            maxphyaddr: arch.features.maxphyaddr,
+            gbpages: arch.features.has(Features::GBPAGES),
+        }
+    }
+}
+
+impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
+    fn gpr(&mut self, r: Gpr) -> u64 {
+        self.hw.gpr(r)
+    }
+
+    fn set_gpr(&mut self, r: Gpr, value: u64) {
+        self.hw.set_gpr(r, value);
+    }
+
+    fn rip(&mut self) -> u64 {
+        self.hw.rip()
+    }
+
+    fn set_rip(&mut self, value: u64) {
+        self.hw.set_rip(value);
+    }
+
+    fn rflags(&mut self) -> Rflags {
+        self.hw.rflags()
+    }
+
+    fn set_rflags(&mut self, value: Rflags) {
+        self.hw.set_rflags(value);
+    }
+
+    fn segment(&mut self, reg: SegReg) -> Segment {
+        self.hw.segment(reg)
+    }
+
+    fn cr0(&mut self) -> Cr0 {
+        self.hw.cr0()
+    }
+
+    fn cr3(&mut self) -> Cr3 {
+        Cr3::new(self.hw.cr3())
+    }
+
+    fn cr4(&mut self) -> Cr4 {
+        self.hw.cr4()
+    }
+
+    fn efer(&mut self) -> Efer {
+        self.hw.efer()
+    }
+
+    fn cpl(&mut self) -> u8 {
+        crate::arch::cpl(self.hw)
+    }
+
+    fn maxphyaddr(&mut self) -> u8 {
+        self.maxphyaddr
+    }
+
+    fn gbpages(&mut self) -> bool {
+        self.gbpages
+    }
+}
+
+/// Guest memory as the emulator sees it. The error is that of memory which the VMM has promised and
+/// the host cannot reach: KVM_RUN returns EFAULT for it.
+pub(super) struct EmuMemory<'a>(pub(super) &'a GuestMemory);
+
+impl From<MemError> for MemoryError<()> {
+    fn from(e: MemError) -> Self {
+        match e {
+            MemError::NoSlot => Self::Mmio,
+            MemError::Fault => Self::Host(()),
+        }
+    }
+}
+
+impl x86::paging::GuestMemory for EmuMemory<'_> {
+    type Error = ();
+
+    fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<()>> {
+        Ok(self.0.read(gpa, buf)?)
+    }
+
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<()>> {
+        Ok(self.0.write(gpa, data)?)
+    }
+
+    fn compare_exchange(
+        &mut self,
+        gpa: u64,
+        len: u8,
+        old: u64,
+        new: u64,
+    ) -> Result<bool, MemoryError<()>> {
+        Ok(self.0.cmpxchg(gpa, len, old, new)?)
+    }
+}
+
+impl<L: Loaded> Run<'_, L> {
+    /// The guest reached what EPT does not map, or not so.
+    pub(super) fn page_fault(
+        &mut self,
+        gpa: u64,
+        access: Access,
+        linear: Option<u64>,
+    ) -> Result<Next> {
+        match self.memory.map(gpa, access)? {
+            MemFault::Mapped => Ok(Next::Guest),
+            MemFault::Mmio => {
+                let hint = linear.map(|linear| Hint {
+                    linear,
+                    gpa,
+                    write: access.write,
+                });
+                self.emulate(gpa, hint)
+            }
+            // The loop finds the signal.
+            MemFault::Interrupted => Ok(Next::Guest),
+            MemFault::HwPoison(hva) => {
+                crate::linux::mm::send_hwpoison(hva);
+                Ok(Next::Guest)
+            }
+            MemFault::BadHva(_) => Err(EFAULT),
+        }
+    }
+
+    /// Emulates the instruction at RIP, which accessed a device.
+    pub(super) fn emulate(&mut self, _gpa: u64, hint: Option<Hint>) -> Result<Next> {
+        // An event whose delivery touches a device cannot be delivered: there is nothing to resume.
+        if self.hw.vectoring().is_some() {
+            let raw = self.hw.raw_exit();
+            self.page
+                .set_internal_error(crate::abi::internal::DELIVERY_EVENT, &raw);
+            return Ok(Next::User);
+        }
+        self.arch.emulator.abort();
+        if let Some(hint) = hint {
+            self.arch.emulator.set_hint(hint);
+        }
+        self.step_emulator()
+    }
+
+    /// Goes on with the instruction until the VMM is needed or it is done.
+    fn step_emulator(&mut self) -> Result<Next> {
+        // The emulator is put aside, as it and the vCPU it works on are parts of one structure.
+        let mut emulator = core::mem::take(&mut self.arch.emulator);
+        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let outcome = emulator.step(&mut cpu, &mut EmuMemory(self.memory));
+        self.arch.emulator = emulator;
+
+        match outcome {
+            Outcome::Done(done) => {
+                if done.retired {
+                    super::retire_emulated(&mut self.hw, done.single_step);
+                }
+                Ok(Next::Guest)
+            }
+            Outcome::MmioRead { gpa, len } => {
+                self.page.set_mmio(gpa, len, None);
+                self.arch.pending = Pending::Mmio(PendingMmio { write: false });
+                Ok(Next::User)
+            }
+            Outcome::MmioWrite { gpa, data, len } => {
+                self.page.set_mmio(gpa, len, Some(data));
+                self.arch.pending = Pending::Mmio(PendingMmio { write: true });
+                Ok(Next::User)
+            }
+            Outcome::Fault(fault) => self.raise(fault),
+            Outcome::Unhandled => {
+                let raw = self.hw.raw_exit();
+                self.page
+                    .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
+                Ok(Next::User)
+            }
+            Outcome::Host(()) => Err(EFAULT),
+        }
+    }
+
+    /// The VMM has done what it was asked for.
+    pub(super) fn complete_mmio(&mut self, pending: PendingMmio) -> Result<Next> {
+        if !pending.write {
+            self.arch.emulator.complete_read(self.page.mmio_data());
+        }
+        self.step_emulator()
+    }
+}

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! RDMSR and WRMSR, by the guest and by the VMM.
+
+use super::Next;
+use super::Run;
+use crate::arch::Arch;
+use crate::backend::Loaded;
+use crate::system::Host;
+use crate::x86::cpuid::features::Features;
+use crate::x86::cr;
+use crate::x86::exception::Fault;
+use crate::x86::msr;
+use crate::x86::msr::Class;
+use crate::x86::msr::Msr;
+use crate::x86::msr::MsrError;
+use crate::x86::regs::Efer;
+use crate::x86::regs::Gpr;
+use kernel::prelude::*;
+
+impl<L: Loaded> Run<'_, L> {
+    /// RDMSR.
+    pub(super) fn rdmsr(&mut self) -> Result<Next> {
+        let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
+        match read(&mut self.hw, self.arch, msr, false) {
+            Ok(value) => {
+                self.hw.set_gpr(Gpr::Rax, value & 0xffff_ffff);
+                self.hw.set_gpr(Gpr::Rdx, value >> 32);
+                self.skip();
+                Ok(Next::Guest)
+            }
+            Err(_) => self.raise(Fault::gp(0)),
+        }
+    }
+
+    /// WRMSR.
+    pub(super) fn wrmsr(&mut self) -> Result<Next> {
+        let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
+        let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
+        match write(&mut self.hw, self.arch, self.host, msr, value, false) {
+            Ok(()) => {
+                self.skip();
+                Ok(Next::Guest)
+            }
+            Err(_) => self.raise(Fault::gp(0)),
+        }
+    }
+}
+
+/// Reads an MSR. `by_host` is whether the VMM asks.
+pub(crate) fn read(
+    hw: &mut impl Loaded,
+    arch: &Arch,
+    msr: Msr,
+    by_host: bool,
+) -> Result<u64, MsrError> {
+    let features = &arch.features;
+    match msr.class() {
+        Class::Emulated => arch.msrs.read(msr, features, by_host),
+        Class::ControlStructure if msr == Msr::EFER => Ok(hw.efer().bits()),
+        Class::Switched if msr == Msr::TSC_AUX && !by_host && !has_tsc_aux(arch) => {
+            Err(MsrError::Unknown)
+        }
+        Class::Switched if msr == Msr::XSS => {
+            if by_host || features.has(Features::XSAVES) {
+                Ok(0)
+            } else {
+                Err(MsrError::Unknown)
+            }
+        }
+        // Nothing of speculation control is offered yet.
+        Class::Switched if msr == Msr::SPEC_CTRL => Err(MsrError::Unknown),
+        Class::Time if msr == Msr::TSC_ADJUST => {
+            if by_host || features.has(Features::TSC_ADJUST) {
+                Ok(arch.tsc_adjust)
+            } else {
+                Err(MsrError::Unknown)
+            }
+        }
+        Class::ControlStructure | Class::Switched | Class::Time => {
+            hw.read_msr(msr).ok_or(MsrError::Unknown)
+        }
+        Class::LocalApic | Class::Command | Class::Unknown => Err(MsrError::Unknown),
+    }
+}
+
+fn has_tsc_aux(arch: &Arch) -> bool {
+    arch.features
+        .flags
+        .has_any(Features::RDTSCP.with(Features::RDPID))
+}
+
+/// Writes an MSR. `by_host` is whether the VMM asks: it may set what the guest may not.
+pub(crate) fn write(
+    hw: &mut impl Loaded,
+    arch: &mut Arch,
+    host: &Host,
+    msr: Msr,
+    value: u64,
+    by_host: bool,
+) -> Result<(), MsrError> {
+    match msr.class() {
+        Class::Emulated => {
+            let features = arch.features;
+            arch.msrs.write(msr, value, &features, by_host)?;
+            Ok(())
+        }
+        Class::ControlStructure if msr == Msr::EFER => write_efer(hw, arch, host, value, by_host),
+        Class::Time => {
+            write_time(hw, arch, msr, value, by_host);
+            Ok(())
+        }
+        Class::ControlStructure | Class::Switched => {
+            if msr == Msr::SPEC_CTRL {
+                return Err(MsrError::Unknown);
+            }
+            let cr4 = hw.cr4();
+            let value = msr::check_value(msr, value, &arch.features, cr4, by_host)?;
+            if msr == Msr::XSS || hw.write_msr(msr, value) {
+                Ok(())
+            } else {
+                Err(MsrError::Unknown)
+            }
+        }
+        Class::LocalApic | Class::Command | Class::Unknown => Err(MsrError::Unknown),
+    }
+}
+
+fn write_efer(
+    hw: &mut impl Loaded,
+    arch: &Arch,
+    host: &Host,
+    value: u64,
+    by_host: bool,
+) -> Result<(), MsrError> {
+    let features = if by_host {
+        &host.supported
+    } else {
+        &arch.features
+    };
+    let (old, cr0) = (hw.efer(), hw.cr0());
+    let mut new = Efer::new(value);
+    if by_host {
+        // The bit follows from others, and a VMM writes back what it read.
+        new = new.with_if(Efer::LMA, old.has(Efer::LMA));
+    }
+    let efer = cr::check_efer_write(old, new, cr0, features).map_err(|_| MsrError::Refused)?;
+    hw.set_efer(efer);
+    Ok(())
+}
+
+/// A guest that sets its counter moves IA32_TSC_ADJUST along, and the other way round (SDM vol. 3,
+/// 18.17.3). A VMM that restores either leaves the other alone.
+fn write_time(hw: &mut impl Loaded, arch: &mut Arch, msr: Msr, value: u64, by_host: bool) {
+    if msr == Msr::TSC_ADJUST {
+        if !by_host {
+            let moved = value.wrapping_sub(arch.tsc_adjust);
+            let offset = hw.tsc_offset().wrapping_add(moved);
+            hw.set_tsc_offset(offset);
+        }
+        arch.tsc_adjust = value;
+        return;
+    }
+    let old = hw.tsc_offset();
+    hw.write_msr(Msr::TSC, value);
+    if !by_host {
+        let moved = hw.tsc_offset().wrapping_sub(old);
+        arch.tsc_adjust = arch.tsc_adjust.wrapping_add(moved);
+    }
+}

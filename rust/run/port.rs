@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Port I/O: IN, OUT, INS and OUTS all leave to user space (KVM API, KVM_EXIT_IO).
+//!
+//! An instruction stays where it is until the VMM comes back: RIP, and the registers of a string
+//! instruction, move when KVM_RUN completes it.
+
+use super::memory::EmuCpu;
+use super::memory::EmuMemory;
+use super::Next;
+use super::Pending;
+use super::Run;
+use crate::backend::Loaded;
+use crate::backend::PortAccess;
+use crate::x86::insn::Size;
+use crate::x86::io::IoError;
+use crate::x86::io::StringIo;
+use crate::x86::io::Transfer;
+use crate::x86::regs::Gpr;
+use crate::x86::segment::SegReg;
+use kernel::prelude::*;
+
+/// The most bytes of a string instruction that go to user space at once.
+const CHUNK: usize = 1024;
+
+/// A port access that the VMM was asked for.
+#[derive(Clone, Copy)]
+pub(crate) struct PendingPort {
+    access: PortAccess,
+    /// Length of the instruction in bytes.
+    len: u8,
+    /// The memory of a string instruction's elements.
+    transfer: Option<Transfer>,
+}
+
+impl<L: Loaded> Run<'_, L> {
+    /// The guest executed an I/O instruction.
+    pub(super) fn port_access(&mut self, access: PortAccess) -> Result<Next> {
+        let len = self.hw.instruction_len();
+        if access.string {
+            return self.string_access(access, len);
+        }
+        if !access.input {
+            let value = (self.hw.gpr(Gpr::Rax) as u32).to_le_bytes();
+            let size = usize::from(access.size).min(4);
+            self.page.set_port_data(value.get(..size).unwrap_or(&value));
+        }
+        self.leave_for_port(
+            PendingPort {
+                access,
+                len,
+                transfer: None,
+            },
+            1,
+        )
+    }
+
+    fn leave_for_port(&mut self, pending: PendingPort, count: u32) -> Result<Next> {
+        let a = &pending.access;
+        self.page.set_io(a.input, a.size, a.port, count);
+        self.arch.pending = Pending::Port(pending);
+        Ok(Next::User)
+    }
+
+    fn string_access(&mut self, access: PortAccess, len: u8) -> Result<Next> {
+        let (seg, address_size) = match self.hw.string_io_info() {
+            Some(info) => info,
+            // The few processors that do not tell: no override is the rule.
+            None => (SegReg::Ds, crate::arch::mode(&mut self.hw).address_size()),
+        };
+        let io = StringIo {
+            input: access.input,
+            size: match access.size {
+                1 => Size::Byte,
+                2 => Size::Word,
+                _ => Size::Dword,
+            },
+            rep: access.rep,
+            address_size,
+            seg,
+        };
+        let mut buf = [0; CHUNK];
+        let mut memory = EmuMemory(self.memory);
+        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let begun = io
+            .prepare(&mut cpu, &mut memory, CHUNK as u32)
+            .and_then(|transfer| {
+                if let (Some(t), false) = (&transfer, access.input) {
+                    t.gather(&mut memory, &mut buf)?;
+                }
+                Ok(transfer)
+            });
+        let transfer = match begun {
+            Ok(Some(transfer)) => transfer,
+            Ok(None) => {
+                // REP with a count of zero does nothing.
+                super::skip(&mut self.hw, len);
+                return Ok(Next::Guest);
+            }
+            Err(error) => return self.string_error(error),
+        };
+        if !access.input {
+            self.page
+                .set_port_data(buf.get(..transfer.bytes()).unwrap_or(&buf));
+        }
+        let count = transfer.count();
+        self.leave_for_port(
+            PendingPort {
+                access,
+                len,
+                transfer: Some(transfer),
+            },
+            count,
+        )
+    }
+
+    fn string_error(&mut self, error: IoError<()>) -> Result<Next> {
+        match error {
+            IoError::Fault(fault) => self.raise(fault),
+            IoError::Contended => Ok(Next::Guest),
+            // Between a port and a device: nobody does that.
+            IoError::Mmio => {
+                let raw = self.hw.raw_exit();
+                self.page.set_emulation_error(&[], &raw);
+                Ok(Next::User)
+            }
+            IoError::Host(()) => Err(EFAULT),
+        }
+    }
+
+    /// The VMM has done what it was asked for.
+    pub(super) fn complete_port(&mut self, pending: PendingPort) -> Result<Next> {
+        let access = &pending.access;
+        let Some(transfer) = pending.transfer else {
+            if access.input {
+                let mut data = [0; 4];
+                let size = usize::from(access.size).min(4);
+                self.page
+                    .port_data(data.get_mut(..size).unwrap_or(&mut [0; 0]));
+                let value = u64::from(u32::from_le_bytes(data));
+                let old = self.hw.gpr(Gpr::Rax);
+                // A 32-bit destination clears the upper half; narrower ones leave the rest alone.
+                let kept = match size {
+                    1 => old & !0xff,
+                    2 => old & !0xffff,
+                    _ => 0,
+                };
+                self.hw.set_gpr(Gpr::Rax, kept | value);
+            }
+            super::skip(&mut self.hw, pending.len);
+            return Ok(Next::Guest);
+        };
+
+        if access.input {
+            let mut buf = [0; CHUNK];
+            let data = buf.get_mut(..transfer.bytes()).unwrap_or(&mut [0; 0]);
+            self.page.port_data(data);
+            if let Err(error) = transfer.scatter(&mut EmuMemory(self.memory), data) {
+                return self.string_error(error);
+            }
+        }
+        let over = transfer.finish(&mut EmuCpu::new(&mut self.hw, self.arch));
+        if over {
+            super::skip(&mut self.hw, pending.len);
+        }
+        // Else the guest executes the instruction again, for the rest.
+        Ok(Next::Guest)
+    }
+}

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `struct kvm_run` and the data of port accesses: the pages that a vCPU shares with its VMM.
+//!
+//! User space may write to them at any moment. So every field is read once, and nothing that was
+//! written here is believed when it is read back.
+
+use crate::abi;
+use crate::bindings::kvm_run;
+use crate::linux::file::NewVma;
+use crate::linux::page::KernelPage;
+use crate::linux::page::PAGE_SIZE;
+use core::mem::offset_of;
+use kernel::prelude::*;
+
+/// The two pages.
+pub(crate) struct RunPages {
+    run: KernelPage,
+    port_data: KernelPage,
+}
+
+impl RunPages {
+    /// Allocates them, zeroed.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            run: KernelPage::new()?,
+            port_data: KernelPage::new()?,
+        })
+    }
+
+    /// Maps as many of them as the mapping spans: EINVAL if it goes beyond.
+    pub(crate) fn mmap(&self, vma: &NewVma) -> Result {
+        let pages = [&self.run, &self.port_data];
+        let first = vma.first_page();
+        for index in 0..vma.pages() {
+            let page = first
+                .checked_add(index)
+                .and_then(|n| pages.get(n))
+                .ok_or(EINVAL)?;
+            vma.insert(index, page)?;
+        }
+        Ok(())
+    }
+
+    /// `immediate_exit`.
+    pub(crate) fn immediate_exit(&self) -> bool {
+        self.run
+            .read::<u8>(offset_of!(kvm_run, immediate_exit__unsafe))
+            != 0
+    }
+
+    /// `request_interrupt_window`.
+    pub(crate) fn request_interrupt_window(&self) -> bool {
+        self.run
+            .read::<u8>(offset_of!(kvm_run, request_interrupt_window))
+            != 0
+    }
+
+    /// `cr8`, which the VMM's local APIC may have changed.
+    pub(crate) fn cr8(&self) -> u64 {
+        self.run.read(offset_of!(kvm_run, cr8))
+    }
+
+    /// `kvm_valid_regs` or `kvm_dirty_regs` is not zero; both belong to a capability that is absent.
+    pub(crate) fn syncs_regs(&self) -> bool {
+        self.run.read::<u64>(offset_of!(kvm_run, kvm_valid_regs)) != 0
+            || self.run.read::<u64>(offset_of!(kvm_run, kvm_dirty_regs)) != 0
+    }
+
+    /// Why KVM_RUN returns.
+    pub(crate) fn set_exit_reason(&self, reason: u32) {
+        self.run.write(offset_of!(kvm_run, exit_reason), reason);
+    }
+
+    /// What every return tells.
+    pub(crate) fn set_outputs(&self, ready: bool, interrupts_on: bool, cr8: u64, apic_base: u64) {
+        let run = &self.run;
+        run.write(
+            offset_of!(kvm_run, ready_for_interrupt_injection),
+            u8::from(ready),
+        );
+        run.write(offset_of!(kvm_run, if_flag), u8::from(interrupts_on));
+        run.write(offset_of!(kvm_run, flags), 0u16);
+        run.write(offset_of!(kvm_run, cr8), cr8);
+        run.write(offset_of!(kvm_run, apic_base), apic_base);
+    }
+
+    /// KVM_EXIT_IO; the data is in the second page, `count` units of `size` bytes.
+    pub(crate) fn set_io(&self, input: bool, size: u8, port: u16, count: u32) {
+        self.set_exit_reason(abi::exit::IO);
+        let run = &self.run;
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.io.direction),
+            u8::from(!input),
+        );
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.io.size), size);
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.io.port), port);
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.io.count), count);
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.io.data_offset),
+            PAGE_SIZE as u64,
+        );
+    }
+
+    /// Puts the data of an output where the VMM looks for it.
+    pub(crate) fn set_port_data(&self, data: &[u8]) {
+        self.port_data.write_bytes(0, data);
+    }
+
+    /// Takes the data of an input.
+    pub(crate) fn port_data(&self, out: &mut [u8]) {
+        self.port_data.read_bytes(0, out);
+    }
+
+    /// KVM_EXIT_MMIO of 1 to 8 bytes; `data` for a write.
+    pub(crate) fn set_mmio(&self, gpa: u64, len: u8, data: Option<[u8; 8]>) {
+        self.set_exit_reason(abi::exit::MMIO);
+        let run = &self.run;
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.mmio.phys_addr), gpa);
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.mmio.data),
+            u64::from_le_bytes(data.unwrap_or_default()),
+        );
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.mmio.len),
+            u32::from(len),
+        );
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.mmio.is_write),
+            u8::from(data.is_some()),
+        );
+    }
+
+    /// What the VMM answered to a read.
+    pub(crate) fn mmio_data(&self) -> [u8; 8] {
+        self.run
+            .read::<u64>(offset_of!(kvm_run, __bindgen_anon_1.mmio.data))
+            .to_le_bytes()
+    }
+
+    /// KVM_EXIT_INTERNAL_ERROR with up to 16 words.
+    pub(crate) fn set_internal_error(&self, suberror: u32, data: &[u64]) {
+        self.set_exit_reason(abi::exit::INTERNAL_ERROR);
+        let data = data.get(..16).unwrap_or(data);
+        let run = &self.run;
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.internal.suberror),
+            suberror,
+        );
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.internal.ndata),
+            data.len() as u32,
+        );
+        let mut at = offset_of!(kvm_run, __bindgen_anon_1.internal.data);
+        for word in data {
+            run.write(at, *word);
+            at += 8;
+        }
+    }
+
+    /// KVM_INTERNAL_ERROR_EMULATION with the bytes of the instruction, as the API lays them out.
+    pub(crate) fn set_emulation_error(&self, insn: &[u8], exit: &[u64; 3]) {
+        // data[0] of the generic layout: the flags word, then the count and 15 bytes.
+        let mut words = [0u64; 7];
+        let mut bytes = [0u8; 16];
+        let len = insn.len().min(15);
+        if let (Some(to), Some(from)) = (bytes.get_mut(1..=len), insn.get(..len)) {
+            to.copy_from_slice(from);
+        }
+        bytes[0] = len as u8;
+        if len != 0 {
+            // KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES.
+            words[0] = 1;
+        }
+        words[1] = u64::from_le_bytes([
+            bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7],
+        ]);
+        words[2] = u64::from_le_bytes([
+            bytes[8], bytes[9], bytes[10], bytes[11], bytes[12], bytes[13], bytes[14], bytes[15],
+        ]);
+        words[3..6].copy_from_slice(exit);
+        self.set_internal_error(abi::internal::EMULATION, &words[..6]);
+    }
+
+    /// KVM_EXIT_FAIL_ENTRY.
+    pub(crate) fn set_entry_failure(&self, reason: u64, cpu: i32) {
+        self.set_exit_reason(abi::exit::FAIL_ENTRY);
+        self.run.write(
+            offset_of!(
+                kvm_run,
+                __bindgen_anon_1.fail_entry.hardware_entry_failure_reason
+            ),
+            reason,
+        );
+        self.run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.fail_entry.cpu),
+            cpu as u32,
+        );
+    }
+
+    /// KVM_EXIT_UNKNOWN.
+    pub(crate) fn set_unknown(&self, reason: u64) {
+        self.set_exit_reason(abi::exit::UNKNOWN);
+        self.run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.hw.hardware_exit_reason),
+            reason,
+        );
+    }
+}

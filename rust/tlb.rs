@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What other CPUs must know of a vCPU, and how they reach it.
+//!
+//! A [`VcpuShared`] is the only state of a vCPU that is touched without the vCPU's mutex. There is
+//! one for each vCPU, shared by the vCPU and its VM's [`VcpuSet`].
+//!
+//! # Requests
+//!
+//! A request is a bit in one word. Whoever wants something of a vCPU sets the bit and then looks if
+//! the vCPU is in the guest; the vCPU says that it is, and then looks for bits. Both do so with a
+//! full barrier in between, so one of them sees the other: either the vCPU does not enter, or the
+//! requester sends an IPI, which ends the guest's run.
+//!
+//! # TLB
+//!
+//! A CPU caches what it finds in EPT tables under the root's address (EPTP) and does not notice
+//! changes. Entries that are taken away or lose a permission are therefore followed by
+//! [`Request::TlbFlush`] to all vCPUs, before anybody relies on the change
+//! ([`VcpuSet::request_all_and_wait`]). A vCPU that takes the request executes INVEPT for its EPTP
+//! before it enters the guest again.
+//!
+//! A request reaches the CPU that a vCPU runs on. What the vCPU left behind on a CPU where it ran
+//! before is stale by the time it comes back: **a vCPU that is loaded on another CPU than before, or
+//! for the first time, must request [`Request::TlbFlush`] of itself.** That also covers a root page
+//! freed by one VM and allocated by another.
+
+use crate::linux::ipi;
+use core::sync::atomic::AtomicI32;
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::Ordering;
+use kernel::cpu::CpuId;
+use kernel::cpumask::CpumaskVar;
+use kernel::prelude::*;
+use kernel::sync::new_spinlock;
+use kernel::sync::Arc;
+use kernel::sync::SpinLock;
+
+// The atomics are `core`'s: this is x86 code, the words are tested on every VM entry, and the
+// kernel crate's atomics are calls of C functions without `or` and `and`. `SeqCst` is meant where
+// the kernel would write `smp_mb()`.
+
+/// What can be asked of a vCPU.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Request {
+    /// Drop cached translations of guest-physical addresses (INVEPT) before the next entry.
+    TlbFlush = 1 << 0,
+    /// Leave the guest once; nothing else.
+    Kick = 1 << 1,
+}
+
+/// The vCPU executes host code, or is not loaded at all.
+const OUTSIDE_GUEST: u32 = 0;
+/// The vCPU is past its last check for requests, or in the guest.
+const IN_GUEST: u32 = 1;
+/// As `IN_GUEST`, and someone has sent an IPI already.
+const EXITING: u32 = 2;
+
+/// What other CPUs must know of a vCPU.
+pub(crate) struct VcpuShared {
+    requests: AtomicU32,
+    mode: AtomicU32,
+    /// Where the vCPU is or was last loaded; -1 if it never was.
+    cpu: AtomicI32,
+}
+
+impl VcpuShared {
+    /// That of a vCPU which never ran.
+    pub(crate) const fn new() -> Self {
+        Self {
+            requests: AtomicU32::new(0),
+            mode: AtomicU32::new(OUTSIDE_GUEST),
+            cpu: AtomicI32::new(-1),
+        }
+    }
+
+    /// Asks for `request` at the vCPU's next entry. Does not make it leave the guest: see
+    /// [`kick`](Self::kick) and [`VcpuSet::request_all_and_wait`].
+    #[inline]
+    pub(crate) fn request(&self, request: Request) {
+        self.requests.fetch_or(request as u32, Ordering::SeqCst);
+    }
+
+    /// Takes a request back or up: returns if it was there. What was done before it was made is
+    /// seen after it is taken.
+    #[inline]
+    pub(crate) fn take(&self, request: Request) -> bool {
+        let bit = request as u32;
+        self.requests.load(Ordering::Relaxed) & bit != 0
+            && self.requests.fetch_and(!bit, Ordering::SeqCst) & bit != 0
+    }
+
+    /// Returns if there is any request.
+    #[inline(always)]
+    pub(crate) fn pending(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) != 0
+    }
+
+    /// Where the vCPU is or was last loaded; -1 if it never was.
+    #[inline]
+    pub(crate) fn cpu(&self) -> i32 {
+        self.cpu.load(Ordering::Relaxed)
+    }
+
+    /// Records where the vCPU is loaded: preemption is off, and it is not in the guest. Returns if
+    /// it was elsewhere before, and then requests the TLB flush that this needs.
+    #[inline]
+    pub(crate) fn set_cpu(&self, cpu: i32) -> bool {
+        let moved = self.cpu.load(Ordering::Relaxed) != cpu;
+        if moved {
+            self.cpu.store(cpu, Ordering::Relaxed);
+            self.request(Request::TlbFlush);
+        }
+        moved
+    }
+
+    /// To be called with interrupts off before the last check of [`pending`](Self::pending) before
+    /// VM entry: from here on, requesters that wait send an IPI.
+    #[inline(always)]
+    pub(crate) fn enter_guest_mode(&self) {
+        // The barrier between "in the guest" and the look for requests; pairs with the requester's
+        // between bit and mode.
+        self.mode.store(IN_GUEST, Ordering::SeqCst);
+    }
+
+    /// To be called after a VM exit, or when the entry is called off, with interrupts still off: the
+    /// guest's translations are not used any more.
+    #[inline(always)]
+    pub(crate) fn leave_guest_mode(&self) {
+        self.mode.store(OUTSIDE_GUEST, Ordering::Release);
+    }
+
+    /// Makes the vCPU leave the guest if it is there, and does not wait for it. Make the request
+    /// first: a vCPU that is about to enter is stopped by that alone.
+    pub(crate) fn kick(&self) {
+        let was = self
+            .mode
+            .compare_exchange(IN_GUEST, EXITING, Ordering::SeqCst, Ordering::SeqCst);
+        if was.is_ok() {
+            ipi::kick(self.cpu());
+        }
+    }
+
+    /// The CPU that must be interrupted so that the vCPU notices a request that has been made.
+    #[inline]
+    fn cpu_to_interrupt(&self) -> Option<CpuId> {
+        // Whoever is `EXITING` has not left yet: for one who waits, that is as good as in.
+        if self.mode.load(Ordering::SeqCst) == OUTSIDE_GUEST {
+            return None;
+        }
+        // If the vCPU has moved since, it has passed a check for requests since.
+        CpuId::from_i32(self.cpu())
+    }
+}
+
+/// The vCPUs of a VM.
+#[pin_data]
+pub(crate) struct VcpuSet {
+    #[pin]
+    inner: SpinLock<Members>,
+}
+
+struct Members {
+    vcpus: KVec<Arc<VcpuShared>>,
+    /// Whom to interrupt: used while the lock is held, here because it may be large.
+    targets: KBox<CpumaskVar>,
+}
+
+impl VcpuSet {
+    /// An empty set: ENOMEM.
+    pub(crate) fn new() -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            inner <- new_spinlock!(
+                Members {
+                    vcpus: KVec::new(),
+                    targets: KBox::new(
+                        CpumaskVar::new_zero(GFP_KERNEL_ACCOUNT)?,
+                        GFP_KERNEL_ACCOUNT
+                    )?,
+                },
+                "rkvm_vcpu_set"
+            ),
+        }? Error)
+    }
+
+    /// Adds a vCPU: from now on it gets what is requested of all. ENOMEM.
+    pub(crate) fn add(&self, vcpu: Arc<VcpuShared>) -> Result {
+        // Room is made outside the lock, where the allocator may sleep.
+        loop {
+            let len = self.inner.lock().vcpus.len();
+            let room = len.checked_add(1).ok_or(ENOMEM)?;
+            let mut bigger = KVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
+            let mut members = self.inner.lock();
+            if members.vcpus.len() != len {
+                continue;
+            }
+            for old in members.vcpus.iter() {
+                // There is room, so neither of these can fail.
+                bigger
+                    .push_within_capacity(old.clone())
+                    .map_err(|_| ENOMEM)?;
+            }
+            bigger.push_within_capacity(vcpu).map_err(|_| ENOMEM)?;
+            core::mem::swap(&mut members.vcpus, &mut bigger);
+            // First the lock goes, then the old vector.
+            drop(members);
+            return Ok(());
+        }
+    }
+
+    /// Takes a vCPU out.
+    pub(crate) fn remove(&self, vcpu: &Arc<VcpuShared>) {
+        let mut members = self.inner.lock();
+        members.vcpus.retain(|other| !Arc::ptr_eq(other, vcpu));
+    }
+
+    /// Makes `request` of every vCPU and waits until those that were in the guest have left it.
+    ///
+    /// When it returns, no vCPU runs the guest without having seen the request. Does not sleep, but
+    /// wants interrupts on.
+    pub(crate) fn request_all_and_wait(&self, request: Request) {
+        let mut members = self.inner.lock();
+        let Members { vcpus, targets } = &mut *members;
+        let mut any = false;
+        for vcpu in vcpus.iter() {
+            vcpu.request(request);
+            if let Some(cpu) = vcpu.cpu_to_interrupt() {
+                targets.set(cpu);
+                any = true;
+            }
+        }
+        if !any {
+            return;
+        }
+        // Interrupts are on: the lock is never taken with interrupts off. The answer comes once the
+        // CPU has left the guest and lets interrupts in.
+        ipi::interrupt_and_wait(targets);
+    }
+
+    /// Makes `request` of every vCPU and has those in the guest leave it, without waiting.
+    pub(crate) fn request_all(&self, request: Request) {
+        for vcpu in self.inner.lock().vcpus.iter() {
+            vcpu.request(request);
+            vcpu.kick();
+        }
+    }
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A vCPU: its file, its lock, and its ioctls (KVM API, vCPU ioctls).
+//!
+//! A vCPU is run by whichever thread calls KVM_RUN. One mutex guards all of its state and is held for
+//! the whole of every ioctl, KVM_RUN included; what other threads may touch meanwhile is in
+//! [`VcpuShared`].
+
+mod cpuid;
+mod events;
+mod fpu;
+mod msrs;
+mod regs;
+
+use crate::abi;
+use crate::abi::ioctl;
+use crate::arch;
+use crate::arch::Arch;
+use crate::backend::Backend;
+use crate::backend::Loaded;
+use crate::linux::file;
+use crate::linux::file::FileObject;
+use crate::linux::file::NewVma;
+use crate::linux::fpu::GuestFpu;
+use crate::linux::mutex::KillableMutex;
+use crate::linux::preempt::Followed;
+use crate::linux::task;
+use crate::linux::task::SignalMask;
+use crate::linux::user;
+use crate::run::Run;
+use crate::run_page::RunPages;
+use crate::system::no_arg;
+use crate::tlb::VcpuShared;
+use crate::vm::Vm;
+use kernel::prelude::*;
+use kernel::static_lock_class;
+use kernel::str::CString;
+use kernel::sync::Arc;
+use kernel::sync::ArcBorrow;
+
+/// A virtual processor.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Vcpu<B: Backend> {
+    vm: Arc<Vm<B>>,
+    shared: Arc<VcpuShared>,
+    pages: RunPages,
+    #[pin]
+    state: KillableMutex<State<B>>,
+}
+
+/// What the mutex guards.
+#[pin_data]
+struct State<B: Backend> {
+    #[pin]
+    follows: Followed<B::Follows>,
+    #[pin]
+    fpu: GuestFpu,
+    hw: B::Vcpu,
+    arch: Arch,
+}
+
+impl<B: Backend> State<B> {
+    fn new(vm: &Vm<B>, id: u32) -> impl PinInit<Self, Error> + '_ {
+        pin_init::pin_init_scope(move || {
+            let (hw, follows) = vm.machine.backend.new_vcpu(vm.memory.eptp())?;
+            Ok(try_pin_init!(Self {
+                follows <- Followed::new(follows),
+                fpu <- GuestFpu::new(),
+                hw,
+                arch: Arch::new(id == 0)?,
+            }))
+        })
+    }
+}
+
+impl<B: Backend> Vcpu<B> {
+    /// Makes a vCPU of `vm` and a file for it.
+    pub(crate) fn create(vm: Arc<Vm<B>>, id: u32) -> Result<isize> {
+        let shared = Arc::new(VcpuShared::new(), GFP_KERNEL_ACCOUNT)?;
+        vm.memory.vcpus().add(shared.clone())?;
+        let (vm, shared) = (&vm, &shared);
+        let vcpu = Arc::pin_init(
+            try_pin_init!(Self {
+                pages: RunPages::new()?,
+                shared: shared.clone(),
+                state <- KillableMutex::new(
+                    State::new(vm, id),
+                    c"rkvm_vcpu",
+                    static_lock_class!(),
+                ),
+                vm: vm.clone(),
+            }),
+            GFP_KERNEL_ACCOUNT,
+        )?;
+        vcpu.with_loaded(|cpu| {
+            arch::reset(cpu.hw);
+            Ok(())
+        })?;
+        // The name that tools look for among a process's files.
+        let name = CString::try_from_fmt(kernel::prelude::fmt!("kvm-vcpu:{id}"))?;
+        file::anon_fd(&name, vcpu)
+    }
+
+    /// Runs `f` with the vCPU locked and its hardware state at hand: EINTR if killed while waiting.
+    fn with_loaded<R>(
+        &self,
+        f: impl FnOnce(&mut Locked<'_, B::Loaded<'_>>) -> Result<R>,
+    ) -> Result<R> {
+        let mut guard = self.state.lock_killable()?;
+        let state = guard.as_mut().project();
+        let follows = state.follows.into_ref().get_ref();
+        let mut hw = self.vm.machine.backend.load(state.hw, follows);
+        f(&mut Locked {
+            hw: &mut hw,
+            arch: state.arch,
+            fpu: state.fpu.into_ref().get_ref(),
+            vm: &self.vm.memory,
+            host: &self.vm.machine.host,
+        })
+    }
+
+    /// KVM_SET_SIGNAL_MASK: the signals that are blocked during KVM_RUN, or, without an argument,
+    /// those that the thread blocks itself. EINVAL for a mask of another size.
+    fn set_signal_mask(&self, arg: usize) -> Result {
+        let mask = if arg == 0 {
+            None
+        } else {
+            if user::read::<abi::kvm_signal_mask>(arg)?.len as usize != size_of::<SignalMask>() {
+                return Err(EINVAL);
+            }
+            Some(user::read(
+                arg.wrapping_add(size_of::<abi::kvm_signal_mask>()),
+            )?)
+        };
+        self.with_loaded(|cpu| {
+            cpu.arch.signal_mask = mask;
+            Ok(())
+        })
+    }
+
+    /// KVM_RUN.
+    fn run(&self, arg: usize) -> Result<isize> {
+        no_arg(arg, 0)?;
+        let mut guard = self.state.lock_killable()?;
+        let state = guard.as_mut().project();
+        let follows = state.follows.into_ref().get_ref();
+        let fpu = state.fpu.into_ref().get_ref();
+        state.arch.has_run = true;
+        let _masked = state.arch.signal_mask.as_ref().map(task::mask_signals);
+        let mut run = Run {
+            hw: self.vm.machine.backend.load(state.hw, follows),
+            fpu: fpu.swap_in(),
+            arch: state.arch,
+            memory: &self.vm.memory,
+            shared: &self.shared,
+            page: &self.pages,
+            host: &self.vm.machine.host,
+        };
+        run.run()?;
+        Ok(0)
+    }
+}
+
+#[pinned_drop]
+impl<B: Backend> PinnedDrop for Vcpu<B> {
+    fn drop(self: Pin<&mut Self>) {
+        self.vm.memory.vcpus().remove(&self.shared);
+    }
+}
+
+/// A vCPU that is locked and loaded, as the ioctls on its state see it.
+pub(crate) struct Locked<'a, L: Loaded> {
+    pub(crate) hw: &'a mut L,
+    pub(crate) arch: &'a mut Arch,
+    pub(crate) fpu: &'a GuestFpu,
+    pub(crate) vm: &'a crate::mem::GuestMemory,
+    pub(crate) host: &'a crate::system::Host,
+}
+
+impl<B: Backend> FileObject for Vcpu<B> {
+    fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
+        if !this.vm.memory.is_current() {
+            return Err(EIO);
+        }
+        if (cmd >> 8) & 0xff != crate::bindings::KVMIO {
+            return Err(EINVAL);
+        }
+        match cmd {
+            ioctl::RUN => return this.run(arg),
+            ioctl::GET_REGS => {
+                let regs = this.with_loaded(|cpu| Ok(cpu.get_regs()))?;
+                user::write(arg, &regs)?;
+            }
+            ioctl::SET_REGS => {
+                let regs = user::read(arg)?;
+                this.with_loaded(|cpu| {
+                    cpu.set_regs(&regs);
+                    Ok(())
+                })?;
+            }
+            ioctl::GET_SREGS => {
+                let sregs = this.with_loaded(|cpu| Ok(cpu.get_sregs()))?;
+                user::write(arg, &sregs)?;
+            }
+            ioctl::SET_SREGS => {
+                let sregs = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_sregs(&sregs))?;
+            }
+            ioctl::GET_MP_STATE => {
+                let mp_state = this.with_loaded(|cpu| Ok(cpu.arch.mp_state))?;
+                user::write(arg, &abi::kvm_mp_state { mp_state })?;
+            }
+            ioctl::SET_MP_STATE => {
+                let new: abi::kvm_mp_state = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_mp_state(new.mp_state))?;
+            }
+            ioctl::INTERRUPT => {
+                let irq: abi::kvm_interrupt = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.interrupt(irq.irq))?;
+            }
+            ioctl::NMI => this.with_loaded(|cpu| {
+                cpu.nmi();
+                Ok(())
+            })?,
+            ioctl::GET_VCPU_EVENTS => {
+                let events = this.with_loaded(|cpu| Ok(cpu.get_events()))?;
+                user::write(arg, &events)?;
+            }
+            ioctl::SET_VCPU_EVENTS => {
+                let events = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_events(&events))?;
+            }
+            ioctl::GET_DEBUGREGS => {
+                let regs = this.with_loaded(|cpu| Ok(cpu.get_debugregs()))?;
+                user::write(arg, &regs)?;
+            }
+            ioctl::SET_DEBUGREGS => {
+                let regs = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_debugregs(&regs))?;
+            }
+            ioctl::GET_FPU => {
+                let fpu = this.with_loaded(|cpu| Ok(cpu.get_fpu()))?;
+                user::write(arg, &fpu)?;
+            }
+            ioctl::SET_FPU => {
+                let fpu = user::read(arg)?;
+                this.with_loaded(|cpu| {
+                    cpu.set_fpu(&fpu);
+                    Ok(())
+                })?;
+            }
+            ioctl::GET_XSAVE => this.with_loaded(|cpu| cpu.get_xsave(arg))?,
+            ioctl::SET_XSAVE => this.with_loaded(|cpu| cpu.set_xsave(arg))?,
+            ioctl::GET_XCRS => {
+                let xcrs = this.with_loaded(|cpu| cpu.get_xcrs())?;
+                user::write(arg, &xcrs)?;
+            }
+            ioctl::SET_XCRS => {
+                let xcrs = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_xcrs(&xcrs))?;
+            }
+            ioctl::GET_CPUID2 => this.with_loaded(|cpu| cpu.get_cpuid(arg))?,
+            ioctl::SET_CPUID2 => this.with_loaded(|cpu| cpu.set_cpuid(arg))?,
+            ioctl::GET_MSRS => return this.with_loaded(|cpu| cpu.get_msrs(arg)),
+            ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
+            ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.tsc_khz as isize)),
+            ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
+            ioctl::SET_TSC_KHZ => this.with_loaded(|cpu| cpu.set_tsc_khz(arg))?,
+            _ => return Err(EINVAL),
+        }
+        Ok(0)
+    }
+
+    fn mmap(this: ArcBorrow<'_, Self>, vma: &NewVma) -> Result {
+        this.pages.mmap(vma)
+    }
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KVM_INTERRUPT, KVM_NMI, KVM_GET/SET_VCPU_EVENTS.
+
+use super::Locked;
+use crate::abi::kvm_vcpu_events;
+use crate::backend::Loaded;
+use crate::bindings as b;
+use crate::x86::event::EventsState;
+use crate::x86::event::Exception;
+use crate::x86::event::Interrupt;
+use crate::x86::event::Shadow;
+use crate::x86::exception::Vector;
+use kernel::prelude::*;
+
+impl<L: Loaded> Locked<'_, L> {
+    /// KVM_INTERRUPT: EINVAL for a vector that is none.
+    pub(super) fn interrupt(&mut self, irq: u32) -> Result {
+        let vector = u8::try_from(irq).map_err(|_| EINVAL)?;
+        self.arch.events.queue_interrupt(vector);
+        Ok(())
+    }
+
+    /// KVM_NMI.
+    pub(super) fn nmi(&mut self) {
+        let masked = self.hw.nmi_blocked();
+        self.arch.events.set_nmi_masked(masked);
+        self.arch.events.queue_nmi();
+    }
+
+    /// KVM_GET_VCPU_EVENTS.
+    pub(super) fn get_events(&mut self) -> kvm_vcpu_events {
+        let masked = self.hw.nmi_blocked();
+        self.arch.events.set_nmi_masked(masked);
+        // The ABI has no place for what goes into CR2 and DR6, so it goes there at once.
+        if let Some((vector, payload)) = self.arch.events.take_payload() {
+            match vector {
+                Vector::PF => self.hw.set_cr2(payload),
+                Vector::DB => self.arch.dr6 |= payload,
+                _ => {}
+            }
+        }
+        let state = self.arch.events.state();
+        let mut events = kvm_vcpu_events::default();
+
+        // INT3 and INTO are not shown: the guest executes them again.
+        let hard = |e: &Exception| e.insn_len == 0;
+        let pending = state.exception_pending.filter(hard);
+        if let Some(e) = pending.or(state.exception_injected.filter(hard)) {
+            events.exception.injected = 1;
+            events.exception.pending = u8::from(pending.is_some());
+            events.exception.nr = e.vector.0;
+            events.exception.has_error_code = u8::from(e.error.is_some());
+            events.exception.error_code = e.error.unwrap_or(0);
+        }
+        if let Some(i) = state.interrupt_injected.filter(|i| !i.is_soft()) {
+            events.interrupt.injected = 1;
+            events.interrupt.nr = i.vector;
+        }
+        events.interrupt.shadow = match self.hw.shadow() {
+            Shadow::None => 0,
+            Shadow::MovSs => b::KVM_X86_SHADOW_INT_MOV_SS as u8,
+            Shadow::Sti => b::KVM_X86_SHADOW_INT_STI as u8,
+        };
+        events.nmi.injected = u8::from(state.nmi_injected);
+        events.nmi.pending = u8::from(state.nmi_pending);
+        events.nmi.masked = u8::from(state.nmi_masked);
+        events.flags = b::KVM_VCPUEVENT_VALID_NMI_PENDING | b::KVM_VCPUEVENT_VALID_SHADOW;
+        events
+    }
+
+    /// KVM_SET_VCPU_EVENTS: EINVAL for flags of capabilities that are absent, and for exceptions that
+    /// are none.
+    pub(super) fn set_events(&mut self, events: &kvm_vcpu_events) -> Result {
+        const KNOWN: u32 = b::KVM_VCPUEVENT_VALID_NMI_PENDING
+            | b::KVM_VCPUEVENT_VALID_SIPI_VECTOR
+            | b::KVM_VCPUEVENT_VALID_SHADOW
+            | b::KVM_VCPUEVENT_VALID_SMM;
+        if events.flags & !KNOWN != 0 {
+            return Err(EINVAL);
+        }
+        // There is no system-management mode to be in.
+        let smm = events.smi.smm | events.smi.pending | events.smi.smm_inside_nmi;
+        if events.flags & b::KVM_VCPUEVENT_VALID_SMM != 0 && smm != 0 {
+            return Err(EINVAL);
+        }
+        let exception = (events.exception.injected != 0).then(|| Exception {
+            vector: Vector(events.exception.nr),
+            error: (events.exception.has_error_code != 0).then_some(events.exception.error_code),
+            payload: None,
+            insn_len: 0,
+        });
+        if exception.is_some_and(|e| e.vector.0 > 31 || e.vector == Vector::NMI) {
+            return Err(EINVAL);
+        }
+
+        let old = self.arch.events.state();
+        let nmi_pending = if events.flags & b::KVM_VCPUEVENT_VALID_NMI_PENDING != 0 {
+            events.nmi.pending != 0
+        } else {
+            old.nmi_pending
+        };
+        let state = EventsState {
+            exception_pending: None,
+            exception_injected: exception,
+            interrupt_injected: (events.interrupt.injected != 0).then(|| Interrupt {
+                vector: events.interrupt.nr,
+                // INT n is two bytes long, but for prefixes that nobody writes.
+                insn_len: if events.interrupt.soft != 0 { 2 } else { 0 },
+            }),
+            nmi_injected: events.nmi.injected != 0,
+            nmi_pending,
+            nmi_masked: events.nmi.masked != 0,
+            triple_fault: old.triple_fault,
+        };
+        self.arch.events.set_state(&state).map_err(|_| EINVAL)?;
+        self.hw.set_nmi_blocked(state.nmi_masked);
+        if events.flags & b::KVM_VCPUEVENT_VALID_SHADOW != 0 {
+            let shadow = u32::from(events.interrupt.shadow);
+            // As in KVM, the greater one if both are asked for.
+            self.hw
+                .set_shadow(if shadow & b::KVM_X86_SHADOW_INT_MOV_SS != 0 {
+                    Shadow::MovSs
+                } else if shadow & b::KVM_X86_SHADOW_INT_STI != 0 {
+                    Shadow::Sti
+                } else {
+                    Shadow::None
+                });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! KVM_GET/SET_REGS, SREGS, DEBUGREGS, MP_STATE, and the TSC's frequency.
+
+use super::Locked;
+use crate::abi::kvm_debugregs;
+use crate::abi::kvm_dtable;
+use crate::abi::kvm_regs;
+use crate::abi::kvm_segment;
+use crate::abi::kvm_sregs;
+use crate::backend::Loaded;
+use crate::backend::TableReg;
+use crate::run::cr::load_pdptes;
+use crate::x86::cr;
+use crate::x86::cr::DebugReg;
+use crate::x86::msr::Msr;
+use crate::x86::regs::Cr0;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr6;
+use crate::x86::regs::Dr7;
+use crate::x86::regs::Efer;
+use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
+use crate::x86::segment::SegAttr;
+use crate::x86::segment::SegReg;
+use crate::x86::segment::Segment;
+use kernel::prelude::*;
+
+fn segment_to_abi(seg: &Segment) -> kvm_segment {
+    let attr = seg.attr;
+    kvm_segment {
+        base: seg.base,
+        limit: seg.limit,
+        selector: seg.selector,
+        type_: attr.type_(),
+        // What cannot be used is not there, whatever the processor left in the bit.
+        present: u8::from(!attr.unusable()),
+        dpl: attr.dpl(),
+        db: u8::from(attr.db()),
+        s: u8::from(attr.s()),
+        l: u8::from(attr.l()),
+        g: u8::from(attr.g()),
+        avl: u8::from(attr.avl()),
+        unusable: u8::from(attr.unusable()),
+        padding: 0,
+    }
+}
+
+fn segment_from_abi(reg: SegReg, seg: &kvm_segment) -> Segment {
+    // A segment that is in use has been accessed; VMMs that make one up forget the bit, and an entry
+    // would be refused without it. LDTR's type has no such bit.
+    let accessed = u8::from(reg != SegReg::Ldtr);
+    Segment {
+        selector: seg.selector,
+        base: seg.base,
+        limit: seg.limit,
+        attr: SegAttr::from_vmx(0)
+            .with_type(seg.type_ & 15 | accessed)
+            .with_s(seg.s & 1 != 0)
+            .with_dpl(seg.dpl & 3)
+            .with_p(seg.present & 1 != 0)
+            .with_avl(seg.avl & 1 != 0)
+            .with_l(seg.l & 1 != 0)
+            .with_db(seg.db & 1 != 0)
+            .with_g(seg.g & 1 != 0)
+            .with_unusable(seg.unusable != 0 || seg.present == 0),
+    }
+}
+
+fn table_to_abi(table: TableReg) -> kvm_dtable {
+    kvm_dtable {
+        base: table.base,
+        limit: table.limit,
+        padding: [0; 3],
+    }
+}
+
+fn table_from_abi(table: &kvm_dtable) -> TableReg {
+    TableReg {
+        base: table.base,
+        limit: table.limit,
+    }
+}
+
+impl<L: Loaded> Locked<'_, L> {
+    /// KVM_GET_REGS.
+    pub(super) fn get_regs(&mut self) -> kvm_regs {
+        let hw = &mut self.hw;
+        kvm_regs {
+            rax: hw.gpr(Gpr::Rax),
+            rbx: hw.gpr(Gpr::Rbx),
+            rcx: hw.gpr(Gpr::Rcx),
+            rdx: hw.gpr(Gpr::Rdx),
+            rsi: hw.gpr(Gpr::Rsi),
+            rdi: hw.gpr(Gpr::Rdi),
+            rsp: hw.gpr(Gpr::Rsp),
+            rbp: hw.gpr(Gpr::Rbp),
+            r8: hw.gpr(Gpr::R8),
+            r9: hw.gpr(Gpr::R9),
+            r10: hw.gpr(Gpr::R10),
+            r11: hw.gpr(Gpr::R11),
+            r12: hw.gpr(Gpr::R12),
+            r13: hw.gpr(Gpr::R13),
+            r14: hw.gpr(Gpr::R14),
+            r15: hw.gpr(Gpr::R15),
+            rip: hw.rip(),
+            rflags: hw.rflags().bits(),
+        }
+    }
+
+    /// KVM_SET_REGS. An exception that waits was one of the state that is replaced.
+    pub(super) fn set_regs(&mut self, regs: &kvm_regs) {
+        let hw = &mut self.hw;
+        for (r, value) in [
+            (Gpr::Rax, regs.rax),
+            (Gpr::Rbx, regs.rbx),
+            (Gpr::Rcx, regs.rcx),
+            (Gpr::Rdx, regs.rdx),
+            (Gpr::Rsi, regs.rsi),
+            (Gpr::Rdi, regs.rdi),
+            (Gpr::Rsp, regs.rsp),
+            (Gpr::Rbp, regs.rbp),
+            (Gpr::R8, regs.r8),
+            (Gpr::R9, regs.r9),
+            (Gpr::R10, regs.r10),
+            (Gpr::R11, regs.r11),
+            (Gpr::R12, regs.r12),
+            (Gpr::R13, regs.r13),
+            (Gpr::R14, regs.r14),
+            (Gpr::R15, regs.r15),
+        ] {
+            hw.set_gpr(r, value);
+        }
+        hw.set_rip(regs.rip);
+        hw.set_rflags(Rflags::new(regs.rflags) | Rflags::FIXED);
+        self.arch.events.drop_pending_exception();
+    }
+
+    /// KVM_GET_SREGS.
+    pub(super) fn get_sregs(&mut self) -> kvm_sregs {
+        let hw = &mut self.hw;
+        let mut seg = |reg| segment_to_abi(&hw.segment(reg));
+        let mut sregs = kvm_sregs {
+            cs: seg(SegReg::Cs),
+            ds: seg(SegReg::Ds),
+            es: seg(SegReg::Es),
+            fs: seg(SegReg::Fs),
+            gs: seg(SegReg::Gs),
+            ss: seg(SegReg::Ss),
+            tr: seg(SegReg::Tr),
+            ldt: seg(SegReg::Ldtr),
+            gdt: table_to_abi(hw.gdtr()),
+            idt: table_to_abi(hw.idtr()),
+            cr0: hw.cr0().bits(),
+            cr2: hw.cr2(),
+            cr3: hw.cr3(),
+            cr4: hw.cr4().bits(),
+            cr8: self.arch.cr8,
+            efer: hw.efer().bits(),
+            apic_base: self.arch.msrs.apic_base(),
+            interrupt_bitmap: [0; 4],
+        };
+        if let Some(vector) = self.arch.events.interrupt_in_bitmap() {
+            if let Some(word) = sregs.interrupt_bitmap.get_mut(usize::from(vector / 64)) {
+                *word |= 1 << (vector % 64);
+            }
+        }
+        sregs
+    }
+
+    /// KVM_SET_SREGS: EINVAL for a state that no processor can be in.
+    pub(super) fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result {
+        let cs = segment_from_abi(SegReg::Cs, &sregs.cs);
+        let (cr0, cr4) = (Cr0::new(sregs.cr0), Cr4::new(sregs.cr4));
+        let efer = Efer::new(sregs.efer);
+        // The host's limits, not those of the guest's CPUID, which may come later.
+        let features = &self.host.supported;
+        if !cr::sregs_are_valid(cr0, sregs.cr3, cr4, efer, cs.attr, features) {
+            return Err(EINVAL);
+        }
+        let own = self.arch.features;
+        self.arch
+            .msrs
+            .write(Msr::APIC_BASE, sregs.apic_base, &own, true)
+            .map_err(|_| EINVAL)?;
+
+        let hw = &mut self.hw;
+        hw.set_idtr(table_from_abi(&sregs.idt));
+        hw.set_gdtr(table_from_abi(&sregs.gdt));
+        hw.set_cr2(sregs.cr2);
+        hw.set_cr3(sregs.cr3);
+        hw.set_cr4(cr4);
+        hw.set_efer(efer);
+        hw.set_cr0(cr0);
+        if cr0.has(Cr0::PG) && cr4.has(Cr4::PAE) && !efer.has(Efer::LMA) {
+            // As in KVM, entries that no processor would load leave the old ones: the entry fails.
+            let _ = load_pdptes(*hw, self.vm, sregs.cr3, features);
+        }
+        for (reg, seg) in [
+            (SegReg::Ds, &sregs.ds),
+            (SegReg::Es, &sregs.es),
+            (SegReg::Fs, &sregs.fs),
+            (SegReg::Gs, &sregs.gs),
+            (SegReg::Ss, &sregs.ss),
+            (SegReg::Tr, &sregs.tr),
+            (SegReg::Ldtr, &sregs.ldt),
+        ] {
+            hw.set_segment(reg, &segment_from_abi(reg, seg));
+        }
+        hw.set_segment(SegReg::Cs, &cs);
+        hw.flush_guest_tlb();
+
+        // Only the low four bits are a priority; KVM drops the value then.
+        if sregs.cr8 <= 15 {
+            self.arch.cr8 = sregs.cr8;
+        }
+        if let Some((n, word)) = (0u8..)
+            .zip(sregs.interrupt_bitmap)
+            .find(|(_, word)| *word != 0)
+        {
+            let vector = n * 64 + word.trailing_zeros() as u8;
+            self.arch.events.queue_interrupt(vector);
+        }
+        self.arch.refresh_cpuid(self.host, cr4);
+        Ok(())
+    }
+
+    /// KVM_GET_DEBUGREGS.
+    pub(super) fn get_debugregs(&mut self) -> kvm_debugregs {
+        kvm_debugregs {
+            db: self.arch.dr,
+            dr6: self.arch.dr6,
+            dr7: self.hw.dr7().bits(),
+            flags: 0,
+            reserved: [0; 9],
+        }
+    }
+
+    /// KVM_SET_DEBUGREGS: EINVAL for flags, and for upper halves that are not zero.
+    pub(super) fn set_debugregs(&mut self, regs: &kvm_debugregs) -> Result {
+        if regs.flags != 0 {
+            return Err(EINVAL);
+        }
+        let dr6 = cr::check_debug_write(DebugReg::Status, regs.dr6).map_err(|_| EINVAL)?;
+        let dr7 = cr::check_debug_write(DebugReg::Control, regs.dr7).map_err(|_| EINVAL)?;
+        self.arch.dr = regs.db;
+        self.arch.dr6 = dr6;
+        let dr7 = Dr7::new(dr7);
+        self.arch.breakpoints_armed = dr7.any_enabled();
+        self.hw.set_dr7(dr7);
+        Ok(())
+    }
+
+    /// KVM_SET_MP_STATE: without a local APIC in the kernel, a vCPU is runnable or EINVAL.
+    pub(super) fn set_mp_state(&mut self, mp_state: u32) -> Result {
+        if mp_state != crate::bindings::KVM_MP_STATE_RUNNABLE {
+            return Err(EINVAL);
+        }
+        self.arch.mp_state = mp_state;
+        Ok(())
+    }
+
+    /// KVM_SET_TSC_KHZ: 0 stands for the host's frequency; EINVAL for another, as nothing scales.
+    /// A difference of up to 250 ppm is none, as in KVM.
+    pub(super) fn set_tsc_khz(&mut self, khz: usize) -> Result {
+        let host = crate::linux::msr::tsc_khz();
+        let khz = match khz as u32 {
+            0 => host,
+            khz => khz,
+        };
+        let tolerance = u64::from(host) * 250 / 1_000_000;
+        if u64::from(khz.abs_diff(host)) > tolerance {
+            return Err(EINVAL);
+        }
+        self.arch.tsc_khz = khz;
+        Ok(())
+    }
+}
+
+const _: () = assert!(Dr6::RESET.bits() == 0xffff_0ff0);

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What this processor's VMX can do (SDM vol. 3, appendix A), checked once when the module loads.
+
+use super::fields::EntryControls;
+use super::fields::ExitControls;
+use super::fields::PinControls;
+use super::fields::PrimaryControls;
+use super::fields::SecondaryControls;
+use crate::linux::msr;
+use crate::linux::unsupported;
+use kernel::prelude::*;
+
+const MSR_FEATURE_CONTROL: u32 = 0x3a;
+const MSR_VMX_BASIC: u32 = 0x480;
+const MSR_VMX_PINBASED: u32 = 0x481;
+const MSR_VMX_PROCBASED: u32 = 0x482;
+const MSR_VMX_EXIT: u32 = 0x483;
+const MSR_VMX_ENTRY: u32 = 0x484;
+const MSR_VMX_CR0_FIXED0: u32 = 0x486;
+const MSR_VMX_CR4_FIXED1: u32 = 0x489;
+const MSR_VMX_PROCBASED2: u32 = 0x48b;
+const MSR_VMX_EPT_VPID: u32 = 0x48c;
+const MSR_VMX_TRUE_PINBASED: u32 = 0x48d;
+const MSR_VMX_TRUE_PROCBASED: u32 = 0x48e;
+const MSR_VMX_TRUE_EXIT: u32 = 0x48f;
+const MSR_VMX_TRUE_ENTRY: u32 = 0x490;
+
+/// The control words that every VMCS starts from, and the capabilities that decide at run time.
+#[derive(Clone, Copy)]
+pub(crate) struct VmxCaps {
+    /// The revision identifier that a VMCS begins with.
+    pub(crate) revision: u32,
+    pub(crate) pin: PinControls,
+    pub(crate) primary: PrimaryControls,
+    pub(crate) secondary: SecondaryControls,
+    pub(crate) exit: ExitControls,
+    pub(crate) entry: EntryControls,
+    /// Bits of CR0 that must be set in VMX operation, but for PE and PG: the guest is unrestricted.
+    pub(crate) cr0_required: u64,
+    /// Bits of CR4 that may be set in VMX operation.
+    pub(crate) cr4_allowed: u64,
+    /// EPT leaves of 2 MiB.
+    pub(crate) ept_2m: bool,
+    /// EPT leaves of 1 GiB.
+    pub(crate) ept_1g: bool,
+    /// EPT keeps accessed and dirty bits.
+    pub(crate) ept_ad: bool,
+    /// EPT entries may be execute-only.
+    pub(crate) ept_exec_only: bool,
+    /// INVEPT of a single context exists; else all contexts are invalidated.
+    pub(crate) invept_single: bool,
+    /// INVVPID of a single context exists.
+    pub(crate) invvpid_single: bool,
+    /// Exits by INS and OUTS say which segment and address size (IA32_VMX_BASIC, bit 54).
+    pub(crate) io_info: bool,
+}
+
+/// What a control word may be: the low half of the MSR is required, the high half allowed.
+#[derive(Clone, Copy)]
+struct Allowed {
+    what: &'static str,
+    required: u32,
+    allowed: u32,
+}
+
+impl Allowed {
+    fn read(what: &'static str, msr: u32) -> Result<Self> {
+        let value = msr::read_safe(msr).map_err(|_| unsupported())?;
+        Ok(Self {
+            what,
+            required: value as u32,
+            allowed: (value >> 32) as u32,
+        })
+    }
+
+    /// Chooses the bits that must be, those that we `need` and those that we `want` and may have.
+    fn choose(self, need: u32, want: u32) -> Result<u32> {
+        let missing = need & !self.allowed;
+        if missing != 0 {
+            pr_err!("this CPU's VMX lacks {} {:#x}\n", self.what, missing);
+            return Err(unsupported());
+        }
+        Ok(self.required | need | want & self.allowed)
+    }
+}
+
+impl VmxCaps {
+    /// Reads the capability MSRs: EOPNOTSUPP, with a message, if something that rkvm needs is
+    /// missing.
+    pub(crate) fn probe() -> Result<Self> {
+        let feature_control = msr::read_safe(MSR_FEATURE_CONTROL).unwrap_or(0);
+        if feature_control & 5 == 1 {
+            pr_err!("VMX is disabled by the firmware (IA32_FEATURE_CONTROL)\n");
+            return Err(unsupported());
+        }
+
+        let basic = msr::read_safe(MSR_VMX_BASIC).map_err(|_| unsupported())?;
+        // Since 2010: controls that the older MSRs claim to be fixed can be cleared.
+        let true_msrs = basic & 1 << 55 != 0;
+        let pick = |new: u32, old: u32| if true_msrs { new } else { old };
+
+        let pin = Allowed::read(
+            "pin-based controls",
+            pick(MSR_VMX_TRUE_PINBASED, MSR_VMX_PINBASED),
+        )?
+        .choose(
+            (PinControls::EXTERNAL_INTERRUPT | PinControls::NMI | PinControls::VIRTUAL_NMIS).bits(),
+            0,
+        )?;
+
+        let primary = Allowed::read(
+            "primary controls",
+            pick(MSR_VMX_TRUE_PROCBASED, MSR_VMX_PROCBASED),
+        )?
+        .choose(
+            (PrimaryControls::TSC_OFFSETTING
+                | PrimaryControls::HLT
+                | PrimaryControls::MWAIT
+                | PrimaryControls::MONITOR
+                | PrimaryControls::RDPMC
+                | PrimaryControls::CR8_LOAD
+                | PrimaryControls::CR8_STORE
+                | PrimaryControls::MOV_DR
+                | PrimaryControls::UNCONDITIONAL_IO
+                | PrimaryControls::MSR_BITMAPS
+                | PrimaryControls::INTERRUPT_WINDOW
+                | PrimaryControls::NMI_WINDOW
+                | PrimaryControls::SECONDARY)
+                .bits(),
+            0,
+        )?;
+        // The windows are opened when there is something to inject; CR3 and INVLPG are the guest's
+        // own business with EPT, and only processors without the newer MSRs insist on their exits.
+        let primary = PrimaryControls::new(primary).without(
+            PrimaryControls::INTERRUPT_WINDOW
+                | PrimaryControls::NMI_WINDOW
+                | PrimaryControls::CR3_LOAD
+                | PrimaryControls::CR3_STORE
+                | PrimaryControls::INVLPG,
+        );
+
+        let secondary = Allowed::read("secondary controls", MSR_VMX_PROCBASED2)?.choose(
+            (SecondaryControls::EPT | SecondaryControls::UNRESTRICTED_GUEST).bits(),
+            (SecondaryControls::VPID
+                | SecondaryControls::WBINVD
+                | SecondaryControls::RDTSCP
+                | SecondaryControls::INVPCID
+                | SecondaryControls::XSAVES)
+                .bits(),
+        )?;
+        let mut secondary = SecondaryControls::new(secondary);
+
+        let exit = Allowed::read("exit controls", pick(MSR_VMX_TRUE_EXIT, MSR_VMX_EXIT))?.choose(
+            (ExitControls::SAVE_DEBUG
+                | ExitControls::HOST_64
+                | ExitControls::ACK_INTERRUPT
+                | ExitControls::LOAD_PAT
+                | ExitControls::LOAD_EFER)
+                .bits(),
+            0,
+        )?;
+
+        let entry = Allowed::read("entry controls", pick(MSR_VMX_TRUE_ENTRY, MSR_VMX_ENTRY))?
+            .choose(
+                (EntryControls::LOAD_DEBUG
+                    | EntryControls::IA32E
+                    | EntryControls::LOAD_PAT
+                    | EntryControls::LOAD_EFER)
+                    .bits(),
+                0,
+            )?;
+        let entry = EntryControls::new(entry).without(EntryControls::IA32E);
+
+        let ept = msr::read_safe(MSR_VMX_EPT_VPID).map_err(|_| unsupported())?;
+        let has = |bit: u32| ept & 1 << bit != 0;
+        // Four levels, write-back tables, and an INVEPT to flush with.
+        if !has(6) || !has(14) || !has(20) || !(has(25) || has(26)) {
+            pr_err!("this CPU's EPT lacks 4-level walks, write-back tables or INVEPT\n");
+            return Err(unsupported());
+        }
+        if !(has(32) && (has(41) || has(42))) {
+            secondary = secondary.without(SecondaryControls::VPID);
+        }
+
+        Ok(Self {
+            revision: basic as u32 & 0x7fff_ffff,
+            pin: PinControls::new(pin),
+            primary,
+            secondary,
+            exit: ExitControls::new(exit),
+            entry,
+            cr0_required: msr::read_safe(MSR_VMX_CR0_FIXED0).map_err(|_| unsupported())?
+                & !(1 << 31 | 1),
+            cr4_allowed: msr::read_safe(MSR_VMX_CR4_FIXED1).map_err(|_| unsupported())?,
+            ept_2m: has(16),
+            ept_1g: has(17),
+            ept_ad: has(21),
+            ept_exec_only: has(0),
+            invept_single: has(25),
+            invvpid_single: has(41),
+            io_info: basic & 1 << 54 != 0,
+        })
+    }
+}

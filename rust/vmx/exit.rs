@@ -1,0 +1,579 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Entering a guest, and making sense of why it came back (SDM vol. 3, chapters 28 to 30 and
+//! appendix C).
+
+use super::fields as f;
+use super::fields::Interruptibility;
+use super::fields::IntrInfo;
+use super::fields::IntrKind;
+use super::fields::PrimaryControls;
+use super::fields::SecondaryControls;
+use super::vcpu::LoadedVcpu;
+use super::vmcs;
+use crate::backend::CrAccess;
+use crate::backend::Exit;
+use crate::backend::Loaded;
+use crate::backend::PortAccess;
+use crate::backend::TableReg;
+use crate::bindings;
+use crate::linux::irq::IrqsOff;
+use crate::linux::irq::PreemptOff;
+use crate::mmu::ept::Access;
+use crate::x86::event::Exception;
+use crate::x86::event::Injection;
+use crate::x86::event::Interrupt;
+use crate::x86::event::Shadow;
+use crate::x86::event::Vectoring;
+use crate::x86::exception::Vector;
+use crate::x86::msr::Msr;
+use crate::x86::regs::Cr0;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr7;
+use crate::x86::regs::Efer;
+use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
+use crate::x86::segment::SegReg;
+use crate::x86::segment::Segment;
+
+/// Basic exit reasons (SDM vol. 3, appendix C).
+mod reason {
+    pub(super) const EXCEPTION_NMI: u32 = 0;
+    pub(super) const EXTERNAL_INTERRUPT: u32 = 1;
+    pub(super) const TRIPLE_FAULT: u32 = 2;
+    pub(super) const INTERRUPT_WINDOW: u32 = 7;
+    pub(super) const NMI_WINDOW: u32 = 8;
+    pub(super) const TASK_SWITCH: u32 = 9;
+    pub(super) const CPUID: u32 = 10;
+    pub(super) const GETSEC: u32 = 11;
+    pub(super) const HLT: u32 = 12;
+    pub(super) const INVD: u32 = 13;
+    pub(super) const RDPMC: u32 = 15;
+    pub(super) const RSM: u32 = 17;
+    pub(super) const VMCALL: u32 = 18;
+    pub(super) const VMXON: u32 = 27;
+    pub(super) const CR_ACCESS: u32 = 28;
+    pub(super) const DR_ACCESS: u32 = 29;
+    pub(super) const IO: u32 = 30;
+    pub(super) const RDMSR: u32 = 31;
+    pub(super) const WRMSR: u32 = 32;
+    pub(super) const MACHINE_CHECK_AT_ENTRY: u32 = 41;
+    pub(super) const MWAIT: u32 = 36;
+    pub(super) const MONITOR: u32 = 39;
+    pub(super) const PAUSE: u32 = 40;
+    pub(super) const EPT_VIOLATION: u32 = 48;
+    pub(super) const EPT_MISCONFIG: u32 = 49;
+    pub(super) const INVEPT: u32 = 50;
+    pub(super) const PREEMPTION_TIMER: u32 = 52;
+    pub(super) const INVVPID: u32 = 53;
+    pub(super) const WBINVD: u32 = 54;
+    pub(super) const XSETBV: u32 = 55;
+    /// The entry failed after the host state was loaded.
+    pub(super) const FAILED: u32 = 1 << 31;
+}
+
+/// What [`Exit::EntryFailed`] says when the instruction itself failed, above the error number.
+const VMFAIL: u64 = 1 << 32;
+
+/// The exit qualification of a port access.
+#[derive(Clone, Copy)]
+struct IoQualification(u64);
+
+impl IoQualification {
+    fn decode(self) -> PortAccess {
+        PortAccess {
+            port: (self.0 >> 16) as u16,
+            size: (self.0 & 7) as u8 + 1,
+            input: self.0 & 1 << 3 != 0,
+            string: self.0 & 1 << 4 != 0,
+            rep: self.0 & 1 << 5 != 0,
+        }
+    }
+}
+
+/// The exit qualification of a control-register access.
+#[derive(Clone, Copy)]
+struct CrQualification(u64);
+
+impl CrQualification {
+    fn decode(self) -> CrAccess {
+        let cr = (self.0 & 15) as u8;
+        let gpr = Gpr::from_number((self.0 >> 8) as u8);
+        match (self.0 >> 4) & 3 {
+            0 => CrAccess::Write { cr, gpr },
+            1 => CrAccess::Read { cr, gpr },
+            2 => CrAccess::Clts,
+            _ => CrAccess::Lmsw((self.0 >> 16) as u16),
+        }
+    }
+}
+
+impl LoadedVcpu<'_> {
+    /// Exits in the delivery of an event, and exits by an exception, may have to set NMI blocking
+    /// again: an IRET that faulted had already lifted it.
+    fn restore_nmi_blocking(&mut self, unblocked: bool) {
+        if unblocked && !IntrInfo::new(self.read(f::IDT_VECTORING_INFO)).is_valid() {
+            let old = self.interruptibility();
+            self.set_interruptibility(old, old | Interruptibility::NMI);
+        }
+    }
+
+    fn decode_exception(&mut self) -> Exit {
+        let info = IntrInfo::new(self.v.entry.intr_info);
+        match info.kind() {
+            IntrKind::Nmi => return Exit::Nmi,
+            IntrKind::HardException
+            | IntrKind::SoftException
+            | IntrKind::PrivilegedSoftException => {}
+            _ => return Exit::Unknown(u64::from(reason::EXCEPTION_NMI)),
+        }
+        let vector = Vector(info.vector());
+        if vector == Vector::MC {
+            return Exit::MachineCheck;
+        }
+        if vector != Vector::DF {
+            self.restore_nmi_blocking(info.nmi_unblocked());
+        }
+        let error = info
+            .has_error_code()
+            .then(|| self.read(f::EXIT_ERROR_CODE));
+        Exit::Exception(Exception {
+            vector,
+            error,
+            payload: (vector == Vector::DB).then(|| self.read(f::EXIT_QUALIFICATION)),
+            insn_len: self.soft_len(info.kind(), f::EXIT_INSTRUCTION_LENGTH),
+        })
+    }
+
+    /// The length of the instruction that asked for a software event; zero for the others.
+    fn soft_len(&self, kind: IntrKind, field: f::Field<u32>) -> u8 {
+        match kind {
+            IntrKind::SoftInterrupt
+            | IntrKind::SoftException
+            | IntrKind::PrivilegedSoftException => self.read(field) as u8,
+            _ => 0,
+        }
+    }
+
+    fn decode_ept_violation(&mut self) -> Exit {
+        let qualification = self.read(f::EXIT_QUALIFICATION);
+        self.restore_nmi_blocking(qualification & 1 << 12 != 0);
+        let gpa = self.read(f::GUEST_PHYSICAL_ADDRESS);
+        // Bits 7 and 8: the linear address is valid, and `gpa` is what it translates to, rather than
+        // the address of a table that the walk needed.
+        let linear =
+            (qualification & 0x180 == 0x180).then(|| self.read(f::GUEST_LINEAR_ADDRESS));
+        Exit::PageFault {
+            gpa,
+            access: Access {
+                read: qualification & 1 != 0,
+                write: qualification & 2 != 0,
+                exec: qualification & 4 != 0,
+            },
+            linear,
+        }
+    }
+
+    #[inline]
+    fn decode(&mut self) -> Exit {
+        let full = self.v.entry.exit_reason;
+        match full {
+            reason::EXCEPTION_NMI => self.decode_exception(),
+            reason::EXTERNAL_INTERRUPT => Exit::Interrupt,
+            reason::TRIPLE_FAULT => Exit::TripleFault,
+            reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
+            reason::NMI_WINDOW => Exit::NmiWindow,
+            reason::TASK_SWITCH => Exit::TaskSwitch,
+            reason::CPUID => Exit::Cpuid,
+            reason::HLT => Exit::Hlt,
+            reason::INVD => Exit::Invd,
+            reason::RDPMC => Exit::Rdpmc,
+            reason::VMCALL => Exit::Vmcall,
+            reason::CR_ACCESS => Exit::Cr(CrQualification(self.read(f::EXIT_QUALIFICATION)).decode()),
+            reason::DR_ACCESS => {
+                let q = self.read(f::EXIT_QUALIFICATION);
+                Exit::Dr {
+                    dr: (q & 7) as u8,
+                    gpr: Gpr::from_number((q >> 8) as u8),
+                    write: q & 1 << 4 == 0,
+                }
+            }
+            reason::IO => Exit::Port(IoQualification(self.read(f::EXIT_QUALIFICATION)).decode()),
+            reason::RDMSR => Exit::Rdmsr,
+            reason::WRMSR => Exit::Wrmsr,
+            reason::MWAIT => Exit::Mwait,
+            reason::MONITOR => Exit::Monitor,
+            reason::PAUSE => Exit::Pause,
+            reason::EPT_VIOLATION => self.decode_ept_violation(),
+            reason::EPT_MISCONFIG => Exit::KnownMmio {
+                gpa: self.read(f::GUEST_PHYSICAL_ADDRESS),
+            },
+            reason::PREEMPTION_TIMER => Exit::Pause,
+            reason::WBINVD => Exit::Wbinvd,
+            reason::XSETBV => Exit::Xsetbv,
+            // The guest has neither VMX nor SMX.
+            reason::VMXON..28 | 19..=26 | reason::INVEPT | reason::INVVPID | reason::GETSEC => {
+                Exit::Undefined
+            }
+            reason::RSM => Exit::Undefined,
+            _ if full & reason::FAILED != 0 => {
+                if full & 0xffff == reason::MACHINE_CHECK_AT_ENTRY {
+                    Exit::MachineCheck
+                } else {
+                    Exit::EntryFailed(u64::from(full))
+                }
+            }
+            _ => Exit::Unknown(u64::from(full)),
+        }
+    }
+
+    #[cold]
+    fn flush_tlb(&mut self) {
+        let caps = &self.vmx.caps;
+        if core::mem::take(&mut self.v.flush_memory) {
+            let kind = if caps.invept_single { 1 } else { 2 };
+            // SAFETY: VMX is on, and the type was found among the capabilities.
+            unsafe { vmcs::invept(kind, self.v.eptp) };
+        }
+        if core::mem::take(&mut self.v.flush_guest) && caps.secondary.has(SecondaryControls::VPID) {
+            let kind = if caps.invvpid_single { 1 } else { 2 };
+            // SAFETY: VMX is on, and the type was found among the capabilities.
+            unsafe { vmcs::invvpid(kind, self.v.vpid.id()) };
+        }
+    }
+
+    /// The host's CR3 and CR4 are whatever they are now: an exit loads them back.
+    #[inline]
+    fn refresh_host_state(&mut self) {
+        // SAFETY: Interrupts are off in the caller, which both functions want.
+        let (cr3, cr4) = unsafe {
+            (
+                bindings::__get_current_cr3_fast() as u64,
+                bindings::cr4_read_shadow() as u64,
+            )
+        };
+        if cr3 != self.v.host_cr3 {
+            self.v.host_cr3 = cr3;
+            self.write(f::HOST_CR3, cr3);
+        }
+        if cr4 != self.v.host_cr4 {
+            self.v.host_cr4 = cr4;
+            self.write(f::HOST_CR4, cr4);
+        }
+    }
+}
+
+impl Loaded for LoadedVcpu<'_> {
+    #[inline]
+    fn gpr(&mut self, r: Gpr) -> u64 {
+        LoadedVcpu::gpr(self, r)
+    }
+
+    #[inline]
+    fn set_gpr(&mut self, r: Gpr, value: u64) {
+        LoadedVcpu::set_gpr(self, r, value);
+    }
+
+    #[inline]
+    fn rip(&mut self) -> u64 {
+        LoadedVcpu::rip(self)
+    }
+
+    #[inline]
+    fn set_rip(&mut self, rip: u64) {
+        LoadedVcpu::set_rip(self, rip);
+    }
+
+    #[inline]
+    fn rflags(&mut self) -> Rflags {
+        LoadedVcpu::rflags(self)
+    }
+
+    #[inline]
+    fn set_rflags(&mut self, rflags: Rflags) {
+        LoadedVcpu::set_rflags(self, rflags);
+    }
+
+    fn cr0(&mut self) -> Cr0 {
+        LoadedVcpu::cr0(self)
+    }
+
+    fn set_cr0(&mut self, cr0: Cr0) {
+        LoadedVcpu::set_cr0(self, cr0);
+    }
+
+    fn cr2(&mut self) -> u64 {
+        self.v.entry.cr2
+    }
+
+    fn set_cr2(&mut self, cr2: u64) {
+        self.v.entry.cr2 = cr2;
+    }
+
+    fn cr3(&mut self) -> u64 {
+        LoadedVcpu::cr3(self)
+    }
+
+    fn set_cr3(&mut self, cr3: u64) {
+        LoadedVcpu::set_cr3(self, cr3);
+    }
+
+    fn cr4(&mut self) -> Cr4 {
+        LoadedVcpu::cr4(self)
+    }
+
+    fn set_cr4(&mut self, cr4: Cr4) {
+        LoadedVcpu::set_cr4(self, cr4);
+    }
+
+    fn efer(&mut self) -> Efer {
+        LoadedVcpu::efer(self)
+    }
+
+    fn set_efer(&mut self, efer: Efer) {
+        LoadedVcpu::set_efer(self, efer);
+    }
+
+    fn dr7(&mut self) -> Dr7 {
+        LoadedVcpu::dr7(self)
+    }
+
+    fn set_dr7(&mut self, dr7: Dr7) {
+        LoadedVcpu::set_dr7(self, dr7);
+    }
+
+    fn segment(&mut self, seg: SegReg) -> Segment {
+        LoadedVcpu::segment(self, seg)
+    }
+
+    fn set_segment(&mut self, seg: SegReg, value: &Segment) {
+        LoadedVcpu::set_segment(self, seg, value);
+    }
+
+    fn gdtr(&mut self) -> TableReg {
+        LoadedVcpu::gdtr(self)
+    }
+
+    fn set_gdtr(&mut self, value: TableReg) {
+        LoadedVcpu::set_gdtr(self, value);
+    }
+
+    fn idtr(&mut self) -> TableReg {
+        LoadedVcpu::idtr(self)
+    }
+
+    fn set_idtr(&mut self, value: TableReg) {
+        LoadedVcpu::set_idtr(self, value);
+    }
+
+    fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
+        LoadedVcpu::set_pdptes(self, pdptes);
+    }
+
+    fn read_msr(&mut self, msr: Msr) -> Option<u64> {
+        LoadedVcpu::read_msr(self, msr)
+    }
+
+    fn write_msr(&mut self, msr: Msr, value: u64) -> bool {
+        LoadedVcpu::write_msr(self, msr, value)
+    }
+
+    fn tsc_offset(&mut self) -> u64 {
+        LoadedVcpu::tsc_offset(self)
+    }
+
+    fn set_tsc_offset(&mut self, offset: u64) {
+        LoadedVcpu::set_tsc_offset(self, offset);
+    }
+
+    #[inline]
+    fn shadow(&mut self) -> Shadow {
+        let state = self.interruptibility();
+        if state.has(Interruptibility::MOV_SS) {
+            Shadow::MovSs
+        } else if state.has(Interruptibility::STI) {
+            Shadow::Sti
+        } else {
+            Shadow::None
+        }
+    }
+
+    #[inline]
+    fn set_shadow(&mut self, shadow: Shadow) {
+        let old = self.interruptibility();
+        let new = old
+            .with_if(Interruptibility::STI, shadow == Shadow::Sti)
+            .with_if(Interruptibility::MOV_SS, shadow == Shadow::MovSs);
+        self.set_interruptibility(old, new);
+    }
+
+    fn nmi_blocked(&mut self) -> bool {
+        self.interruptibility().has(Interruptibility::NMI)
+    }
+
+    fn set_nmi_blocked(&mut self, blocked: bool) {
+        let old = self.interruptibility();
+        self.set_interruptibility(old, old.with_if(Interruptibility::NMI, blocked));
+    }
+
+    #[inline]
+    fn set_interrupt_window(&mut self, open: bool) {
+        self.set_primary(PrimaryControls::INTERRUPT_WINDOW, open);
+    }
+
+    #[inline]
+    fn set_nmi_window(&mut self, open: bool) {
+        self.set_primary(PrimaryControls::NMI_WINDOW, open);
+    }
+
+    fn inject(&mut self, injection: &Injection) {
+        let (kind, vector, error, len) = match injection {
+            Injection::Exception(e) => {
+                let kind = match e.vector {
+                    _ if e.insn_len == 0 => IntrKind::HardException,
+                    Vector::DB => IntrKind::PrivilegedSoftException,
+                    _ => IntrKind::SoftException,
+                };
+                (kind, e.vector.0, e.error, e.insn_len)
+            }
+            Injection::Nmi => {
+                // The entry blocks NMIs, and refuses to if they are blocked.
+                self.set_nmi_blocked(false);
+                (IntrKind::Nmi, Vector::NMI.0, None, 0)
+            }
+            Injection::Interrupt(i) if i.is_soft() => {
+                (IntrKind::SoftInterrupt, i.vector, None, i.insn_len)
+            }
+            Injection::Interrupt(i) => (IntrKind::External, i.vector, None, 0),
+        };
+        // Real mode pushes no error codes, and the entry would be refused with one.
+        let error = error.filter(|_| self.cr0().has(Cr0::PE));
+        if let Some(code) = error {
+            // The upper half is pushed as zero by every processor, and must be so here.
+            self.write(f::ENTRY_ERROR_CODE, code & 0xffff);
+        }
+        self.write(f::ENTRY_INSTRUCTION_LENGTH, u32::from(len));
+        self.write(
+            f::ENTRY_INTR_INFO,
+            IntrInfo::event(kind, vector, error.is_some()).bits(),
+        );
+    }
+
+    fn cancel_injection(&mut self) {
+        self.write(f::ENTRY_INTR_INFO, 0);
+    }
+
+    fn vectoring(&mut self) -> Option<Vectoring> {
+        // Of the exits that are taken here, these alone happen in the middle of a delivery. An entry
+        // that failed has not touched the event.
+        match self.v.entry.exit_reason {
+            reason::EXCEPTION_NMI
+            | reason::EPT_VIOLATION
+            | reason::EPT_MISCONFIG
+            | reason::TASK_SWITCH => {}
+            _ => return None,
+        }
+        let info = IntrInfo::new(self.read(f::IDT_VECTORING_INFO));
+        if !info.is_valid() {
+            return None;
+        }
+        let insn_len = self.soft_len(info.kind(), f::EXIT_INSTRUCTION_LENGTH);
+        Some(match info.kind() {
+            IntrKind::Nmi => Vectoring::Nmi,
+            IntrKind::External | IntrKind::SoftInterrupt => Vectoring::Interrupt(Interrupt {
+                vector: info.vector(),
+                insn_len,
+            }),
+            IntrKind::HardException
+            | IntrKind::SoftException
+            | IntrKind::PrivilegedSoftException => Vectoring::Exception(Exception {
+                vector: Vector(info.vector()),
+                error: info
+                    .has_error_code()
+                    .then(|| self.read(f::IDT_VECTORING_ERROR_CODE)),
+                payload: None,
+                insn_len,
+            }),
+            IntrKind::Other => return None,
+        })
+    }
+
+    fn set_pending_step(&mut self) {
+        let pending = self.read(f::GUEST_PENDING_DEBUG);
+        // Bit 14, BS.
+        self.write(f::GUEST_PENDING_DEBUG, pending | 1 << 14);
+    }
+
+    #[inline]
+    fn instruction_len(&mut self) -> u8 {
+        self.read(f::EXIT_INSTRUCTION_LENGTH) as u8
+    }
+
+    fn string_io_info(&mut self) -> Option<(SegReg, u8)> {
+        if !self.vmx.caps.io_info {
+            return None;
+        }
+        let info = self.read(f::EXIT_INSTRUCTION_INFO);
+        let size = 2 << ((info >> 7) & 3).min(2);
+        let seg = *SegReg::ALL.get(((info >> 15) & 7) as usize)?;
+        Some((seg, size))
+    }
+
+    fn flush_guest_tlb(&mut self) {
+        self.v.flush_guest = true;
+    }
+
+    fn flush_memory(&mut self) {
+        self.v.flush_memory = true;
+    }
+
+    #[inline]
+    fn prepare(&mut self, preempt: &PreemptOff) {
+        self.follow.get().prepare(preempt);
+    }
+
+    #[inline]
+    fn enter(&mut self, _irqs: &IrqsOff) -> Exit {
+        if self.v.flush_memory || self.v.flush_guest {
+            self.flush_tlb();
+        }
+        self.flush();
+        self.refresh_host_state();
+
+        let launched = self.follow.get().vmcs().launched();
+        let flags = if launched {
+            bindings::RKVM_ENTER_RESUME
+        } else {
+            0
+        };
+        // SAFETY: The VMCS is current, its host state is complete and this CPU's, interrupts are
+        // off, and `prepare` was called since they were last on.
+        let fail = unsafe { bindings::rkvm_vmx_enter(&mut self.v.entry, flags) };
+        self.invalidate();
+        if fail != 0 {
+            let error = self.read(f::INSTRUCTION_ERROR);
+            return Exit::EntryFailed(VMFAIL | u64::from(error));
+        }
+        if !launched {
+            self.follow.get().vmcs().set_launched();
+        }
+        self.decode()
+    }
+
+    fn host_interrupt(&mut self, _irqs: &IrqsOff) {
+        let info = IntrInfo::new(self.v.entry.intr_info);
+        if info.is_valid() && info.kind() == IntrKind::External {
+            // SAFETY: Interrupts are off; the exit acknowledged this vector, so somebody has to
+            // handle it.
+            unsafe { bindings::rkvm_handle_interrupt(u32::from(info.vector())) };
+        }
+    }
+
+    fn raw_exit(&mut self) -> [u64; 3] {
+        [
+            u64::from(self.v.entry.exit_reason),
+            self.read(f::EXIT_QUALIFICATION),
+            u64::from(self.read(f::EXIT_INTR_INFO)),
+        ]
+    }
+}

@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The machine around the vCPU: the devices, the wires between them, and what the two threads that
+//! work on it have to tell each other.
+//!
+//! There is one [`Board`], behind one mutex in [`Shared`]. The vCPU's thread takes it for each exit,
+//! the event thread (see [`crate::events`]) for each timer tick and each key. Neither holds it while
+//! it waits.
+
+use std::io::Stdout;
+use std::io::Write;
+use std::sync::Condvar;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+
+use crate::bus;
+use crate::bus::Target;
+use crate::devices::debug_exit;
+use crate::devices::i8042::I8042;
+use crate::devices::pic::Pic;
+use crate::devices::pit::Pit;
+use crate::devices::reset::ResetControl;
+use crate::devices::reset::SystemControlA;
+use crate::devices::rtc::Rtc;
+use crate::devices::serial::Uart;
+use crate::events::Ring;
+use crate::events::Timer;
+use crate::outcome::Outcome;
+use crate::time;
+use crate::time::Nanos;
+use crate::time::MILLISECOND;
+
+/// How long output without a newline may wait before it is shown.
+const FLUSH_DELAY: Nanos = 20 * MILLISECOND;
+
+/// Least time between two timer wake-ups: a guest that asks for an interrupt each microsecond shall
+/// not keep this host's CPU from running it.
+const MIN_TIMER_INTERVAL: Nanos = MILLISECOND / 10;
+
+/// What the vCPU's thread is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VcpuState {
+    /// In KVM_RUN, or on the way in or out of it; a signal gets it out.
+    Running,
+    /// As `Running`, and KVM was asked to exit as soon as an interrupt can be taken.
+    AwaitingWindow,
+    /// Waits on [`Shared::wake`] for an interrupt.
+    Halted,
+    /// Has left the loop for good.
+    Stopped,
+}
+
+/// The devices and the state that the threads share. `W` takes the serial port's output.
+pub struct Board<W: Write = Stdout> {
+    pic: Pic,
+    pit: Pit,
+    rtc: Rtc,
+    i8042: I8042,
+    uart: Uart<W>,
+    port_a: SystemControlA,
+    reset_control: ResetControl,
+    /// When to flush the UART.
+    flush_at: Option<Nanos>,
+    /// When `--timeout` runs out.
+    timeout_at: Option<Nanos>,
+    /// What the timer is set to.
+    armed: Option<Nanos>,
+    /// When the timer last went off.
+    last_wake: Nanos,
+    /// How the guest ended, once it has.
+    pub outcome: Option<Outcome>,
+    /// What the vCPU's thread is doing.
+    pub vcpu: VcpuState,
+    /// Somebody wants to see registers and statistics.
+    pub dump_requested: bool,
+    /// The event thread has keys that the UART had no room for.
+    pub input_blocked: bool,
+}
+
+impl<W: Write> Board<W> {
+    /// Returns a machine with so much RAM below and above 4 GiB, its serial output going to `sink`.
+    pub fn new(below_4g: u64, above_4g: u64, sink: W, timeout_at: Option<Nanos>) -> Self {
+        Self {
+            pic: Pic::new(),
+            pit: Pit::new(),
+            rtc: Rtc::new(below_4g, above_4g),
+            i8042: I8042::new(),
+            uart: Uart::new(sink),
+            port_a: SystemControlA::new(),
+            reset_control: ResetControl::default(),
+            flush_at: None,
+            timeout_at,
+            armed: None,
+            last_wake: 0,
+            outcome: None,
+            vcpu: VcpuState::Running,
+            dump_requested: false,
+            input_blocked: false,
+        }
+    }
+
+    /// An IN instruction (or one turn of INS) of `data.len()` bytes.
+    pub fn read_port(&mut self, port: u16, data: &mut [u8], now: Nanos) {
+        if bus::is_pci_config(port, data.len()) {
+            data.fill(0xff);
+            return;
+        }
+        // The bus is one of bytes: a wide access is one to consecutive ports.
+        for (port, byte) in (0..).map(|i| port.wrapping_add(i)).zip(data) {
+            *byte = self.read_byte(port, now);
+        }
+    }
+
+    /// An OUT instruction (or one turn of OUTS) of `data.len()` bytes.
+    pub fn write_port(&mut self, port: u16, data: &[u8], now: Nanos) {
+        if bus::is_pci_config(port, data.len()) {
+            return;
+        }
+        for (port, byte) in (0..).map(|i| port.wrapping_add(i)).zip(data) {
+            self.write_byte(port, *byte, now);
+        }
+    }
+
+    fn read_byte(&mut self, port: u16, now: Nanos) -> u8 {
+        match bus::decode(port) {
+            Target::Pic(register) => self.pic.read(register),
+            Target::Pit(offset) => self.pit.read(offset, now),
+            Target::PortB => self.pit.read_port_b(now),
+            Target::I8042(command) => self.i8042.read(command),
+            Target::RtcData => self.rtc.read(time::time_of_day()),
+            Target::PortA => self.port_a.read(),
+            Target::Serial(offset) => self.uart.read(offset),
+            Target::DebugExit => debug_exit::read(),
+            Target::ResetControl => self.reset_control.read(),
+            Target::RtcIndex | Target::Post | Target::Empty => 0xff,
+        }
+    }
+
+    fn write_byte(&mut self, port: u16, value: u8, now: Nanos) {
+        let end = match bus::decode(port) {
+            Target::Pic(register) => {
+                self.pic.write(register, value);
+                None
+            }
+            Target::Pit(offset) => {
+                // A tick that is due under the old programming is not to be lost with it.
+                self.tick(now);
+                self.pit.write(offset, value, now);
+                None
+            }
+            Target::PortB => {
+                self.pit.write_port_b(value, now);
+                None
+            }
+            Target::I8042(command) => self.i8042.write(command, value),
+            Target::RtcIndex => {
+                self.rtc.select(value);
+                None
+            }
+            Target::RtcData => {
+                self.rtc.write(value);
+                None
+            }
+            Target::PortA => self.port_a.write(value),
+            Target::Serial(offset) => {
+                self.uart.write(offset, value);
+                self.uart_changed(now);
+                None
+            }
+            Target::DebugExit => Some(debug_exit::write(value)),
+            Target::ResetControl => self.reset_control.write(value),
+            Target::Post | Target::Empty => None,
+        };
+        if let Some(outcome) = end {
+            self.finish(outcome);
+        }
+    }
+
+    /// Gives the guest keys; returns how many it took.
+    pub fn receive(&mut self, keys: &[u8], now: Nanos) -> usize {
+        let taken = self.uart.receive(keys);
+        self.uart_changed(now);
+        taken
+    }
+
+    /// Returns how many keys [`Board::receive`] would take.
+    pub fn input_room(&self) -> usize {
+        self.uart.room()
+    }
+
+    fn uart_changed(&mut self, now: Nanos) {
+        if self.uart.take_irq() {
+            self.pic.pulse(bus::IRQ_SERIAL);
+        }
+        if !self.uart.unflushed() {
+            self.flush_at = None;
+        } else if self.flush_at.is_none() {
+            self.flush_at = Some(now + FLUSH_DELAY);
+        }
+    }
+
+    fn tick(&mut self, now: Nanos) {
+        if self.pit.take_edge(now) {
+            self.pic.pulse(bus::IRQ_PIT);
+        }
+    }
+
+    /// Does everything that is due at `now`.
+    pub fn advance(&mut self, now: Nanos) {
+        self.tick(now);
+        if self.flush_at.is_some_and(|at| at <= now) {
+            self.flush();
+        }
+    }
+
+    /// Shows what the guest has written.
+    pub fn flush(&mut self) {
+        self.uart.flush();
+        self.flush_at = None;
+    }
+
+    /// Tells whether `--timeout` has run out.
+    pub fn timed_out(&self, now: Nanos) -> bool {
+        self.timeout_at.is_some_and(|at| at <= now)
+    }
+
+    /// Returns when [`Board::advance`] will have something to do.
+    fn deadline(&self) -> Option<Nanos> {
+        let pit = self
+            .pit
+            .deadline()
+            .map(|at| at.max(self.last_wake + MIN_TIMER_INTERVAL));
+        [pit, self.flush_at, self.timeout_at]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    /// Notes that the timer went off, and is no longer armed.
+    pub fn timer_fired(&mut self, now: Nanos) {
+        self.armed = None;
+        self.last_wake = now;
+    }
+
+    /// Sets the timer if it would be late; too early does no harm.
+    pub fn arm(&mut self, timer: &Timer) {
+        let Some(deadline) = self.deadline() else {
+            return;
+        };
+        if self.armed.is_none_or(|armed| deadline < armed) {
+            timer.set(deadline);
+            self.armed = Some(deadline);
+        }
+    }
+
+    /// Tells whether an interrupt waits for the processor.
+    pub fn intr(&self) -> bool {
+        self.pic.intr()
+    }
+
+    /// The processor's interrupt acknowledge: returns the vector.
+    pub fn acknowledge(&mut self) -> u8 {
+        self.pic.acknowledge()
+    }
+
+    /// Ends the guest; the first reason given stays.
+    pub fn finish(&mut self, outcome: Outcome) {
+        self.outcome.get_or_insert(outcome);
+    }
+
+    /// Tells whether the vCPU's thread, wherever it is, must look at the board.
+    pub fn wants_attention(&self) -> bool {
+        if self.outcome.is_some() || self.dump_requested {
+            return true;
+        }
+        // A vCPU that waits for its interrupt window comes by itself.
+        self.vcpu != VcpuState::AwaitingWindow && self.intr()
+    }
+}
+
+/// The board with what is needed to work on it from two threads.
+pub struct Shared {
+    board: Mutex<Board>,
+    /// The vCPU waits here when halted.
+    pub wake: Condvar,
+    /// Goes off when the board's deadline has come; the event thread listens.
+    pub timer: Timer,
+    /// Makes the event thread look at the board.
+    pub ring: Ring,
+}
+
+impl Shared {
+    /// Puts a board up for sharing.
+    pub fn new(board: Board, timer: Timer, ring: Ring) -> Self {
+        Self {
+            board: Mutex::new(board),
+            wake: Condvar::new(),
+            timer,
+            ring,
+        }
+    }
+
+    /// Takes the board.
+    pub fn lock(&self) -> MutexGuard<'_, Board> {
+        // A panic of the other thread aborts or is about to be reported; its board is still whole.
+        self.board
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::time::SECOND;
+
+    fn board() -> Board<Vec<u8>> {
+        Board::new(256 << 20, 0, Vec::new(), None)
+    }
+
+    fn out(board: &mut Board<Vec<u8>>, port: u16, value: u8) {
+        board.write_port(port, &[value], SECOND);
+    }
+
+    /// Initialises the PICs, nothing masked.
+    fn init_pics(board: &mut Board<Vec<u8>>) {
+        for (command, base, wiring) in [(0x20, 0x30, 4), (0xa0, 0x38, 2)] {
+            out(board, command, 0x11);
+            for value in [base, wiring, 0x01, 0x00] {
+                out(board, command + 1, value);
+            }
+        }
+    }
+
+    #[test]
+    fn timer_interrupts_through_the_pic() {
+        let mut board = board();
+        init_pics(&mut board);
+        out(&mut board, 0x43, 0x34);
+        out(&mut board, 0x40, 0xa9);
+        out(&mut board, 0x40, 0x04);
+        assert!(!board.intr());
+        let due = board.deadline().unwrap();
+        assert!(due > SECOND && due < SECOND + 2 * MILLISECOND);
+        board.advance(due);
+        assert!(board.wants_attention());
+        assert_eq!(board.acknowledge(), 0x30);
+    }
+
+    #[test]
+    fn reprogramming_keeps_a_due_tick() {
+        let mut board = board();
+        init_pics(&mut board);
+        out(&mut board, 0x43, 0x30);
+        out(&mut board, 0x40, 10);
+        out(&mut board, 0x40, 0);
+        board.write_port(0x43, &[0x30], 2 * SECOND);
+        assert!(board.intr());
+    }
+
+    #[test]
+    fn key_interrupts_through_the_pic() {
+        let mut board = board();
+        init_pics(&mut board);
+        out(&mut board, 0x3f9, 0x01);
+        assert_eq!(board.receive(b"k", SECOND), 1);
+        assert_eq!(board.acknowledge(), 0x34);
+        let mut data = [0];
+        board.read_port(0x3f8, &mut data, SECOND);
+        assert_eq!(data, *b"k");
+    }
+
+    #[test]
+    fn unfinished_line_is_shown_in_time() {
+        let mut board = board();
+        out(&mut board, 0x3f8, b'>');
+        assert_eq!(board.deadline(), Some(SECOND + FLUSH_DELAY));
+        board.advance(SECOND + FLUSH_DELAY);
+        assert_eq!(board.deadline(), None);
+    }
+
+    #[test]
+    fn wide_and_empty_accesses() {
+        let mut board = board();
+        let mut data = [0; 4];
+        board.read_port(0xcfc, &mut data, 0);
+        assert_eq!(data, [0xff; 4]);
+        board.read_port(0x2f8, &mut data[..1], 0);
+        assert_eq!(data[0], 0xff);
+        // Would be a reset if taken for a byte at 0xcf9.
+        board.write_port(0xcf8, &[0, 6, 0, 0x80], 0);
+        assert_eq!(board.outcome, None);
+        // The last port does not run into the first.
+        board.write_port(0xffff, &[0, 0], 0);
+    }
+
+    #[test]
+    fn first_end_counts() {
+        let mut board = board();
+        out(&mut board, 0xf4, 3);
+        out(&mut board, 0x64, 0xfe);
+        assert_eq!(board.outcome, Some(Outcome::DebugExit(3)));
+        assert!(board.wants_attention());
+    }
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The command line: what may be said, and what it amounts to.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::{Parser, ValueEnum};
+
+const MIB: u64 = 1 << 20;
+
+const ABOUT: &str = "Sample virtual machine monitor for the KVM API.\n\n\
+Boots a 64-bit Linux kernel, or runs a flat binary, on one vCPU of the KVM device given. All of the \
+machine's devices are emulated here: a 16550 serial port on this terminal, two 8259 PICs, an 8254 \
+PIT, an MC146818 clock, the i8042's reset line, a debug-exit port. There is no local APIC, I/O APIC, \
+ACPI or PCI, and CPUID says so: a stock kernel then runs from PIC and PIT, and needs no option for it \
+on its command line.";
+
+const AFTER: &str = "\
+How a guest ends the run:
+  reset             0xfe to port 0x64, bit 0 of port 0x92, bit 2 of port 0xcf9; Linux's `reboot -f`
+                    comes here with no option. Status 0
+  halt              HLT with interrupts disabled; Linux's `halt -f`, and `poweroff -f` as there is no
+                    ACPI. Status 0
+  debug exit        OUT of one byte to port 0xf4: the byte is the exit status, 0 to 191 (more is 191)
+  triple fault      see --triple-fault
+
+Exit status:
+  0          the guest reset, halted, or wrote 0 to the debug-exit port
+  1 to 191   the value that the guest wrote to the debug-exit port
+  192        nothing was run: bad argument, no such device, missing capability, bad kernel, ...
+  193        triple fault (KVM_EXIT_SHUTDOWN)
+  194        KVM_EXIT_INTERNAL_ERROR
+  195        KVM_EXIT_FAIL_ENTRY
+  196        KVM_EXIT_UNKNOWN, or an exit that should not happen
+  197        an ioctl on the vCPU failed
+  198        --timeout ran out
+  199        Ctrl-A x on the terminal
+  A signal that ends the VMM (INT, TERM, HUP, QUIT) is raised again after the terminal is restored.
+  With 193 to 198 the guest's registers are written to stderr.
+
+On a terminal the guest gets every key; Ctrl-A is the VMM's:
+  Ctrl-A x   end the VMM          Ctrl-A d   registers and exit counts to stderr
+  Ctrl-A a   send Ctrl-A          (SIGUSR1 does the same as Ctrl-A d)
+
+Examples:
+  rkvm-vmm --kernel bzImage --initrd initrd.gz --cmdline 'console=ttyS0 quiet'
+  rkvm-vmm --device /dev/kvm --kernel vmlinuz --initrd initrd.gz --memory 512 --timeout 60
+  rkvm-vmm --flat boot.bin --mode real --stats";
+
+/// Where execution of a flat binary begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// 16-bit real mode, IF=0; for an entry below 64 KiB all segments are 0, else CS holds it
+    Real,
+    /// 32-bit protected mode, flat 4 GiB segments, no paging
+    Protected,
+    /// 64-bit mode, the first 4 GiB mapped one to one with 2 MiB pages
+    Long,
+}
+
+/// What a triple fault is taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TripleFault {
+    /// a crash: registers are shown, status 193
+    Error,
+    /// the guest's way to reset (Linux: reboot=t): status 0
+    Reset,
+}
+
+/// The arguments as given.
+#[derive(Debug, Parser)]
+#[command(name = "rkvm-vmm", version, about = ABOUT, after_help = AFTER, max_term_width = 100)]
+pub struct Cli {
+    /// KVM device node to use
+    #[arg(long, value_name = "PATH", default_value = "/dev/rkvm")]
+    pub device: PathBuf,
+
+    /// Linux kernel: bzImage (as distributions package it) or vmlinux (ELF), 64-bit
+    #[arg(long, value_name = "FILE", required_unless_present = "flat")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk for the kernel
+    #[arg(long, value_name = "FILE", conflicts_with = "flat")]
+    pub initrd: Option<PathBuf>,
+
+    /// Kernel command line; nothing is added to it
+    #[arg(
+        long,
+        value_name = "STRING",
+        default_value = "console=ttyS0",
+        conflicts_with = "flat"
+    )]
+    pub cmdline: String,
+
+    /// Guest memory in MiB (a suffix M or G is taken too); what exceeds 3 GiB lies above 4 GiB
+    #[arg(long, value_name = "MiB", default_value = "256", value_parser = parse_memory)]
+    pub memory: u64,
+
+    /// Flat binary to run instead of a kernel
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    pub flat: Option<PathBuf>,
+
+    /// Processor mode that the flat binary starts in
+    #[arg(long, value_enum, default_value = "real", conflicts_with = "kernel")]
+    pub mode: Mode,
+
+    /// Guest physical address of the flat binary's first byte [default: 0x7c00 for real mode, else
+    /// 0x10000; the boot tables occupy 0x500 to 0x10000]
+    #[arg(long, value_name = "ADDR", value_parser = parse_number, conflicts_with = "kernel")]
+    pub load_addr: Option<u64>,
+
+    /// Address of the flat binary's first instruction [default: the load address]
+    #[arg(long, value_name = "ADDR", value_parser = parse_number, conflicts_with = "kernel")]
+    pub entry: Option<u64>,
+
+    /// What a triple fault of the guest means
+    #[arg(long, value_enum, default_value = "error")]
+    pub triple_fault: TripleFault,
+
+    /// End the guest after so many seconds of wall time
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub timeout: Option<u64>,
+
+    /// Count exits by reason, port and address; a table on stderr at the end
+    #[arg(long)]
+    pub stats: bool,
+
+    /// Write a line to stderr for every exit (slow)
+    #[arg(long)]
+    pub trace_exits: bool,
+}
+
+/// What is to be put into guest memory.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Image {
+    /// A Linux kernel.
+    Linux {
+        /// bzImage or vmlinux.
+        kernel: PathBuf,
+        /// Initial RAM disk.
+        initrd: Option<PathBuf>,
+        /// Kernel command line.
+        cmdline: String,
+    },
+    /// A flat binary.
+    Flat {
+        /// The binary.
+        file: PathBuf,
+        /// Mode to start it in.
+        mode: Mode,
+        /// Guest physical load address.
+        load: u64,
+        /// Address of the first instruction.
+        entry: u64,
+    },
+}
+
+/// The machine to make, checked as far as that goes without looking at files.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// What to load.
+    pub image: Image,
+}
+
+impl Cli {
+    /// Resolves defaults that depend on other arguments.
+    ///
+    /// # Errors
+    /// An entry point that the mode cannot reach, or a missing image.
+    pub fn plan(&self) -> anyhow::Result<Plan> {
+        let image = match (&self.kernel, &self.flat) {
+            (Some(kernel), None) => Image::Linux {
+                kernel: kernel.clone(),
+                initrd: self.initrd.clone(),
+                cmdline: self.cmdline.clone(),
+            },
+            (None, Some(file)) => {
+                let load = self.load_addr.unwrap_or(match self.mode {
+                    Mode::Real => 0x7c00,
+                    Mode::Protected | Mode::Long => 0x10000,
+                });
+                let entry = self.entry.unwrap_or(load);
+                let limit = match self.mode {
+                    Mode::Real => MIB,
+                    Mode::Protected | Mode::Long => 1 << 32,
+                };
+                if entry >= limit {
+                    bail!(
+                        "--entry {entry:#x} is out of reach: {:?} mode starts below {limit:#x}",
+                        self.mode
+                    );
+                }
+                Image::Flat {
+                    file: file.clone(),
+                    mode: self.mode,
+                    load,
+                    entry,
+                }
+            }
+            _ => bail!("give either --kernel or --flat"),
+        };
+        Ok(Plan {
+            memory: self.memory,
+            image,
+        })
+    }
+}
+
+/// Parses a size in MiB, or with a suffix M or G, into bytes.
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.as_bytes().last() {
+        Some(b'M' | b'm') => (&text[..text.len() - 1], MIB),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 1024 * MIB),
+        _ => (text, MIB),
+    };
+    let bytes = digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(unit))
+        .ok_or_else(|| format!("`{text}` is not a number of MiB"))?;
+    // One MiB is what real-mode tests need; 256 GiB is more than any address in here was made for.
+    if !(MIB..=256 * 1024 * MIB).contains(&bytes) {
+        return Err("guest memory must be between 1 MiB and 256 GiB".into());
+    }
+    Ok(bytes)
+}
+
+/// Parses a decimal or 0x-prefixed number.
+fn parse_number(text: &str) -> Result<u64, String> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    }
+    .map_err(|err| format!("`{text}`: {err}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(args: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once(&"rkvm-vmm").chain(args))
+    }
+
+    #[test]
+    fn definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults() {
+        let cli = parse(&["--kernel", "k"]).unwrap();
+        assert_eq!(cli.device, PathBuf::from("/dev/rkvm"));
+        let plan = cli.plan().unwrap();
+        assert_eq!(plan.memory, 256 * MIB);
+        assert_eq!(
+            plan.image,
+            Image::Linux {
+                kernel: "k".into(),
+                initrd: None,
+                cmdline: "console=ttyS0".into()
+            }
+        );
+    }
+
+    #[test]
+    fn memory_sizes() {
+        assert_eq!(parse_memory("128"), Ok(128 * MIB));
+        assert_eq!(parse_memory("64M"), Ok(64 * MIB));
+        assert_eq!(parse_memory("4G"), Ok(4096 * MIB));
+        for bad in ["", "0", "M", "-1", "12k", "999999999999999999"] {
+            assert!(parse_memory(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn flat_defaults_follow_the_mode() {
+        let image = |args: &[&str]| parse(args).unwrap().plan().unwrap().image;
+        assert!(matches!(
+            image(&["--flat", "f"]),
+            Image::Flat {
+                mode: Mode::Real,
+                load: 0x7c00,
+                entry: 0x7c00,
+                ..
+            }
+        ));
+        assert!(matches!(
+            image(&["--flat", "f", "--mode", "long", "--entry", "0x10010"]),
+            Image::Flat {
+                mode: Mode::Long,
+                load: 0x10000,
+                entry: 0x10010,
+                ..
+            }
+        ));
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--kernel", "k", "--flat", "f"]).is_err());
+        assert!(parse(&["--flat", "f", "--initrd", "i"]).is_err());
+        assert!(parse(&["--kernel", "k", "--timeout", "0"]).is_err());
+        assert!(parse(&["--kernel", "k", "--load-addr", "0x1000"]).is_err());
+        assert!(parse(&["--kernel", "k", "--mode", "long"]).is_err());
+        let far = parse(&["--flat", "f", "--entry", "0x100000"]).unwrap();
+        assert!(far.plan().is_err());
+    }
+}

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The KVM device: opening it, asking what it can do, making the VM and its vCPU.
+
+mod cpuid;
+mod state;
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::path::PathBuf;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::KVM_API_VERSION;
+use kvm_ioctls::Cap;
+use kvm_ioctls::Kvm;
+use kvm_ioctls::VcpuFd;
+use kvm_ioctls::VmFd;
+use thiserror::Error;
+use vm_memory::Address;
+use vm_memory::GuestMemory;
+use vm_memory::GuestMemoryRegion;
+use vmm_sys_util::errno;
+
+use crate::boot::Entry;
+use crate::memory::Memory;
+use crate::memory::IDENTITY_MAP_ADDR;
+use crate::memory::TSS_ADDR;
+
+/// Why there is no VM.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The device node cannot be opened.
+    #[error("cannot open {}: {source}{}", path.display(), open_hint(source))]
+    Open {
+        /// The device node.
+        path: PathBuf,
+        /// What open(2) said.
+        source: errno::Error,
+    },
+    /// The file is no KVM device, or not one of this API.
+    #[error(
+        "{} does not speak KVM's API version 12: KVM_GET_API_VERSION returned {got}{}",
+        path.display(),
+        if *got < 0 { " (it is not a KVM device)" } else { "" }
+    )]
+    ApiVersion {
+        /// The device node.
+        path: PathBuf,
+        /// What it returned.
+        got: i32,
+    },
+    /// The device lacks what this VMM cannot do without.
+    #[error("{} lacks the capability {name}, needed {why}", path.display())]
+    Capability {
+        /// The device node.
+        path: PathBuf,
+        /// `KVM_CAP_*`.
+        name: &'static str,
+        /// What it is needed for.
+        why: &'static str,
+    },
+    /// An ioctl failed.
+    #[error("{ioctl} on {} failed: {source}{}", path.display(), ioctl_hint(ioctl, source))]
+    Ioctl {
+        /// The device node whose descendant it was.
+        path: PathBuf,
+        /// `KVM_*`.
+        ioctl: &'static str,
+        /// What ioctl(2) said.
+        source: errno::Error,
+    },
+    /// KVM_SET_MSRS stopped at a register.
+    #[error("KVM_SET_MSRS on {} refused MSR {index:#x} = {value:#x}", path.display())]
+    Msr {
+        /// The device node.
+        path: PathBuf,
+        /// The register.
+        index: u32,
+        /// The value that was to be set.
+        value: u64,
+    },
+}
+
+fn open_hint(source: &errno::Error) -> &'static str {
+    match source.errno() {
+        libc::ENOENT => {
+            ". Is the module loaded (insmod rkvm.ko; for the kernel's own KVM: modprobe \
+                         kvm-intel and --device /dev/kvm), and is /dev a devtmpfs?"
+        }
+        libc::EACCES | libc::EPERM => ". Run as root, or get access to the device node",
+        libc::ENODEV | libc::ENXIO => ". The node is there, its driver is not: load the module",
+        libc::EBUSY => ". Another hypervisor may have taken the processor's virtualisation",
+        _ => "",
+    }
+}
+
+fn ioctl_hint(ioctl: &str, source: &errno::Error) -> &'static str {
+    match (ioctl, source.errno()) {
+        (_, libc::ENOTTY) => ". The device does not know this ioctl",
+        ("KVM_CREATE_VM", libc::EBUSY) => {
+            ". Another hypervisor may hold the processor's VMX or SVM"
+        }
+        (_, libc::ENOMEM) => ". The host is out of memory",
+        ("KVM_SET_SREGS" | "KVM_SET_CPUID2", libc::EINVAL) => {
+            ". The device finds the state invalid"
+        }
+        _ => "",
+    }
+}
+
+/// A capability that is checked first, so that its lack is told by name.
+const REQUIRED: [(Cap, &str, &str); 4] = [
+    (
+        Cap::UserMemory,
+        "KVM_CAP_USER_MEMORY",
+        "to give the guest memory",
+    ),
+    (
+        Cap::ExtCpuid,
+        "KVM_CAP_EXT_CPUID",
+        "to tell the guest what its processor is",
+    ),
+    (
+        Cap::ImmediateExit,
+        "KVM_CAP_IMMEDIATE_EXIT",
+        "to get the vCPU out of the guest for an interrupt",
+    ),
+    (
+        Cap::SetTssAddr,
+        "KVM_CAP_SET_TSS_ADDR",
+        "for real mode on processors that cannot virtualise it",
+    ),
+];
+
+/// A VM with its memory.
+pub struct Vm {
+    path: PathBuf,
+    kvm: Kvm,
+    vm: VmFd,
+}
+
+impl Vm {
+    /// Makes a VM of the device at `path` with `memory` as its RAM.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn new(path: &Path, memory: &Memory) -> Result<Self, Error> {
+        let open_error = |source| Error::Open {
+            path: path.into(),
+            source,
+        };
+        let c_path = CString::new(path.as_os_str().as_bytes())
+            .map_err(|_| open_error(errno::Error::new(libc::EINVAL)))?;
+        let kvm = Kvm::new_with_path(c_path).map_err(open_error)?;
+        let got = kvm.get_api_version();
+        if got != KVM_API_VERSION as i32 {
+            return Err(Error::ApiVersion {
+                path: path.into(),
+                got,
+            });
+        }
+        for (cap, name, why) in REQUIRED {
+            if !kvm.check_extension(cap) {
+                return Err(Error::Capability {
+                    path: path.into(),
+                    name,
+                    why,
+                });
+            }
+        }
+        let failed = |ioctl| {
+            move |source| Error::Ioctl {
+                path: path.into(),
+                ioctl,
+                source,
+            }
+        };
+        let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        vm.set_tss_address(TSS_ADDR as usize)
+            .map_err(failed("KVM_SET_TSS_ADDR"))?;
+        if kvm.check_extension(Cap::SetIdentityMapAddr) {
+            vm.set_identity_map_address(IDENTITY_MAP_ADDR)
+                .map_err(failed("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        }
+        for (slot, region) in memory.iter().enumerate() {
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the region is a mapping of that size. `main` drops the memory after the VM.
+            unsafe { vm.set_user_memory_region(slot) }
+                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(Self {
+            path: path.into(),
+            kvm,
+            vm,
+        })
+    }
+
+    /// Makes the vCPU and brings it to `entry`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn create_vcpu(&self, entry: &Entry) -> Result<VcpuFd, Error> {
+        let vcpu = self
+            .vm
+            .create_vcpu(0)
+            .map_err(|source| self.failed("KVM_CREATE_VCPU", source))?;
+        let mut cpuid = self
+            .kvm
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(|source| self.failed("KVM_GET_SUPPORTED_CPUID", source))?;
+        cpuid::describe_machine(cpuid.as_mut_slice());
+        vcpu.set_cpuid2(&cpuid)
+            .map_err(|source| self.failed("KVM_SET_CPUID2", source))?;
+        let has_mtrr = cpuid::has_mtrr(cpuid.as_slice());
+        state::set(&vcpu, entry, has_mtrr).map_err(|err| match err {
+            state::Error::Ioctl(ioctl, source) => self.failed(ioctl, source),
+            state::Error::Msr(index, value) => Error::Msr {
+                path: self.path.clone(),
+                index,
+                value,
+            },
+        })?;
+        Ok(vcpu)
+    }
+
+    fn failed(&self, ioctl: &'static str, source: errno::Error) -> Error {
+        Error::Ioctl {
+            path: self.path.clone(),
+            ioctl,
+            source,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory;
+
+    fn error(path: &str) -> String {
+        let memory = memory::allocate(1 << 20).unwrap();
+        match Vm::new(Path::new(path), &memory) {
+            Ok(_) => panic!("{path} made a VM"),
+            Err(err) => err.to_string(),
+        }
+    }
+
+    #[test]
+    fn a_missing_device_is_explained() {
+        assert!(error("/nonexistent/kvm").contains("insmod rkvm.ko"));
+    }
+
+    #[test]
+    fn a_wrong_device_is_explained() {
+        assert!(error("/dev/null").contains("not a KVM device"));
+    }
+}

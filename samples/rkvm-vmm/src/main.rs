@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `rkvm-vmm`: a sample virtual machine monitor for the KVM API.
+//!
+//! It boots a Linux kernel, or runs a flat binary, on one vCPU, through any device node that speaks
+//! the KVM API (`/dev/rkvm`, `/dev/kvm`). Every device of the guest's machine is emulated here, in
+//! userspace; no in-kernel interrupt controller or timer is asked for.
+//!
+//! The way through the program: [`cli`] says what to run, [`memory`] makes the guest's RAM, [`boot`]
+//! fills it and says how the vCPU starts, [`kvm`] makes the VM and the vCPU, [`board`] is the
+//! machine around the vCPU, [`events`] the thread that waits for time and input on its behalf, and
+//! [`vcpu`] the loop that runs the guest until there is an [`outcome`].
+
+mod board;
+mod boot;
+mod bus;
+mod cli;
+mod devices;
+mod dump;
+mod events;
+mod kvm;
+mod memory;
+mod outcome;
+mod signals;
+mod stats;
+mod terminal;
+mod time;
+mod vcpu;
+
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::Parser;
+
+use crate::cli::Cli;
+use crate::outcome::Outcome;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(err) => {
+            // A failure to print leaves nothing better to do than the status itself.
+            let _ = err.print();
+            return match err.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+                _ => ExitCode::from(outcome::STATUS_SETUP),
+            };
+        }
+    };
+    terminal::restore_on_panic();
+    match run(&cli) {
+        Ok(outcome) => {
+            eprintln!("rkvm-vmm: {outcome}");
+            if let Outcome::Signal(signal) = outcome {
+                // Whoever waits for us is to see that this signal ended us.
+                signals::die_by(signal);
+            }
+            ExitCode::from(outcome.status())
+        }
+        Err(err) => {
+            eprintln!("rkvm-vmm: {err:#}");
+            ExitCode::from(outcome::STATUS_SETUP)
+        }
+    }
+}
+
+/// Builds the machine that the command line describes and runs it to its end.
+fn run(cli: &Cli) -> anyhow::Result<Outcome> {
+    let plan = cli.plan()?;
+    // Read and check the guest's image before the device: a wrong path is told at once, and on a
+    // machine with no KVM at all.
+    let memory = memory::allocate(plan.memory)?;
+    let entry = boot::load(&plan.image, &memory)?;
+    let vm = kvm::Vm::new(&cli.device, &memory)?;
+    let vcpu = vm.create_vcpu(&entry)?;
+    vcpu::run(vcpu, &memory, cli)
+}

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: GPL-2.0
+"""The whole test suite, or what a pattern names, for scripts/test.
+
+Usage: test.py TREE [PATTERN]
+
+A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
+JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine, and
+guest/KERNEL/DEVICE for Linux in the sample VMM. PATTERN is a regular
+expression searched in it. Every job adds JOB/machine: its kernel complained of
+nothing and powered off. RKVM_NOT_BUILT names what did not build.
+"""
+
+import concurrent.futures
+import os
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+
+import guests
+import tap
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TARGET = "x86_64-unknown-linux-gnu"
+CRATES = {"x86": "rust/x86", "vmm": "samples/rkvm-vmm", "selftests": "selftests"}
+DEVICES = {"kvm": "/dev/kvm", "rkvm": "/dev/rkvm"}
+# Binaries of the selftests that are not tests.
+NOT_TESTS = {"bench"}
+# Tests of our module's own life make no sense elsewhere.
+RKVM_ONLY = {"module"}
+
+
+class Suite:
+    """What every job needs to know."""
+
+    def __init__(self, tree, pattern):
+        self.tree = tree
+        self.pattern = re.compile(pattern or "")
+        self.report = tap.Report()
+        self.logs = os.path.join(tree, "build/test")
+        self.not_built = set(os.environ.get("RKVM_NOT_BUILT", "").split(","))
+        os.makedirs(self.logs, exist_ok=True)
+
+    def wants(self, name):
+        """Whether the pattern selects the test NAME."""
+        return bool(self.pattern.search(name))
+
+
+def unit_tests(suite, crate):
+    """Run the unit tests of CRATE on this machine."""
+    prefix = f"host/{crate}"
+    log = os.path.join(suite.logs, f"host-{crate}.log")
+    env = dict(os.environ, CARGO_TARGET_DIR=os.path.join(suite.tree, "build/host-" + crate))
+    command = ["cargo", "test", "--locked", "--manifest-path",
+               os.path.join(suite.tree, CRATES[crate], "Cargo.toml")]
+    listing = subprocess.run([*command, "--", "--list"], env=env, text=True, check=False,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if listing.returncode:
+        with open(log, "w", encoding="utf-8") as f:
+            f.write(listing.stdout)
+        # What a pattern for other places would not have run is no failure.
+        if suite.wants(f"{prefix}/build") or "/" not in suite.pattern.pattern:
+            suite.report.result(f"{prefix}/build", False, why=listing.stdout.splitlines()[-30:])
+        else:
+            suite.report.note(f"{prefix} does not build; see {log}")
+        return
+    names = re.findall(r"^(.*): test$", listing.stdout, re.MULTILINE)
+    wanted = [name for name in names if suite.wants(f"{prefix}/{name}")]
+    if not wanted:
+        return
+    # Names repeat between the binaries of a package (a test of the library may be one of the
+    # program too): count, do not look up.
+    words = [] if len(wanted) == len(names) else ["--exact", *wanted]
+    run = subprocess.run([*command, "--no-fail-fast", "--", *words], env=env, text=True, check=False,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace")
+    with open(log, "w", encoding="utf-8") as f:
+        f.write(run.stdout)
+    missing = list(wanted)
+    failed = 0
+    # A test's own output may come before the verdict, on the same line.
+    for name, verdict in re.findall(r"^test (.*?)(?: - should panic)? \.\.\. .*?"
+                                    r"(ok|FAILED|ignored)\b[^\n]*$", run.stdout, re.MULTILINE):
+        if name in missing:
+            missing.remove(name)
+        why = []
+        if verdict == "FAILED":
+            failed += 1
+            found = re.search(rf"^---- {re.escape(name)} stdout ----\n(.*?)\n\n", run.stdout,
+                              re.MULTILINE | re.DOTALL)
+            why = found[1].splitlines()[:30] if found else []
+        suite.report.result(f"{prefix}/{name}", verdict != "FAILED",
+                            "ignored" if verdict == "ignored" else None, why)
+    for name in missing:
+        suite.report.result(f"{prefix}/{name}", False, why=["not reported", f"see {log}"])
+    if run.returncode and not failed and not missing:
+        suite.report.result(f"{prefix}/exit", False, why=[f"cargo test: {run.returncode}", f"see {log}"])
+
+
+class Step:
+    """A command of a job, and what becomes of its output."""
+
+    def __init__(self, command, sink):
+        self.command = command
+        self.sink = sink
+
+
+class Check:
+    """Sink of a command that is one test: it passes by its status, and by ALSO(output)."""
+
+    def __init__(self, suite, name, also=None):
+        self.suite = suite
+        self.name = name
+        self.also = also
+        self.lines = []
+
+    def line(self, text):
+        """Take a line of output."""
+        self.lines.append(text)
+
+    def end(self, status):
+        """The command ended with STATUS; None: it did not."""
+        why = None
+        if status is None:
+            why = "did not end"
+        elif status:
+            why = f"exit status {status}"
+        elif self.also and not self.also("\n".join(self.lines)):
+            why = "the line to look for is not in the output"
+        self.suite.report.result(self.name, why is None, why=[*self.lines[-25:], why] if why else ())
+
+
+class Job:
+    """One boot of the machine, with the steps to run in it."""
+
+    def __init__(self, suite, name, *, kernel="plain", cpus=1, timeout=600,
+                 insmod=("kvm-intel", "rkvm"), append=""):
+        self.suite = suite
+        self.name = name
+        self.kernel = kernel
+        self.options = ["--kernel", kernel, "--cpus", str(cpus), "--timeout", str(timeout),
+                        f"--append={append}"]
+        self.insmod = insmod
+        self.steps = []
+        self.data = []
+
+    def add(self, command, sink):
+        """Run COMMAND in the machine; SINK takes its lines and its end."""
+        self.steps.append(Step(command, sink))
+
+    def check(self, test, command, also=None):
+        """A COMMAND that is one test, if it is wanted."""
+        name = f"{self.name}/{test}"
+        if self.suite.wants(name):
+            self.add(command, Check(self.suite, name, also))
+
+    def missing(self):
+        """What this job needs and was not built."""
+        needs = {"user"} | ({f"module-{self.kernel}"} if "rkvm" in self.insmod else set())
+        return needs & self.suite.not_built
+
+    def run(self):
+        """Boot, run the steps, give their output to the sinks, judge the machine."""
+        if not self.steps:
+            return
+        suite = self.suite
+        if self.missing():
+            why = [f"not run: {', '.join(sorted(self.missing()))} did not build"]
+            suite.report.result(f"{self.name}/machine", False, why=why)
+            return
+        nonce = secrets.token_hex(8)
+        script = ["export HOME=/tmp"]
+        for number, step in enumerate(self.steps):
+            script += [f"echo; echo '{nonce} begin {number}'",
+                       f"( {step.command}\n)", f"s=$?; echo; echo \"{nonce} end {number} $s\""]
+        command = [sys.executable, HERE + "/machine.py", *self.options]
+        if "rkvm" in self.insmod:
+            command += ["--module", f"{suite.tree}/build/module-{self.kernel}/rkvm.ko"]
+        for module in self.insmod:
+            command += ["--insmod", module]
+        for item in self.data:
+            command += ["--data", item]
+        log = os.path.join(suite.logs, self.name.replace("/", "-") + ".log")
+        began = time.monotonic()
+        suite.report.note(f"{self.name}: started; log in {os.path.relpath(log, suite.tree)}")
+        with open(log, "wb") as f:
+            process = subprocess.Popen([*command, "--", "\n".join(script) + "\nexit 0\n"],
+                                       stdout=subprocess.PIPE, stderr=f)
+            self.follow(process.stdout, f, nonce)
+            status = process.wait()
+        for step in self.steps:
+            if not getattr(step, "ended", False):
+                step.sink.end(None)
+        why = []
+        if status:
+            with open(log, "rb") as f:
+                text = f.read().decode(errors="replace").splitlines()
+            why = [line for line in text if line.startswith("machine:")] + [f"status {status}; see {log}"]
+        suite.report.result(f"{self.name}/machine", status == 0, why=why)
+        suite.report.note(f"{self.name}: {time.monotonic() - began:.0f} s")
+
+    def follow(self, stream, log, nonce):
+        """Hand the lines of STREAM to the steps that wrote them."""
+        mark = re.compile(rf"^{nonce} (begin|end) (\d+)(?: (\d+))?$")
+        current = None
+        for raw in stream:
+            log.write(raw)
+            log.flush()
+            line = raw.decode(errors="replace").rstrip("\r\n")
+            found = mark.match(line)
+            if not found:
+                if current:
+                    current.sink.line(line)
+                continue
+            step = self.steps[int(found[2])]
+            if found[1] == "begin":
+                current = step
+            else:
+                current = None
+                step.ended = True
+                step.sink.end(int(found[3]))
+
+
+def selftest_programs(suite):
+    """The selftests' programs and the names of their tests."""
+    directory = os.path.join(suite.tree, "build/bin/selftests")
+    programs = {}
+    if "user" in suite.not_built or not os.path.isdir(directory):
+        return programs
+    for name in sorted(set(os.listdir(directory)) - NOT_TESTS):
+        listing = subprocess.run([os.path.join(directory, name), "--list"], check=True,
+                                 capture_output=True, text=True)
+        programs[name] = listing.stdout.split()
+    return programs
+
+
+def selftests(suite, job, programs, devices, slow=1):
+    """Add the selftests on DEVICES to JOB."""
+    job.data.append(os.path.join(suite.tree, "build/bin/selftests"))
+    for program, tests in programs.items():
+        for device in devices:
+            if program in RKVM_ONLY and device != "rkvm":
+                continue
+            prefix = f"{job.name}/{device}/{program}"
+            wanted = [t for t in tests if suite.wants(f"{prefix}/{t}")]
+            if not wanted:
+                continue
+            words = ["./" + program, "--device", DEVICES[device], "--slow", str(slow)]
+            if device == "rkvm":
+                words += ["--module", "/data/modules/rkvm.ko"]
+            expected = wanted
+            if len(wanted) < len(tests):
+                words += wanted
+                # The program takes a name for all names that contain it.
+                expected = [t for t in tests if any(w in t for w in wanted)]
+            job.add(shlex.join(words), tap.Program(suite.report, prefix, expected))
+
+
+def life_cycle(job):
+    """The module leaves, comes back and leaves again; nothing of it stays."""
+    job.check("unload", "rmmod rkvm && test ! -e /dev/rkvm && test ! -e /sys/module/rkvm")
+    job.check("reload", "if test -e /sys/module/rkvm; then rmmod rkvm; fi; "
+              "insmod /data/modules/rkvm.ko && test -c /dev/rkvm && rmmod rkvm")
+
+
+def guest_job(suite, work, name, image, devices, **options):
+    """A boot in which the kernel IMAGE boots as a guest, on each of DEVICES."""
+    insmod = tuple({"kvm": "kvm-intel", "rkvm": "rkvm"}[device] for device in devices)
+    job = Job(suite, name, insmod=insmod, **options)
+    guest = guests.Guest(image, timeout=900 if job.kernel == "plain" else 3000)
+    directory = os.path.join(work, name.replace("/", "-"))
+    guest.stage(directory)
+    job.data += [f"{directory}:guest", os.path.join(suite.tree, "build/bin/rkvm-vmm")]
+    for device in devices:
+        job.check(device, guest.command(DEVICES[device], "guest"), guest.report.search)
+    if job.steps and "rkvm" in devices:
+        job.check("unload", "rmmod rkvm")
+    return job
+
+
+def jobs(suite, work):
+    """All boots, the longest first."""
+    programs = selftest_programs(suite)
+    test_kernel = os.environ["RKVM_KERNEL_PLAIN"] + "/bzImage"
+    debian = os.environ["RKVM_GUEST"] + "/vmlinuz"
+    out = []
+    for name, options, devices, slow in (
+            ("debug-2cpu", {"kernel": "debug", "cpus": 2, "timeout": 2400}, ["rkvm"], 10),
+            ("debug-1cpu", {"kernel": "debug", "cpus": 1, "timeout": 2400,
+                            "append": "kmemleak=on"}, ["rkvm"], 20),
+            ("plain-2cpu", {"cpus": 2, "timeout": 1200}, ["kvm", "rkvm"], 2),
+            ("plain-1cpu", {"cpus": 1, "timeout": 1200}, ["kvm", "rkvm"], 1)):
+        job = Job(suite, name, **options)
+        selftests(suite, job, programs, devices, slow)
+        life_cycle(job)
+        out.append(job)
+    out += [
+        guest_job(suite, work, "guest/debian", debian, ["rkvm"], timeout=1200),
+        guest_job(suite, work, "guest/test-kernel-debug", test_kernel, ["rkvm"], kernel="debug",
+                  timeout=1200),
+        guest_job(suite, work, "guest/test-kernel", test_kernel, ["kvm", "rkvm"]),
+        guest_job(suite, work, "guest/test-kernel-2cpu", test_kernel, ["rkvm"], cpus=2),
+    ]
+    return out
+
+
+def main():
+    """Run what is wanted, two boots at a time on two CPUs."""
+    suite = Suite(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")
+    for what in sorted(suite.not_built - {""}):
+        suite.report.result(f"build/{what}", False, why=["does not build; the log is above"])
+    for crate in CRATES:
+        if os.path.exists(os.path.join(suite.tree, CRATES[crate], "Cargo.toml")):
+            unit_tests(suite, crate)
+        else:
+            suite.report.result(f"host/{crate}", False, why=[f"{CRATES[crate]} is not there"])
+    with tempfile.TemporaryDirectory(prefix="rkvm-test-") as work, \
+            concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        # A fault of ours in a job must not look like success.
+        for future in [pool.submit(job.run) for job in jobs(suite, work)]:
+            future.result()
+    sys.exit(suite.report.finish())
+
+
+main()
