@@ -151,8 +151,10 @@ fn interrupts_wait_for_the_gate() {
     let mut e = PendingEvents::new();
     assert!(e.ready_for_interrupt(OPEN));
     assert!(!e.ready_for_interrupt(SHUT) && !e.ready_for_interrupt(STI));
-    e.queue_interrupt(0x20).unwrap();
-    assert_eq!(e.queue_interrupt(0x21), Err(Busy));
+    e.queue_interrupt(0x1f);
+    assert_eq!(e.interrupt_in_bitmap(), Some(0x1f));
+    e.queue_interrupt(0x20);
+    assert_eq!(e.interrupt_in_bitmap(), Some(0x20), "the last one counts");
     assert!(!e.ready_for_interrupt(OPEN));
     for gate in [SHUT, STI] {
         assert!(!e.has_deliverable(gate));
@@ -165,7 +167,7 @@ fn interrupts_wait_for_the_gate() {
     assert!(!s.interrupt_window);
     assert_eq!(e.interrupt_in_bitmap(), Some(0x20));
     // Until it is delivered the next one waits, and the entry does not take two.
-    e.queue_interrupt(0x21).unwrap();
+    e.queue_interrupt(0x21);
     let s = e.select(OPEN);
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.interrupt_window);
@@ -191,7 +193,7 @@ fn redelivered_interrupts_need_no_gate() {
 fn priorities() {
     // An exception before an NMI before an interrupt.
     let mut e = PendingEvents::new();
-    e.queue_interrupt(0x20).unwrap();
+    e.queue_interrupt(0x20);
     e.queue_nmi();
     e.raise(gp());
     let s = e.select(OPEN);
@@ -292,7 +294,35 @@ fn state_goes_out_and_in() {
         assert_eq!(e.set_state(&bad), Err(Invalid));
         assert_eq!(e, before);
     }
+    // An external interrupt, waiting or being delivered, goes over as one and waits at the other end.
     let mut e = PendingEvents::new();
-    e.set_injected_interrupt(0x31);
-    assert_eq!(e.select(SHUT).inject, Some(Injection::Interrupt(int(0x31))));
+    e.queue_interrupt(0x31);
+    let waiting = e.state();
+    assert_eq!(waiting.interrupt_injected, Some(int(0x31)));
+    e.select(OPEN);
+    assert_eq!(e.state(), waiting);
+    let mut copy = PendingEvents::new();
+    copy.set_state(&waiting).unwrap();
+    assert!(copy.select(SHUT).interrupt_window);
+    assert_eq!(
+        copy.select(OPEN).inject,
+        Some(Injection::Interrupt(int(0x31)))
+    );
+    // One of software is not asked for again: its delivery goes on.
+    let soft = Interrupt {
+        vector: 0x80,
+        insn_len: 2,
+    };
+    copy.set_state(&EventsState {
+        interrupt_injected: Some(soft),
+        ..EventsState::default()
+    })
+    .unwrap();
+    assert_eq!(copy.select(SHUT).inject, Some(Injection::Interrupt(soft)));
+    assert_eq!(copy.interrupt_in_bitmap(), None);
+
+    let mut e = PendingEvents::new();
+    e.raise(gp());
+    e.drop_pending_exception();
+    assert!(e.is_idle());
 }

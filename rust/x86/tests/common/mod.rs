@@ -344,3 +344,18 @@ pub fn hex(text: &str) -> Vec<u8> {
     assert!(digits.len() % 2 == 0, "{text}");
     digits.chunks(2).map(|d| (d[0] << 4) | d[1]).collect()
 }
+
+/// Where code goes.
+pub const CODE: u64 = 0x1000;
+
+/// Puts code at CODE and runs the one instruction.
+pub fn exec(
+    cpu: &mut TestCpu,
+    memory: &mut TestMemory,
+    code: &str,
+    answers: &[u64],
+) -> (Outcome<Lost>, Vec<Bus>) {
+    memory.put(CODE, &hex(code));
+    cpu.rip = CODE;
+    run(cpu, memory, answers)
+}
