@@ -83,7 +83,7 @@ fn devices_are_like_memory() {
         let mut other = cpu.clone();
         device.put(CODE, &code);
         device.device_pages = (0..4)
-            .filter(|i| pages & 1 << i != 0)
+            .filter(|i| pages & (1 << i) != 0)
             .map(|i| (DATA >> 12) + i)
             .collect();
         assert_eq!(serve(&mut cpu, &mut memory), 0);
@@ -159,7 +159,7 @@ proptest! {
     ) {
         let mut memory = TestMemory { contention, ..TestMemory::default() };
         for (i, b) in memory.ram.iter_mut().enumerate() {
-            *b = seed[(i ^ i >> 7) % 64];
+            *b = seed[(i ^ (i >> 7)) % 64];
         }
         if cpu.rip < RAM - 16 {
             memory.put(cpu.rip, &code);
