@@ -123,7 +123,7 @@ impl<L: Loaded> Run<'_, L> {
                     return Ok(());
                 }
             }
-            if task::guest_entry_work_pending() {
+            if task::guest_entry_work_seen() {
                 if task::signal_pending() {
                     self.page.set_exit_reason(abi::exit::INTR);
                     return Err(EINTR);
@@ -153,7 +153,7 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.pending() {
             self.take_requests();
         }
-        if task::guest_entry_work_pending() {
+        if task::guest_entry_work_pending(&irqs) {
             self.shared.leave_guest_mode();
             drop(irqs);
             drop(preempt);
@@ -203,7 +203,7 @@ impl<L: Loaded> Run<'_, L> {
                 Exit::Cpuid => self.cpuid(),
                 exit => return exit,
             }
-            if self.shared.pending() || task::guest_entry_work_pending() {
+            if self.shared.pending() || task::guest_entry_work_pending(irqs) {
                 return Exit::Nmi;
             }
         }

@@ -6,6 +6,7 @@
 #include <linux/entry-virt.h>
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
+#include <linux/mutex.h>
 #include <linux/preempt.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
@@ -27,6 +28,8 @@
 #include <asm/tsc.h>
 #include <asm/virt.h>
 #include <asm/vmx.h>
+
+#include <trace/events/ipi.h>
 
 #include "helpers.h"
 
@@ -91,6 +94,11 @@ void rkvm_interrupt_self(void) { smp_send_reschedule(raw_smp_processor_id()); }
 bool rkvm_guest_entry_work_pending(void)
 {
 	return xfer_to_guest_mode_work_pending();
+}
+
+bool rkvm_guest_entry_work_seen(void)
+{
+	return __xfer_to_guest_mode_work_pending();
 }
 
 int rkvm_guest_entry_work(void)
@@ -159,6 +167,8 @@ void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area)
 	if (cpu_feature_enabled(X86_FEATURE_XSAVE))
 		regs->xsave.header.xfeatures |= XFEATURE_MASK_FPSSE;
 }
+
+int rkvm_mutex_lock_killable(struct mutex *lock) { return mutex_lock_killable(lock); }
 
 void rkvm_handle_interrupt(u32 vector)
 {

@@ -7,11 +7,18 @@ use kernel::error::to_result;
 use kernel::prelude::*;
 
 /// Whether the thread has a signal, or must reschedule, or has other work that comes before a
-/// guest's entry. Meaningful with interrupts off; until then it may change at once.
+/// guest's entry: the last look, after which nothing more can come but by an interrupt.
 #[inline]
-pub(crate) fn guest_entry_work_pending() -> bool {
-    // SAFETY: Reads the flags of the current thread.
+pub(crate) fn guest_entry_work_pending(_irqs: &super::irq::IrqsOff) -> bool {
+    // SAFETY: Reads the flags of the current thread; interrupts are off, as the guard says.
     unsafe { bindings::rkvm_guest_entry_work_pending() }
+}
+
+/// The same, as a look in between: the answer may be out of date at once.
+#[inline]
+pub(crate) fn guest_entry_work_seen() -> bool {
+    // SAFETY: Reads the flags of the current thread.
+    unsafe { bindings::rkvm_guest_entry_work_seen() }
 }
 
 /// Does that work: EINTR for a signal.

@@ -70,7 +70,14 @@ pub enum TripleFault {
 
 /// The arguments as given.
 #[derive(Debug, Parser)]
-#[command(name = "rkvm-vmm", version, about = ABOUT, after_help = AFTER, max_term_width = 100)]
+#[command(
+    name = "rkvm-vmm",
+    version,
+    about = ABOUT,
+    after_help = AFTER,
+    max_term_width = 100,
+    args_override_self = true
+)]
 pub struct Cli {
     /// KVM device node to use
     #[arg(long, value_name = "PATH", default_value = "/dev/rkvm")]

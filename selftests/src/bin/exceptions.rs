@@ -172,7 +172,12 @@ fn single_step_over_exits(env: &Env) -> Outcome {
 }
 
 fn hardware_breakpoint(env: &Env) -> Outcome {
+    // A write and an exception first, which bring all pages in. An EPT violation in the middle of a delivery
+    // saves RFLAGS as the delivery would have pushed them (SDM volume 3, 29.3.3): RF clear for a trap. The
+    // emulated machine saves RF set there, and then RF suppresses the second breakpoint.
     guest_code!(code, ".code64",
+        "mov dword ptr [{D}], 1",
+        "int3",
         "mov rax, {T}",
         "mov dr0, rax",
         "mov eax, {D}",
@@ -187,6 +192,7 @@ fn hardware_breakpoint(env: &Env) -> Outcome {
     guest_code!(target, ".code64", "nop", "hlt");
     let m = Machine::new(env, Mode::Long, code())?;
     m.mem.write_bytes(usize_of(at::CODE) + 0x100, target());
+    m.expect_exception(3)?;
     let r = m.expect_exception(1)?;
     ensure_eq!(
         m.vcpu.debugregs()?.dr6 & 0xf,

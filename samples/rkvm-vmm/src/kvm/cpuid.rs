@@ -29,6 +29,43 @@ const KVM_FEATURES_LEAF: u32 = 0x4000_0001;
 /// The features that need no local APIC: kvmclock (0, 3, 24) and no I/O delay (1).
 const KVM_FEATURES_KEPT: u32 = (1 << 0) | (1 << 1) | (1 << 3) | (1 << 24);
 
+/// TSC frequency as a ratio to a crystal, and the crystal's frequency in Hz.
+const TSC_LEAF: u32 = 0x15;
+/// Processor frequencies in MHz.
+const FREQUENCY_LEAF: u32 = 0x16;
+/// The crystal and the divisor that make the ratio the TSC's frequency in kHz.
+const CRYSTAL_HZ: u32 = 1_000_000;
+const CRYSTAL_DIVISOR: u32 = 1000;
+
+/// Adds the frequency of the guest's TSC, which KVM knows, to what the device reports.
+///
+/// A guest that is not told measures it against the PIT, and here each access to the PIT is an exit:
+/// the slower those are, the worse the measurement, until Linux gives up and goes without TSC.
+pub fn add_tsc_frequency(entries: &mut Vec<kvm_cpuid_entry2>, tsc_khz: u32) {
+    for function in [TSC_LEAF, FREQUENCY_LEAF] {
+        entries.retain(|entry| entry.function != function);
+    }
+    let mhz = tsc_khz / 1000;
+    entries.push(kvm_cpuid_entry2 {
+        function: TSC_LEAF,
+        eax: CRYSTAL_DIVISOR,
+        ebx: tsc_khz,
+        ecx: CRYSTAL_HZ,
+        ..Default::default()
+    });
+    entries.push(kvm_cpuid_entry2 {
+        function: FREQUENCY_LEAF,
+        eax: mhz & 0xffff,
+        ebx: mhz & 0xffff,
+        ..Default::default()
+    });
+    for entry in entries {
+        if entry.function == 0 {
+            entry.eax = entry.eax.max(FREQUENCY_LEAF);
+        }
+    }
+}
+
 /// Edits the device's answer to describe this machine.
 pub fn describe_machine(entries: &mut [kvm_cpuid_entry2]) {
     for entry in entries {
@@ -132,6 +169,19 @@ mod tests {
         assert_eq!((threads.eax, threads.ebx, threads.ecx), (0, 1, 0x100));
         assert_eq!((cores.eax, cores.ebx, cores.ecx), (0, 1, 0x201));
         assert_eq!((end.ebx, end.ecx, end.edx), (0, 2, 0));
+    }
+
+    #[test]
+    fn tsc_frequency_is_told() {
+        let mut entries = vec![entry(0, 0), entry(TSC_LEAF, 0)];
+        entries[0].eax = 0xd;
+        add_tsc_frequency(&mut entries, 2_893_204);
+        assert_eq!(entries[0].eax, 0x16);
+        let leaf: Vec<_> = entries.iter().filter(|e| e.function == 0x15).collect();
+        assert_eq!(leaf.len(), 1);
+        // As Linux computes it.
+        let khz = u64::from(leaf[0].ecx) / 1000 * u64::from(leaf[0].ebx) / u64::from(leaf[0].eax);
+        assert_eq!(khz, 2_893_204);
     }
 
     #[test]

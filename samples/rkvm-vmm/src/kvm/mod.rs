@@ -11,6 +11,7 @@ use std::path::Path;
 use std::path::PathBuf;
 
 use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::CpuId;
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::Cap;
 use kvm_ioctls::Kvm;
@@ -211,14 +212,23 @@ impl Vm {
             .vm
             .create_vcpu(0)
             .map_err(|source| self.failed("KVM_CREATE_VCPU", source))?;
-        let mut cpuid = self
+        let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
             .map_err(|source| self.failed("KVM_GET_SUPPORTED_CPUID", source))?;
-        cpuid::describe_machine(cpuid.as_mut_slice());
+        let mut entries = supported.as_slice().to_vec();
+        if self.kvm.check_extension(Cap::GetTscKhz) {
+            let tsc_khz = vcpu
+                .get_tsc_khz()
+                .map_err(|source| self.failed("KVM_GET_TSC_KHZ", source))?;
+            cpuid::add_tsc_frequency(&mut entries, tsc_khz);
+        }
+        cpuid::describe_machine(&mut entries);
+        let cpuid = CpuId::from_entries(&entries)
+            .map_err(|_| self.failed("KVM_SET_CPUID2", errno::Error::new(libc::E2BIG)))?;
         vcpu.set_cpuid2(&cpuid)
             .map_err(|source| self.failed("KVM_SET_CPUID2", source))?;
-        let has_mtrr = cpuid::has_mtrr(cpuid.as_slice());
+        let has_mtrr = cpuid::has_mtrr(&entries);
         state::set(&vcpu, entry, has_mtrr).map_err(|err| match err {
             state::Error::Ioctl(ioctl, source) => self.failed(ioctl, source),
             state::Error::Msr(index, value) => Error::Msr {
