@@ -11,6 +11,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/smp.h>
+#include <asm/cpu.h>
 #include <asm/cpu_entry_area.h>
 #include <asm/cpufeature.h>
 #include <asm/cpuid/api.h>
@@ -109,6 +110,14 @@ int rkvm_guest_entry_work(void)
 void rkvm_guest_timing_enter(void) { guest_timing_enter_irqoff(); }
 void rkvm_guest_timing_exit(void) { guest_timing_exit_irqoff(); }
 bool rkvm_signal_pending(void) { return signal_pending(current); }
+
+bool rkvm_detects_split_locks(void)
+{
+	return boot_cpu_has(X86_FEATURE_SPLIT_LOCK_DETECT);
+}
+
+bool rkvm_allow_split_lock(u64 rip) { return handle_guest_split_lock(rip); }
+u32 rkvm_num_online_cpus(void) { return num_online_cpus(); }
 
 void rkvm_sigmask_push(u64 mask)
 {

@@ -74,6 +74,9 @@ int rkvm_guest_entry_work(void);
 void rkvm_guest_timing_enter(void);
 void rkvm_guest_timing_exit(void);
 bool rkvm_signal_pending(void);
+bool rkvm_detects_split_locks(void);
+bool rkvm_allow_split_lock(u64 rip);
+u32 rkvm_num_online_cpus(void);
 /* Another signal mask, and back: they do not nest. */
 void rkvm_sigmask_push(u64 mask);
 void rkvm_sigmask_pop(void);

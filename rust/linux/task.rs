@@ -48,6 +48,25 @@ pub(crate) fn guest_time_ends(_irqs: &super::irq::IrqsOff) {
     unsafe { bindings::rkvm_guest_timing_exit() };
 }
 
+/// How many CPUs are online.
+pub(crate) fn online_cpus() -> u32 {
+    // SAFETY: Reads a counter.
+    unsafe { bindings::rkvm_num_online_cpus() }
+}
+
+/// Whether the host wants #AC for locked accesses that are split between cache lines.
+pub(crate) fn host_detects_split_locks() -> bool {
+    // SAFETY: Reads a feature bit.
+    unsafe { bindings::rkvm_detects_split_locks() }
+}
+
+/// The guest made a split locked access at `rip`: whether the host lets it. If not, the thread has a
+/// SIGBUS.
+pub(crate) fn allow_split_lock(rip: u64) -> bool {
+    // SAFETY: May sleep, as its caller may; it changes the thread's own flags.
+    unsafe { bindings::rkvm_allow_split_lock(rip) }
+}
+
 /// A set of signals, as user space has it.
 pub(crate) type SignalMask = u64;
 
