@@ -108,7 +108,8 @@ pub(crate) enum Exit {
     Undefined,
     /// A hardware task switch.
     TaskSwitch,
-    /// The processor refused the guest's state, or the entry altogether: the hardware's reason.
+    /// The processor refused the guest's state, with the exit reason (bit 31 is set), or the entry
+    /// altogether, with the number of the VM-instruction error.
     EntryFailed(u64),
     /// Anything else: [`Loaded::raw_exit`] has the hardware's reason.
     Unknown,
