@@ -10,6 +10,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::FollowsThread;
+use crate::linux::preempt::NotifiersOn;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
@@ -155,6 +156,7 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
         &'a self,
         vcpu: &'a mut Self::Vcpu,
         follows: &'a Followed<Self::Follows>,
+        on: &NotifiersOn,
     ) -> Self::Loaded<'a>;
 }
 
