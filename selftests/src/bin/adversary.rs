@@ -5,7 +5,7 @@
 //! and other guests have to be none the worse for it. The seed is printed (`--seed` repeats a run).
 
 use kvm_bindings as kb;
-use selftests::guest::{at, pte, usize_of};
+use selftests::guest::{at, descriptor, pte, segment, sel, set_gate, usize_of};
 use selftests::host::{interrupting_handler, interval_alarm, Rng};
 use selftests::machine::{decode, start_vcpu, Exit, Machine, Mode, MODES};
 use selftests::{ensure, fail, guest_code, tests, Env, Outcome, Verdict};
@@ -322,6 +322,55 @@ fn endless_faults(env: &Env) -> Outcome {
     works(env)
 }
 
+/// An alignment check whose delivery makes an alignment check, and so on: a processor that is left alone
+/// with it never comes back (CVE-2015-5307).
+fn endless_alignment_checks(env: &Env) -> Outcome {
+    guest_code!(code, ".code32", "mov eax, [{D} + 1]", "hlt"; D = at::DATA);
+    interrupting_handler(libc::SIGALRM)?;
+    let m = Machine::new(env, Mode::Protected, code())?;
+    // The handler is on privilege level 3 as well, so that the stack stays what it is: misaligned.
+    let code3 = segment(0x43, 11, 1, 0, 3, true);
+    m.mem.write(usize_of(at::GDT) + 0x40, descriptor(&code3));
+    set_gate(&m.mem, 17, at::CODE, 0x43, false);
+    let gate = usize_of(at::IDT) + 17 * 8;
+    m.mem.write(gate, m.mem.read::<u64>(gate) | 3 << 45);
+    m.patch_sregs(|s| {
+        s.cs = code3;
+        let data = segment(sel::USER_DATA, 3, 1, 0, 3, true);
+        (s.ss, s.ds, s.es) = (data, data, data);
+        s.cr0 |= 1 << 18;
+    })?;
+    m.patch_regs(|r| {
+        r.rsp = at::STACK - 3;
+        r.rflags |= 1 << 18;
+    })?;
+    let mut seen = BTreeMap::new();
+    run_bounded(&m, &mut Rng::new(env.seed), 10, 4, &mut seen)?;
+    println!("{seen:?}");
+    works(env)
+}
+
+/// A debug exception whose delivery makes a debug exception: a watchpoint where the frame is pushed, on a
+/// stack that each delivery begins anew (CVE-2015-8104).
+fn endless_debug_exceptions(env: &Env) -> Outcome {
+    guest_code!(code, ".code64", "mov byte ptr [{T}], 1", "hlt"; T = at::STACK - 0x100 - 8);
+    guest_code!(handler, ".code64", "nop", "nop", "hlt");
+    interrupting_handler(libc::SIGALRM)?;
+    let m = Machine::new(env, Mode::Long, code())?;
+    m.mem.write(usize_of(at::TSS) + 36, at::STACK - 0x100);
+    let gate = usize_of(at::IDT) + 16;
+    m.mem.write(gate, m.mem.read::<u64>(gate) | 1 << 32);
+    m.mem.write_bytes(usize_of(at::STUBS) + 16, handler());
+    let mut d = m.vcpu.debugregs()?;
+    d.db[0] = at::STACK - 0x100 - 8;
+    d.dr7 = 0x9_0402; // G0, writes, 8 bytes
+    m.vcpu.set_debugregs(&d)?;
+    let mut seen = BTreeMap::new();
+    run_bounded(&m, &mut Rng::new(env.seed), 10, 4, &mut seen)?;
+    println!("{seen:?}");
+    works(env)
+}
+
 /// A loop of the cheapest exits there are must still let signals in.
 fn endless_exits(env: &Env) -> Outcome {
     guest_code!(cpuid, ".code64", "2: xor eax, eax", "cpuid", "jmp 2b");
@@ -372,6 +421,8 @@ fn main() -> ExitCode {
             no_memory,
             tables_in_device_memory,
             endless_faults,
+            endless_alignment_checks,
+            endless_debug_exceptions,
             endless_exits,
             random_real,
             random_protected,
