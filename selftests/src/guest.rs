@@ -227,7 +227,7 @@ pub fn set_gate(mem: &Mapping, v: u8, target: u64, selector: u16, long: bool) {
     let low = (target & 0xffff)
         | (u64::from(selector) << 16)
         | (0x8e00 << 32)
-        | ((target >> 16 & 0xffff) << 48);
+        | (((target >> 16) & 0xffff) << 48);
     if long {
         let e = usize_of(at::IDT) + usize::from(v) * 16;
         mem.write(e, low);
@@ -273,11 +273,11 @@ pub fn descriptor(s: &kb::kvm_segment) -> u64 {
         | (u64::from(s.s) << 44)
         | (u64::from(s.dpl) << 45)
         | (u64::from(s.present) << 47)
-        | ((limit >> 16 & 0xf) << 48)
+        | (((limit >> 16) & 0xf) << 48)
         | (u64::from(s.l) << 53)
         | (u64::from(s.db) << 54)
         | (u64::from(s.g) << 55)
-        | ((s.base >> 24 & 0xff) << 56)
+        | (((s.base >> 24) & 0xff) << 56)
 }
 
 /// The task register's segment (64-bit or 32-bit, busy).

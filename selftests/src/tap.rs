@@ -63,6 +63,12 @@ impl Env {
     pub fn open(&self) -> Result<Kvm, Error> {
         Kvm::open(&self.device)
     }
+
+    /// How often to do what a test does `rounds` times: less often where everything is slow.
+    #[must_use]
+    pub fn fewer(&self, rounds: u64) -> u64 {
+        (rounds / u64::from(self.slow.clamp(1, 5))).max(1)
+    }
 }
 
 struct Args {
@@ -147,6 +153,7 @@ pub fn main(subject: &str, tests: &[Test]) -> ExitCode {
         .iter()
         .filter(|t| args.filter.is_empty() || args.filter.iter().any(|f| t.name.contains(f)))
         .collect();
+    crate::host::set_slow(args.env.slow);
     println!("TAP version 13");
     if selected.is_empty() {
         println!("1..0 # SKIP no test of that name");
@@ -249,7 +256,10 @@ fn run_one(t: &Test, env: &Env) -> Outcome {
     // SAFETY: The group is the child's, made by it; an empty group is an error that does not matter.
     unsafe { libc::kill(-pid, libc::SIGKILL) };
     let Some(status) = ended else {
-        let killed = wait_until(pid, Instant::now() + Duration::from_secs(5));
+        let killed = wait_until(
+            pid,
+            Instant::now() + Duration::from_millis(crate::host::patient(5000)),
+        );
         let tail = if killed.is_some() {
             ""
         } else {

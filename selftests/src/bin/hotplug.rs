@@ -4,7 +4,7 @@
 //! another, and a processor that came back runs guests again. Needs two processors and root.
 
 use selftests::guest::{at, usize_of};
-use selftests::host::{cpus, gettid, interrupting_handler, kick, pin, sleep_ms};
+use selftests::host::{cpus, gettid, interrupting_handler, kick, patient, pin, sleep_ms};
 use selftests::machine::{decode, Machine, Mode};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
@@ -103,7 +103,7 @@ fn running(env: &Env) -> Outcome {
         });
         let progress = |what: &str| -> Outcome {
             let before = counted();
-            for _ in 0..2000 * env.slow {
+            for _ in 0..patient(2000) {
                 if counted() != before {
                     return Ok(());
                 }

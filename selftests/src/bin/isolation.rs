@@ -6,7 +6,7 @@
 //! Each guest loads all registers with values of its own, then compares them for as long as it is let.
 
 use selftests::guest::{at, PORT};
-use selftests::host::{cpus, gettid, interrupting_handler, pin, sleep_ms, Rng};
+use selftests::host::{cpus, gettid, interrupting_handler, patient, pin, sleep_ms, Rng};
 use selftests::machine::{cr, decode, Exit, Machine, Mode};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, sys, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
@@ -147,7 +147,7 @@ const fn const_of(v: usize) -> u32 {
 fn verifier(env: &Env, seed: u64) -> Result<Machine, Verdict> {
     let m = Machine::new(env, Mode::Long, verify())?;
     let c = m.vcpu.cpuid()?;
-    let avx = c.find(1, 0).is_some_and(|e| e.ecx >> 28 & 1 == 1);
+    let avx = c.find(1, 0).is_some_and(|e| (e.ecx >> 28) & 1 == 1);
     if avx {
         m.patch_sregs(|s| s.cr4 |= cr::OSXSAVE)?;
         let mut x = m.vcpu.xcrs()?;
@@ -160,10 +160,10 @@ fn verifier(env: &Env, seed: u64) -> Result<Machine, Verdict> {
         .write_bytes(STORE, if avx { store_avx() } else { store_sse() });
     let mut rng = Rng::new(seed);
     for i in 0..if avx { 64 } else { 32 } {
-        m.mem.write(VECTORS + i * 8, rng.next());
+        m.mem.write(VECTORS + i * 8, rng.number());
     }
     for i in 0..4 {
-        m.mem.write(DEBUG + i * 8, rng.next() & 0x7fff_ffff_ffff);
+        m.mem.write(DEBUG + i * 8, rng.number() & 0x7fff_ffff_ffff);
     }
     // SYSENTER_*, STAR, LSTAR, CSTAR, FMASK, FS_BASE, KERNEL_GS_BASE.
     let msrs: [u64; 9] = [
@@ -184,7 +184,7 @@ fn verifier(env: &Env, seed: u64) -> Result<Machine, Verdict> {
             0x7fff_ffff_ffff
         };
         m.mem.write(MSRS + i * 16, *index);
-        m.mem.write(MSRS + i * 16 + 8, rng.next() & mask);
+        m.mem.write(MSRS + i * 16 + 8, rng.number() & mask);
     }
     m.mem.write(MSRS + msrs.len() * 16, 0u64);
     Ok(m)
@@ -285,7 +285,7 @@ impl StopAfter {
     fn new(m: &Machine, ms: u64) -> Self {
         let flag = m.mem.addr() + STOP;
         let thread = std::thread::spawn(move || {
-            sleep_ms(ms);
+            sleep_ms(patient(ms));
             // SAFETY: The guard joins this thread before the machine goes.
             unsafe { (flag as *mut u32).write_volatile(1) };
         });
@@ -454,12 +454,12 @@ fn host_registers(env: &Env) -> Outcome {
     let m = verifier(env, 123)?;
     m.mem.write(STOP, 1u32);
     // SAFETY: Every processor with VMX has CPUID.
-    let avx = unsafe { core::arch::x86_64::__cpuid(1) }.ecx >> 28 & 1 == 1;
+    let avx = (unsafe { core::arch::x86_64::__cpuid(1) }.ecx >> 28) & 1 == 1;
     for round in 0..30u64 {
         let mut values = [[0u64; 4]; 4];
         let mut rng = Rng::new(round + 7);
         for v in values.iter_mut().flatten() {
-            *v = rng.next();
+            *v = rng.number();
         }
         let mut after = [[0u64; 4]; 4];
         let ret: i64;
@@ -561,7 +561,8 @@ fn state_after_preemption(env: &Env) -> Outcome {
 
 /// The check can fail: a guest whose registers the host changes must notice.
 fn check_of_the_check(env: &Env) -> Outcome {
-    let changes: [(u8, fn(&Machine) -> Outcome); 3] = [
+    type Change = fn(&Machine) -> Outcome;
+    let changes: [(u8, Change); 3] = [
         (1, |m| {
             let mut f = m.vcpu.fpu()?;
             f.xmm[9][3] ^= 1;

@@ -6,7 +6,8 @@ use kvm_bindings as kb;
 use selftests::check::expect_errno;
 use selftests::guest::{at, usize_of, PORT};
 use selftests::host::{
-    block_signal, gettid, interrupting_handler, interval_alarm, kick, signal_pending, sleep_ms,
+    block_signal, gettid, interrupting_handler, interval_alarm, kick, patient, signal_pending,
+    sleep_ms,
 };
 use selftests::machine::{Exit, Machine, Mode, MODES};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, sys, tests, Env, Outcome};
@@ -278,7 +279,7 @@ fn stop_and_continue(env: &Env) -> Outcome {
             while shared.read::<u32>(0) <= last {
                 sleep_ms(1);
                 waited += 1;
-                ensure!(waited < 3000, "no progress in round {round}");
+                ensure!(waited < patient(3000), "no progress in round {round}");
             }
             // SAFETY: Signals to our own child.
             unsafe { libc::kill(pid, libc::SIGSTOP) };
