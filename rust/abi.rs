@@ -51,6 +51,7 @@ pub(crate) fn read_msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
 
 /// KVM_EXIT_*: why KVM_RUN returned (KVM API, 5).
 pub(crate) mod exit {
+    pub(crate) use crate::bindings::KVM_EXIT_EXCEPTION as EXCEPTION;
     pub(crate) use crate::bindings::KVM_EXIT_FAIL_ENTRY as FAIL_ENTRY;
     pub(crate) use crate::bindings::KVM_EXIT_HLT as HLT;
     pub(crate) use crate::bindings::KVM_EXIT_INTERNAL_ERROR as INTERNAL_ERROR;

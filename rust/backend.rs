@@ -104,10 +104,6 @@ pub(crate) enum Exit {
         /// The linear address that was accessed, if `gpa` is what it translates to.
         linear: Option<u64>,
     },
-    /// A guest-physical access to a page that is known to have no memory.
-    KnownMmio {
-        gpa: u64,
-    },
     /// An instruction that the guest does not have: #UD.
     Undefined,
     /// A hardware task switch.
@@ -216,6 +212,10 @@ pub(crate) trait Loaded {
     /// A single step is due after an instruction that was completed for the guest.
     fn set_pending_step(&mut self);
 
+    /// The base of the code segment.
+    fn cs_base(&mut self) -> u64;
+    /// Whether the last entry failed, so that nothing of the guest has changed.
+    fn entry_failed(&mut self) -> bool;
     /// Length of the instruction that exited, in bytes, if the exit was by an instruction.
     fn instruction_len(&mut self) -> u8;
     /// The segment and the address size of INS or OUTS, if the hardware tells.

@@ -27,8 +27,11 @@ use crate::run_page::RunPages;
 use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
+use crate::x86::event::Exception;
 use crate::x86::event::Shadow;
 use crate::x86::exception::Fault;
+use crate::x86::exception::Vector;
+use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
@@ -56,6 +59,21 @@ pub(crate) enum Pending {
     Port(PendingPort),
     /// An instruction whose device accesses the VMM was asked for.
     Mmio(PendingMmio),
+}
+
+/// Where the guest was when it left for user space. A VMM that resets the vCPU there, because the
+/// port that was written resets the machine, has nothing to be completed when it comes back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LinearRip(u64);
+
+impl LinearRip {
+    fn of(hw: &mut impl Loaded) -> Self {
+        Self(hw.cs_base().wrapping_add(hw.rip()))
+    }
+
+    fn is_still(self, hw: &mut impl Loaded) -> bool {
+        self == Self::of(hw)
+    }
 }
 
 /// A vCPU in KVM_RUN.
@@ -123,7 +141,7 @@ impl<L: Loaded> Run<'_, L> {
                     return Ok(());
                 }
             }
-            if task::guest_entry_work_pending() {
+            if task::guest_entry_work_seen() {
                 if task::signal_pending() {
                     self.page.set_exit_reason(abi::exit::INTR);
                     return Err(EINTR);
@@ -153,7 +171,7 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.pending() {
             self.take_requests();
         }
-        if task::guest_entry_work_pending() {
+        if task::guest_entry_work_pending(&irqs) {
             self.shared.leave_guest_mode();
             drop(irqs);
             drop(preempt);
@@ -165,6 +183,7 @@ impl<L: Loaded> Run<'_, L> {
             // It waits for interrupts to be on, which is in the guest, after the delivery.
             preempt.interrupt_self();
         }
+        self.arch.has_run = true;
         self.fpu.load();
         let switched = self.load_guest_state(&irqs);
         task::guest_time_begins(&irqs);
@@ -188,7 +207,8 @@ impl<L: Loaded> Run<'_, L> {
         drop(irqs);
         drop(preempt);
 
-        if !matches!(exit, Some(Exit::EntryFailed(_))) {
+        // An entry that failed has not touched the event.
+        if !self.hw.entry_failed() {
             events::conclude(&mut self.hw, &mut self.arch.events, &delivery);
         }
         exit
@@ -200,10 +220,10 @@ impl<L: Loaded> Run<'_, L> {
         loop {
             let exit = self.hw.enter(irqs);
             match exit {
-                Exit::Cpuid => self.cpuid(),
+                Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
                 exit => return exit,
             }
-            if self.shared.pending() || task::guest_entry_work_pending() {
+            if self.shared.pending() || task::guest_entry_work_pending(irqs) {
                 return Exit::Nmi;
             }
         }
@@ -259,6 +279,10 @@ impl<L: Loaded> Run<'_, L> {
             // The loop looks for what is to be injected anyway.
             Exit::InterruptWindow | Exit::NmiWindow => Ok(Next::Guest),
             Exit::Cpuid => {
+                let cpl = crate::arch::cpl(&mut self.hw);
+                if self.arch.msrs.cpuid_faults(cpl) {
+                    return self.raise(Fault::gp(0));
+                }
                 self.cpuid();
                 Ok(Next::Guest)
             }
@@ -268,7 +292,6 @@ impl<L: Loaded> Run<'_, L> {
                 access,
                 linear,
             } => self.page_fault(gpa, access, linear),
-            Exit::KnownMmio { gpa } => self.emulate(gpa, None),
             Exit::Hlt => {
                 self.skip();
                 // Without a local APIC in the kernel, only the VMM knows what may wake the vCPU.
@@ -280,6 +303,9 @@ impl<L: Loaded> Run<'_, L> {
             Exit::Cr(access) => self.cr_access(access),
             Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
             Exit::Xsetbv => self.xsetbv(),
+            Exit::Exception(exception) if exception.vector == Vector::AC => {
+                self.alignment_check(exception)
+            }
             Exit::Exception(exception) => {
                 events::mark_restart(&mut self.hw, exception.vector);
                 self.arch.events.raise(exception);
@@ -335,6 +361,26 @@ impl<L: Loaded> Run<'_, L> {
         self.hw.set_gpr(Gpr::Rcx, u64::from(regs.ecx));
         self.hw.set_gpr(Gpr::Rdx, u64::from(regs.edx));
         self.skip();
+    }
+
+    /// #AC is the guest's own if it asked for alignment checks; else the host wants to know of locked
+    /// accesses that are split between cache lines, and the guest never heard of that.
+    fn alignment_check(&mut self, exception: Exception) -> Result<Next> {
+        let asked = self.hw.cr0().has(Cr0::AM)
+            && self.hw.rflags().has(Rflags::AC)
+            && crate::arch::cpl(&mut self.hw) == 3;
+        if !asked && task::host_detects_split_locks() {
+            let rip = self.hw.rip();
+            if task::allow_split_lock(rip) {
+                return Ok(Next::Guest);
+            }
+            let error = exception.error.unwrap_or(0);
+            self.page.set_exception(exception.vector.0.into(), error);
+            return Ok(Next::User);
+        }
+        events::mark_restart(&mut self.hw, exception.vector);
+        self.arch.events.raise(exception);
+        Ok(Next::Guest)
     }
 
     /// VMCALL: no hypercall is offered, and none at all to user mode.

@@ -182,6 +182,17 @@ impl RunPages {
         self.set_internal_error(abi::internal::EMULATION, &words[..6]);
     }
 
+    /// KVM_EXIT_EXCEPTION.
+    pub(crate) fn set_exception(&self, vector: u32, error_code: u32) {
+        self.set_exit_reason(abi::exit::EXCEPTION);
+        let run = &self.run;
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.ex.exception), vector);
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.ex.error_code),
+            error_code,
+        );
+    }
+
     /// KVM_EXIT_FAIL_ENTRY.
     pub(crate) fn set_entry_failure(&self, reason: u64, cpu: i32) {
         self.set_exit_reason(abi::exit::FAIL_ENTRY);

@@ -77,7 +77,6 @@ impl<B: Backend> Vcpu<B> {
     /// Makes a vCPU of `vm` and a file for it.
     pub(crate) fn create(vm: Arc<Vm<B>>, id: u32) -> Result<isize> {
         let shared = Arc::new(VcpuShared::new(), GFP_KERNEL_ACCOUNT)?;
-        vm.memory.vcpus().add(shared.clone())?;
         let (vm, shared) = (&vm, &shared);
         let vcpu = Arc::pin_init(
             try_pin_init!(Self {
@@ -92,6 +91,7 @@ impl<B: Backend> Vcpu<B> {
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
+        vm.memory.vcpus().add(shared.clone())?;
         vcpu.with_loaded(|cpu| {
             arch::reset(cpu.hw);
             Ok(())
@@ -145,7 +145,6 @@ impl<B: Backend> Vcpu<B> {
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
-        state.arch.has_run = true;
         let _masked = state.arch.signal_mask.as_ref().map(task::mask_signals);
         let mut run = Run {
             hw: self.vm.machine.backend.load(state.hw, follows),
@@ -250,6 +249,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 })?;
             }
             ioctl::GET_XSAVE => this.with_loaded(|cpu| cpu.get_xsave(arg))?,
+            ioctl::GET_XSAVE2 => this.with_loaded(|cpu| cpu.get_xsave2(arg))?,
             ioctl::SET_XSAVE => this.with_loaded(|cpu| cpu.set_xsave(arg))?,
             ioctl::GET_XCRS => {
                 let xcrs = this.with_loaded(|cpu| cpu.get_xcrs())?;

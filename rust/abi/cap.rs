@@ -5,6 +5,7 @@
 use super::MAX_VCPUS;
 use crate::bindings as b;
 use crate::linux::fpu;
+use crate::linux::task;
 
 /// The answer for a capability (KVM API, 4.4): 0 if it is not there, 1 or more if it is.
 pub(crate) fn check(cap: usize) -> isize {
@@ -27,12 +28,13 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_READONLY_MEM
         | b::KVM_CAP_GET_TSC_KHZ
         | b::KVM_CAP_IMMEDIATE_EXIT
+        | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
         | b::KVM_CAP_CHECK_EXTENSION_VM => 1,
         // Only if the host switches such state.
         b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),
         b::KVM_CAP_XSAVE2 => fpu::uabi_max_size() as isize,
-        b::KVM_CAP_NR_VCPUS => kernel::cpu::nr_cpu_ids().min(MAX_VCPUS as u32) as isize,
+        b::KVM_CAP_NR_VCPUS => task::online_cpus().min(MAX_VCPUS as u32) as isize,
         b::KVM_CAP_MAX_VCPUS | b::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
         b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_SLOTS as isize,
         _ => 0,

@@ -49,11 +49,11 @@ pub(crate) const GET_VCPU_EVENTS: u32 = _IOR::<kvm_vcpu_events>(KVMIO, 0x9f);
 pub(crate) const SET_VCPU_EVENTS: u32 = _IOW::<kvm_vcpu_events>(KVMIO, 0xa0);
 pub(crate) const GET_DEBUGREGS: u32 = _IOR::<kvm_debugregs>(KVMIO, 0xa1);
 pub(crate) const SET_DEBUGREGS: u32 = _IOW::<kvm_debugregs>(KVMIO, 0xa2);
-/// Of a VM (the default of new vCPUs) and of a vCPU.
 pub(crate) const SET_TSC_KHZ: u32 = _IO(KVMIO, 0xa2);
 /// Of a VM and of a vCPU.
 pub(crate) const GET_TSC_KHZ: u32 = _IO(KVMIO, 0xa3);
 pub(crate) const GET_XSAVE: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xa4);
 pub(crate) const SET_XSAVE: u32 = _IOW::<b::kvm_xsave>(KVMIO, 0xa5);
+pub(crate) const GET_XSAVE2: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xcf);
 pub(crate) const GET_XCRS: u32 = _IOR::<kvm_xcrs>(KVMIO, 0xa6);
 pub(crate) const SET_XCRS: u32 = _IOW::<kvm_xcrs>(KVMIO, 0xa7);

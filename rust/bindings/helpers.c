@@ -6,10 +6,12 @@
 #include <linux/entry-virt.h>
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
+#include <linux/mutex.h>
 #include <linux/preempt.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/smp.h>
+#include <asm/cpu.h>
 #include <asm/cpu_entry_area.h>
 #include <asm/cpufeature.h>
 #include <asm/cpuid/api.h>
@@ -27,6 +29,8 @@
 #include <asm/tsc.h>
 #include <asm/virt.h>
 #include <asm/vmx.h>
+
+#include <trace/events/ipi.h>
 
 #include "helpers.h"
 
@@ -93,6 +97,11 @@ bool rkvm_guest_entry_work_pending(void)
 	return xfer_to_guest_mode_work_pending();
 }
 
+bool rkvm_guest_entry_work_seen(void)
+{
+	return __xfer_to_guest_mode_work_pending();
+}
+
 int rkvm_guest_entry_work(void)
 {
 	return xfer_to_guest_mode_handle_work();
@@ -101,6 +110,14 @@ int rkvm_guest_entry_work(void)
 void rkvm_guest_timing_enter(void) { guest_timing_enter_irqoff(); }
 void rkvm_guest_timing_exit(void) { guest_timing_exit_irqoff(); }
 bool rkvm_signal_pending(void) { return signal_pending(current); }
+
+bool rkvm_detects_split_locks(void)
+{
+	return boot_cpu_has(X86_FEATURE_SPLIT_LOCK_DETECT);
+}
+
+bool rkvm_allow_split_lock(u64 rip) { return handle_guest_split_lock(rip); }
+u32 rkvm_num_online_cpus(void) { return num_online_cpus(); }
 
 void rkvm_sigmask_push(u64 mask)
 {
@@ -159,6 +176,8 @@ void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area)
 	if (cpu_feature_enabled(X86_FEATURE_XSAVE))
 		regs->xsave.header.xfeatures |= XFEATURE_MASK_FPSSE;
 }
+
+int rkvm_mutex_lock_killable(struct mutex *lock) { return mutex_lock_killable(lock); }
 
 void rkvm_handle_interrupt(u32 vector)
 {

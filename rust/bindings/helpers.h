@@ -64,12 +64,19 @@ void rkvm_preempt_enable(void);
 int rkvm_smp_processor_id(void);
 void rkvm_interrupt_self(void);
 
-/* Work that must be done before a guest is entered: signals, reschedule. */
+/*
+ * Work that must be done before a guest is entered: signals, reschedule. The
+ * first is for the last look, with interrupts off.
+ */
 bool rkvm_guest_entry_work_pending(void);
+bool rkvm_guest_entry_work_seen(void);
 int rkvm_guest_entry_work(void);
 void rkvm_guest_timing_enter(void);
 void rkvm_guest_timing_exit(void);
 bool rkvm_signal_pending(void);
+bool rkvm_detects_split_locks(void);
+bool rkvm_allow_split_lock(u64 rip);
+u32 rkvm_num_online_cpus(void);
 /* Another signal mask, and back: they do not nest. */
 void rkvm_sigmask_push(u64 mask);
 void rkvm_sigmask_pop(void);
@@ -82,6 +89,10 @@ u32 rkvm_fpu_uabi_size(struct fpu_guest *fpu);
 u32 rkvm_fpu_uabi_max_size(void);
 void *rkvm_fpu_fxsave(struct fpu_guest *fpu);
 void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area);
+
+struct mutex;
+/* 0, or -EINTR if the thread is being killed. */
+int rkvm_mutex_lock_killable(struct mutex *lock);
 
 /* An external interrupt or a machine check that ended a guest's run. */
 void rkvm_handle_interrupt(u32 vector);

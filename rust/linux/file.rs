@@ -32,6 +32,7 @@ pub(crate) trait FileObject: Send + Sync + Sized + 'static {
 }
 
 /// A mapping being made.
+#[repr(transparent)]
 pub(crate) struct NewVma(Opaque<kb::vm_area_struct>);
 
 impl NewVma {
@@ -68,6 +69,9 @@ impl<T: FileObject> Vtable<T> {
         owner: crate::THIS_MODULE.as_ptr(),
         release: Some(Self::release),
         unlocked_ioctl: Some(Self::ioctl),
+        // The structures of the ABI are the same for 32-bit processes.
+        #[cfg(CONFIG_COMPAT)]
+        compat_ioctl: Some(kb::compat_ptr_ioctl),
         mmap: Some(Self::mmap),
         llseek: Some(kb::noop_llseek),
         ..pin_init::zeroed()

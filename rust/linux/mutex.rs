@@ -57,7 +57,7 @@ impl<T> KillableMutex<T> {
     /// Waits for the mutex: EINTR if the thread is being killed.
     pub(crate) fn lock_killable(&self) -> Result<KillableGuard<'_, T>> {
         // SAFETY: By the invariant the mutex is initialised.
-        to_result(unsafe { bindings::mutex_lock_killable(self.raw.get()) })?;
+        to_result(unsafe { bindings::rkvm_mutex_lock_killable(self.raw.get()) })?;
         Ok(KillableGuard {
             lock: self,
             _not_send: NotThreadSafe::default(),

@@ -47,35 +47,34 @@ impl KernelPage {
         unsafe { bindings::rkvm_virt_to_phys(self.va.as_ptr().cast()) }
     }
 
-    /// Reads a value that someone else may be writing.
-    ///
-    /// `T` must be valid for any bytes, which `FromBytes` says. Out of the page reads as zero.
+    /// Where a `T` at `offset` is, if it is in the page and aligned.
+    #[inline]
+    fn at<T>(&self, offset: usize) -> Option<*mut T> {
+        let fits = offset <= PAGE_SIZE - size_of::<T>() && offset % align_of::<T>() == 0;
+        fits.then(|| self.va.as_ptr().wrapping_add(offset).cast())
+    }
+
+    /// Reads a value that someone else may be writing, once. Zero if it is not in the page, or not
+    /// aligned.
     #[inline]
     pub(crate) fn read<T: kernel::transmute::FromBytes + Copy + Default>(
         &self,
         offset: usize,
     ) -> T {
-        if offset > PAGE_SIZE - size_of::<T>() {
-            return T::default();
+        match self.at::<T>(offset) {
+            // SAFETY: The place is in the page and aligned, by `at`; any bytes make a `T`.
+            Some(place) => unsafe { place.read_volatile() },
+            None => T::default(),
         }
-        // SAFETY: The range is in the page, by the check; any bytes make a `T`.
-        unsafe { self.va.as_ptr().add(offset).cast::<T>().read_unaligned() }
     }
 
-    /// Writes a value; nothing if it does not fit.
+    /// Writes a value; nothing if it is not in the page, or not aligned.
     #[inline]
     pub(crate) fn write<T: kernel::transmute::AsBytes + Copy>(&self, offset: usize, value: T) {
-        if offset > PAGE_SIZE - size_of::<T>() {
-            return;
+        if let Some(place) = self.at::<T>(offset) {
+            // SAFETY: The place is in the page and aligned, by `at`.
+            unsafe { place.write_volatile(value) };
         }
-        // SAFETY: The range is in the page, by the check.
-        unsafe {
-            self.va
-                .as_ptr()
-                .add(offset)
-                .cast::<T>()
-                .write_unaligned(value)
-        };
     }
 
     /// Copies bytes out, as many as both sides have.

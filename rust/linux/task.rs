@@ -7,11 +7,18 @@ use kernel::error::to_result;
 use kernel::prelude::*;
 
 /// Whether the thread has a signal, or must reschedule, or has other work that comes before a
-/// guest's entry. Meaningful with interrupts off; until then it may change at once.
+/// guest's entry: the last look, after which nothing more can come but by an interrupt.
 #[inline]
-pub(crate) fn guest_entry_work_pending() -> bool {
-    // SAFETY: Reads the flags of the current thread.
+pub(crate) fn guest_entry_work_pending(_irqs: &super::irq::IrqsOff) -> bool {
+    // SAFETY: Reads the flags of the current thread; interrupts are off, as the guard says.
     unsafe { bindings::rkvm_guest_entry_work_pending() }
+}
+
+/// The same, as a look in between: the answer may be out of date at once.
+#[inline]
+pub(crate) fn guest_entry_work_seen() -> bool {
+    // SAFETY: Reads the flags of the current thread.
+    unsafe { bindings::rkvm_guest_entry_work_seen() }
 }
 
 /// Does that work: EINTR for a signal.
@@ -39,6 +46,25 @@ pub(crate) fn guest_time_begins(_irqs: &super::irq::IrqsOff) {
 pub(crate) fn guest_time_ends(_irqs: &super::irq::IrqsOff) {
     // SAFETY: Interrupts are off.
     unsafe { bindings::rkvm_guest_timing_exit() };
+}
+
+/// How many CPUs are online.
+pub(crate) fn online_cpus() -> u32 {
+    // SAFETY: Reads a counter.
+    unsafe { bindings::rkvm_num_online_cpus() }
+}
+
+/// Whether the host wants #AC for locked accesses that are split between cache lines.
+pub(crate) fn host_detects_split_locks() -> bool {
+    // SAFETY: Reads a feature bit.
+    unsafe { bindings::rkvm_detects_split_locks() }
+}
+
+/// The guest made a split locked access at `rip`: whether the host lets it. If not, the thread has a
+/// SIGBUS.
+pub(crate) fn allow_split_lock(rip: u64) -> bool {
+    // SAFETY: May sleep, as its caller may; it changes the thread's own flags.
+    unsafe { bindings::rkvm_allow_split_lock(rip) }
 }
 
 /// A set of signals, as user space has it.

@@ -3,6 +3,7 @@
 //! Memory that the guest reached and the hardware could not: what is to be mapped is mapped, and
 //! accesses to devices are emulated and taken to user space (KVM API, KVM_EXIT_MMIO).
 
+use super::LinearRip;
 use super::Next;
 use super::Pending;
 use super::Run;
@@ -31,6 +32,8 @@ use kernel::prelude::*;
 #[derive(Clone, Copy)]
 pub(crate) struct PendingMmio {
     write: bool,
+    /// Where the instruction is, or the next one if it is done but for its writes.
+    at: LinearRip,
 }
 
 /// The vCPU as the emulator sees it.
@@ -159,7 +162,7 @@ impl<L: Loaded> Run<'_, L> {
                     gpa,
                     write: access.write,
                 });
-                self.emulate(gpa, hint)
+                self.emulate(hint)
             }
             // The loop finds the signal.
             MemFault::Interrupted => Ok(Next::Guest),
@@ -172,7 +175,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Emulates the instruction at RIP, which accessed a device.
-    pub(super) fn emulate(&mut self, _gpa: u64, hint: Option<Hint>) -> Result<Next> {
+    fn emulate(&mut self, hint: Option<Hint>) -> Result<Next> {
         // An event whose delivery touches a device cannot be delivered: there is nothing to resume.
         if self.hw.vectoring().is_some() {
             let raw = self.hw.raw_exit();
@@ -204,13 +207,11 @@ impl<L: Loaded> Run<'_, L> {
             }
             Outcome::MmioRead { gpa, len } => {
                 self.page.set_mmio(gpa, len, None);
-                self.arch.pending = Pending::Mmio(PendingMmio { write: false });
-                Ok(Next::User)
+                self.leave_for_mmio(false)
             }
             Outcome::MmioWrite { gpa, data, len } => {
                 self.page.set_mmio(gpa, len, Some(data));
-                self.arch.pending = Pending::Mmio(PendingMmio { write: true });
-                Ok(Next::User)
+                self.leave_for_mmio(true)
             }
             Outcome::Fault(fault) => self.raise(fault),
             Outcome::Unhandled => {
@@ -223,8 +224,18 @@ impl<L: Loaded> Run<'_, L> {
         }
     }
 
+    fn leave_for_mmio(&mut self, write: bool) -> Result<Next> {
+        let at = LinearRip::of(&mut self.hw);
+        self.arch.pending = Pending::Mmio(PendingMmio { write, at });
+        Ok(Next::User)
+    }
+
     /// The VMM has done what it was asked for.
     pub(super) fn complete_mmio(&mut self, pending: PendingMmio) -> Result<Next> {
+        if !pending.at.is_still(&mut self.hw) {
+            self.arch.emulator.abort();
+            return Ok(Next::Guest);
+        }
         if !pending.write {
             self.arch.emulator.complete_read(self.page.mmio_data());
         }

@@ -7,6 +7,7 @@
 
 use super::memory::EmuCpu;
 use super::memory::EmuMemory;
+use super::LinearRip;
 use super::Next;
 use super::Pending;
 use super::Run;
@@ -29,6 +30,8 @@ pub(crate) struct PendingPort {
     access: PortAccess,
     /// Length of the instruction in bytes.
     len: u8,
+    /// Where it is.
+    at: LinearRip,
     /// The memory of a string instruction's elements.
     transfer: Option<Transfer>,
 }
@@ -45,14 +48,14 @@ impl<L: Loaded> Run<'_, L> {
             let size = usize::from(access.size).min(4);
             self.page.set_port_data(value.get(..size).unwrap_or(&value));
         }
-        self.leave_for_port(
-            PendingPort {
-                access,
-                len,
-                transfer: None,
-            },
-            1,
-        )
+        let at = LinearRip::of(&mut self.hw);
+        let pending = PendingPort {
+            access,
+            len,
+            at,
+            transfer: None,
+        };
+        self.leave_for_port(pending, 1)
     }
 
     fn leave_for_port(&mut self, pending: PendingPort, count: u32) -> Result<Next> {
@@ -104,14 +107,14 @@ impl<L: Loaded> Run<'_, L> {
                 .set_port_data(buf.get(..transfer.bytes()).unwrap_or(&buf));
         }
         let count = transfer.count();
-        self.leave_for_port(
-            PendingPort {
-                access,
-                len,
-                transfer: Some(transfer),
-            },
-            count,
-        )
+        let at = LinearRip::of(&mut self.hw);
+        let pending = PendingPort {
+            access,
+            len,
+            at,
+            transfer: Some(transfer),
+        };
+        self.leave_for_port(pending, count)
     }
 
     fn string_error(&mut self, error: IoError<()>) -> Result<Next> {
@@ -131,6 +134,9 @@ impl<L: Loaded> Run<'_, L> {
     /// The VMM has done what it was asked for.
     pub(super) fn complete_port(&mut self, pending: PendingPort) -> Result<Next> {
         let access = &pending.access;
+        if !pending.at.is_still(&mut self.hw) {
+            return Ok(Next::Guest);
+        }
         let Some(transfer) = pending.transfer else {
             if access.input {
                 let mut data = [0; 4];

@@ -89,7 +89,16 @@ impl<L: Loaded> Locked<'_, L> {
         if self.fpu.uabi_size() > XSAVE_SIZE {
             return Err(EINVAL);
         }
-        let mut buf = KVVec::from_elem(0u8, XSAVE_SIZE, GFP_KERNEL_ACCOUNT)?;
+        self.put_xsave(arg, XSAVE_SIZE)
+    }
+
+    /// KVM_GET_XSAVE2: as many bytes as KVM_CAP_XSAVE2 says.
+    pub(super) fn get_xsave2(&mut self, arg: usize) -> Result {
+        self.put_xsave(arg, self.fpu.uabi_size().max(XSAVE_SIZE))
+    }
+
+    fn put_xsave(&mut self, arg: usize, size: usize) -> Result {
+        let mut buf = KVVec::from_elem(0u8, size, GFP_KERNEL_ACCOUNT)?;
         // x87 and SSE are part of the state even of a guest without XSAVE.
         let xfeatures = self.arch.features.xcr0 | Xcr0::X87 | Xcr0::SSE;
         self.fpu.copy_to(&mut buf, xfeatures.bits(), 0);

@@ -144,7 +144,12 @@ impl VmxCaps {
                 | SecondaryControls::WBINVD
                 | SecondaryControls::RDTSCP
                 | SecondaryControls::INVPCID
-                | SecondaryControls::XSAVES)
+                | SecondaryControls::ENCLS)
+                .with_if(
+                    // IA32_XSS is not switched: a guest that saved by it would see the host's state.
+                    SecondaryControls::XSAVES,
+                    msr::host_xss() == 0,
+                )
                 .bits(),
         )?;
         let mut secondary = SecondaryControls::new(secondary);

@@ -63,13 +63,16 @@ SYM_FUNC_START(rkvm_vmx_switch)
 
 	/*
 	 * CPUs with MDS, TAA, MMIO stale data or their kin: nothing of the host
-	 * may stay in the buffers. VERW changes ZF, so the choice is made first.
+	 * may stay in the buffers, whether or not the guest can reach devices.
+	 * VERW changes ZF, so the choice is made first.
 	 */
 	jz	.Lclear_then_launch
-	ALTERNATIVE "", __stringify(VERW), X86_FEATURE_CLEAR_CPU_BUF_VM
+	ALTERNATIVE_2 "", __stringify(VERW), X86_FEATURE_CLEAR_CPU_BUF_VM, \
+		      __stringify(VERW), X86_FEATURE_CLEAR_CPU_BUF_VM_MMIO
 	jmp	.Lresume
 .Lclear_then_launch:
-	ALTERNATIVE "", __stringify(VERW), X86_FEATURE_CLEAR_CPU_BUF_VM
+	ALTERNATIVE_2 "", __stringify(VERW), X86_FEATURE_CLEAR_CPU_BUF_VM, \
+		      __stringify(VERW), X86_FEATURE_CLEAR_CPU_BUF_VM_MMIO
 	jmp	.Llaunch
 
 	/* objtool: the exit point below continues with this frame. */

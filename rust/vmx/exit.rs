@@ -64,10 +64,10 @@ mod reason {
     pub(super) const EPT_VIOLATION: u32 = 48;
     pub(super) const EPT_MISCONFIG: u32 = 49;
     pub(super) const INVEPT: u32 = 50;
-    pub(super) const PREEMPTION_TIMER: u32 = 52;
     pub(super) const INVVPID: u32 = 53;
     pub(super) const WBINVD: u32 = 54;
     pub(super) const XSETBV: u32 = 55;
+    pub(super) const ENCLS: u32 = 60;
     /// The entry failed after the host state was loaded.
     pub(super) const FAILED: u32 = 1 << 31;
 }
@@ -135,12 +135,24 @@ impl LoadedVcpu<'_> {
             self.restore_nmi_blocking(info.nmi_unblocked());
         }
         let error = info.has_error_code().then(|| self.read(f::EXIT_ERROR_CODE));
+        if vector == Vector::DB {
+            self.keep_step_over_shadow();
+        }
         Exit::Exception(Exception {
             vector,
             error,
             payload: (vector == Vector::DB).then(|| self.read(f::EXIT_QUALIFICATION)),
             insn_len: self.soft_len(info.kind(), f::EXIT_INSTRUCTION_LENGTH),
         })
+    }
+
+    /// An entry that injects #DB for a single step over STI or a load of SS is refused unless a step is
+    /// pending as well (SDM vol. 3, 27.3.1.5).
+    fn keep_step_over_shadow(&mut self) {
+        let shadow = Interruptibility::STI | Interruptibility::MOV_SS;
+        if self.interruptibility().has_any(shadow) && LoadedVcpu::rflags(self).has(Rflags::TF) {
+            self.set_pending_step();
+        }
     }
 
     /// The length of the instruction that asked for a software event; zero for the others.
@@ -204,17 +216,13 @@ impl LoadedVcpu<'_> {
             reason::MONITOR => Exit::Monitor,
             reason::PAUSE => Exit::Pause,
             reason::EPT_VIOLATION => self.decode_ept_violation(),
-            reason::EPT_MISCONFIG => Exit::KnownMmio {
-                gpa: self.read(f::GUEST_PHYSICAL_ADDRESS),
-            },
-            reason::PREEMPTION_TIMER => Exit::Pause,
             reason::WBINVD => Exit::Wbinvd,
             reason::XSETBV => Exit::Xsetbv,
             // The guest has neither VMX nor SMX.
             reason::VMXON..28 | 19..=26 | reason::INVEPT | reason::INVVPID | reason::GETSEC => {
                 Exit::Undefined
             }
-            reason::RSM => Exit::Undefined,
+            reason::RSM | reason::ENCLS => Exit::Undefined,
             _ if full & reason::FAILED != 0 => {
                 if full & 0xffff == reason::MACHINE_CHECK_AT_ENTRY {
                     Exit::MachineCheck
@@ -503,6 +511,15 @@ impl Loaded for LoadedVcpu<'_> {
         self.write(f::GUEST_PENDING_DEBUG, pending | 1 << 14);
     }
 
+    fn cs_base(&mut self) -> u64 {
+        self.read(f::SegmentFields::of(SegReg::Cs).base)
+    }
+
+    #[inline]
+    fn entry_failed(&mut self) -> bool {
+        self.v.entry.exit_reason & reason::FAILED != 0
+    }
+
     #[inline]
     fn instruction_len(&mut self) -> u8 {
         self.read(f::EXIT_INSTRUCTION_LENGTH) as u8
@@ -550,6 +567,7 @@ impl Loaded for LoadedVcpu<'_> {
         let fail = unsafe { bindings::rkvm_vmx_enter(&mut self.v.entry, flags) };
         self.invalidate();
         if fail != 0 {
+            self.v.entry.exit_reason = reason::FAILED;
             let error = self.read(f::INSTRUCTION_ERROR);
             return Exit::EntryFailed(VMFAIL | u64::from(error));
         }

@@ -67,6 +67,7 @@ fields! {
     TSC_OFFSET: u64 = 0x2010;
     EPT_POINTER: u64 = 0x201a;
     XSS_EXITING_BITMAP: u64 = 0x202c;
+    ENCLS_EXITING_BITMAP: u64 = 0x202e;
     GUEST_PHYSICAL_ADDRESS: u64 = 0x2400;
     VMCS_LINK_POINTER: u64 = 0x2800;
     GUEST_DEBUGCTL: u64 = 0x2802;
@@ -239,6 +240,8 @@ bit_flags! {
         RDRAND = 1 << 11;
         /// INVPCID does not fault.
         INVPCID = 1 << 12;
+        /// ENCLS exits by a bitmap.
+        ENCLS = 1 << 15;
         /// RDSEED exits.
         RDSEED = 1 << 16;
         /// XSAVES and XRSTORS do not fault.

@@ -187,6 +187,9 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.secondary.has(SecondaryControls::XSAVES) {
             self.write(f::XSS_EXITING_BITMAP, 0);
         }
+        if self.v.secondary.has(SecondaryControls::ENCLS) {
+            self.write(f::ENCLS_EXITING_BITMAP, u64::MAX);
+        }
         self.write(f::CR0_MASK, !CR0_GUEST_OWNED);
         self.write(f::CR4_MASK, !(CR4_GUEST_OWNED));
         self.write(f::GUEST_DEBUGCTL, 0);

@@ -22,7 +22,7 @@ class Guest:
         self.cmdline = f"{CMDLINE} rkvm.nonce={self.nonce} {append}".strip()
         self.memory = memory
         self.timeout = timeout
-        self.report = re.compile(rf"guest {self.nonce}: init is up on Linux (\S+)")
+        self.report = re.compile(rf"guest {self.nonce}: init is up on Linux ([^\s,]+)")
 
     def stage(self, directory):
         """Put the guest's files into DIRECTORY, which goes to the disk."""

@@ -153,11 +153,18 @@ impl MsrState {
         self.apic_base & APIC_BASE_ENABLE != 0
     }
 
+    /// Whether CPUID is to fault with #GP at any privilege level.
+    #[inline]
+    #[must_use]
+    pub const fn cpuid_faulting(&self) -> bool {
+        self.misc_features_enables & CPUID_FAULT_ENABLE != 0
+    }
+
     /// Whether CPUID is to fault with #GP at this privilege level.
     #[inline]
     #[must_use]
     pub const fn cpuid_faults(&self, cpl: u8) -> bool {
-        self.misc_features_enables & CPUID_FAULT_ENABLE != 0 && cpl > 0
+        self.cpuid_faulting() && cpl > 0
     }
 
     /// Sets what IA32_ARCH_CAPABILITIES tells guests that have it.

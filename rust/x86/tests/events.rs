@@ -151,8 +151,10 @@ fn interrupts_wait_for_the_gate() {
     let mut e = PendingEvents::new();
     assert!(e.ready_for_interrupt(OPEN));
     assert!(!e.ready_for_interrupt(SHUT) && !e.ready_for_interrupt(STI));
-    e.queue_interrupt(0x21);
+    e.queue_interrupt(0x1f);
+    assert_eq!(e.interrupt_in_bitmap(), Some(0x1f));
     e.queue_interrupt(0x20);
+    assert_eq!(e.interrupt_in_bitmap(), Some(0x20), "the last one counts");
     assert!(!e.ready_for_interrupt(OPEN));
     for gate in [SHUT, STI] {
         assert!(!e.has_deliverable(gate));
@@ -292,14 +294,35 @@ fn state_goes_out_and_in() {
         assert_eq!(e.set_state(&bad), Err(Invalid));
         assert_eq!(e, before);
     }
-    // An interrupt that is set waits until it can be taken; one of software has begun.
+    // An external interrupt, waiting or being delivered, goes over as one and waits at the other end.
     let mut e = PendingEvents::new();
-    e.set_state(&EventsState {
-        interrupt_injected: Some(int(0x31)),
+    e.queue_interrupt(0x31);
+    let waiting = e.state();
+    assert_eq!(waiting.interrupt_injected, Some(int(0x31)));
+    e.select(OPEN);
+    assert_eq!(e.state(), waiting);
+    let mut copy = PendingEvents::new();
+    copy.set_state(&waiting).unwrap();
+    assert!(copy.select(SHUT).interrupt_window);
+    assert_eq!(
+        copy.select(OPEN).inject,
+        Some(Injection::Interrupt(int(0x31)))
+    );
+    // One of software is not asked for again: its delivery goes on.
+    let soft = Interrupt {
+        vector: 0x80,
+        insn_len: 2,
+    };
+    copy.set_state(&EventsState {
+        interrupt_injected: Some(soft),
         ..EventsState::default()
     })
     .unwrap();
-    assert_eq!(e.interrupt_in_bitmap(), Some(0x31));
-    assert!(e.select(SHUT).interrupt_window && e.select(SHUT).inject.is_none());
-    assert_eq!(e.select(OPEN).inject, Some(Injection::Interrupt(int(0x31))));
+    assert_eq!(copy.select(SHUT).inject, Some(Injection::Interrupt(soft)));
+    assert_eq!(copy.interrupt_in_bitmap(), None);
+
+    let mut e = PendingEvents::new();
+    e.raise(gp());
+    e.drop_pending_exception();
+    assert!(e.is_idle());
 }

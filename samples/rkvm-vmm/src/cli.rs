@@ -20,9 +20,10 @@ const AFTER: &str = "\
 How a guest ends the run:
   reset             0xfe to port 0x64, bit 0 of port 0x92, bit 2 of port 0xcf9; Linux's `reboot -f`
                     comes here with no option. Status 0
-  halt              HLT with interrupts disabled; Linux's `halt -f`, and `poweroff -f` as there is no
-                    ACPI. Status 0
-  debug exit        OUT of one byte to port 0xf4: the byte is the exit status, 0 to 191 (more is 191)
+  halt              HLT with interrupts disabled; Linux's `halt -f`, and `poweroff -f` as there is
+                    no ACPI. Status 0
+  debug exit        OUT of one byte to port 0xf4: the byte is the exit status, 0 to 191 (what is
+                    more is taken for 191)
   triple fault      see --triple-fault
 
 Exit status:
@@ -113,7 +114,7 @@ pub struct Cli {
     pub mode: Mode,
 
     /// Guest physical address of the flat binary's first byte [default: 0x7c00 for real mode, else
-    /// 0x10000; the boot tables occupy 0x500 to 0x10000]
+    /// 0x10000; the boot tables occupy 0x500 to 0xf000]
     #[arg(long, value_name = "ADDR", value_parser = parse_number, conflicts_with = "kernel")]
     pub load_addr: Option<u64>,
 

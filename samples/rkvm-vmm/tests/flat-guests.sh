@@ -49,6 +49,12 @@ verdict() {
 	fi
 }
 
+# skip NAME REASON
+skip() {
+	number=$((number + 1))
+	echo "ok $number $1 # SKIP $2"
+}
+
 # vmm ARGUMENT...: runs the VMM; its status is in $status, its output in out and err.
 vmm() {
 	timeout 60 "$vmm" --device "$device" --memory 2 --timeout 20 "$@" \
@@ -144,12 +150,19 @@ guest "reset by port 0x92" 0 ""
 hex ba f9 0c b0 06 ee eb fe
 guest "reset by port 0xcf9" 0 ""
 
-# lidt with limit 0; int3
-hex 0f 01 1e 07 7c cc f4 00 00 00 00 00 00
-guest "triple fault" 193 ""
-says "triple fault shows registers" "^RIP 0000000000007c05"
-says "triple fault shows the code" "^code at 0x7c05: cc f4"
-guest "triple fault as reset" 0 "" --triple-fault reset
+# lidt with limit 0; int3. In protected mode, for KVM's emulation of real mode (on a
+# processor without unrestricted guest) does not look at the limit.
+hex 0f 01 1d 08 00 01 00 cc 00 00 00 00 00 00
+guest "triple fault" 193 "" --mode protected
+if grep -qw svm /proc/cpuinfo; then
+	# SVM leaves the state undefined after a shutdown, and KVM resets the vCPU.
+	skip "triple fault shows registers" "no state after SHUTDOWN on SVM"
+	skip "triple fault shows the code" "no state after SHUTDOWN on SVM"
+else
+	says "triple fault shows registers" "^RIP 0000000000010007"
+	says "triple fault shows the code" "^code at 0x10007: cc 00"
+fi
+guest "triple fault as reset" 0 "" --mode protected --triple-fault reset
 
 # jmp to where there is no memory
 hex b8 00 00 00 d0 ff e0

@@ -4,6 +4,8 @@
 // Each test program uses a part.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod generate;
+
 use rkvm_x86::emulate::Completion;
 use rkvm_x86::emulate::Cpu;
 use rkvm_x86::emulate::Emulator;
@@ -170,6 +172,8 @@ pub struct TestMemory {
     pub ram: Vec<u8>,
     pub rom_page: Option<u64>,
     pub lost_page: Option<u64>,
+    /// Pages below [`RAM`] that are a device's all the same; what `ram` holds for them is the device's own.
+    pub device_pages: Vec<u64>,
     /// How many compare-exchanges are still to find somebody else's value.
     pub contention: u32,
     pub writes: u32,
@@ -181,6 +185,7 @@ impl Default for TestMemory {
             ram: vec![0; RAM as usize],
             rom_page: None,
             lost_page: None,
+            device_pages: Vec::new(),
             contention: 0,
             writes: 0,
         }
@@ -196,7 +201,8 @@ impl TestMemory {
     ) -> Result<std::ops::Range<usize>, MemoryError<Lost>> {
         assert!(len > 0 && (gpa & 0xfff) + len as u64 <= 0x1000, "one page");
         let page = Some(gpa >> 12);
-        if gpa >= RAM || (write && page == self.rom_page) {
+        let device = self.device_pages.contains(&(gpa >> 12));
+        if gpa >= RAM || device || (write && page == self.rom_page) {
             return Err(MemoryError::Mmio);
         }
         if page == self.lost_page {
@@ -343,4 +349,19 @@ pub fn hex(text: &str) -> Vec<u8> {
         .collect();
     assert!(digits.len() % 2 == 0, "{text}");
     digits.chunks(2).map(|d| (d[0] << 4) | d[1]).collect()
+}
+
+/// Where code goes.
+pub const CODE: u64 = 0x1000;
+
+/// Puts code at CODE and runs the one instruction.
+pub fn exec(
+    cpu: &mut TestCpu,
+    memory: &mut TestMemory,
+    code: &str,
+    answers: &[u64],
+) -> (Outcome<Lost>, Vec<Bus>) {
+    memory.put(CODE, &hex(code));
+    cpu.rip = CODE;
+    run(cpu, memory, answers)
 }

@@ -83,6 +83,11 @@ pub fn load(
         Kind::BzImage => load_bzimage(memory, &mut kernel_file, kernel_size)?,
         Kind::Elf => load_elf(memory, &mut kernel_file)?,
     };
+    ensure!(
+        loaded.end <= ram_end(memory),
+        "guest memory is too small: the kernel needs it up to {} MiB to unpack itself",
+        loaded.end.div_ceil(MIB)
+    );
     let mut params = boot_params {
         hdr: loaded.header,
         ..Default::default()
@@ -420,6 +425,11 @@ mod tests {
             )
         };
         assert!(fails(1).contains("more --memory"));
+        assert!(
+            fails(17).contains("up to 18 MiB to unpack"),
+            "{}",
+            fails(17)
+        );
         assert!(fails(19).contains("too small"), "{}", fails(19));
         let memory = memory::allocate(20 << 20).unwrap();
         assert!(load(&memory, &kernel, Some(&initrd), "").is_ok());

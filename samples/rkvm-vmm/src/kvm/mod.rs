@@ -32,12 +32,12 @@ use crate::memory::TSS_ADDR;
 #[derive(Debug, Error)]
 pub enum Error {
     /// The device node cannot be opened.
-    #[error("cannot open {}: {source}{}", path.display(), open_hint(source))]
+    #[error("cannot open {}: {errno}{}", path.display(), open_hint(errno))]
     Open {
         /// The device node.
         path: PathBuf,
         /// What open(2) said.
-        source: errno::Error,
+        errno: errno::Error,
     },
     /// The file is no KVM device, or not one of this API.
     #[error(
@@ -62,14 +62,14 @@ pub enum Error {
         why: &'static str,
     },
     /// An ioctl failed.
-    #[error("{ioctl} on {} failed: {source}{}", path.display(), ioctl_hint(ioctl, source))]
+    #[error("{ioctl} on {} failed: {errno}{}", path.display(), ioctl_hint(ioctl, errno))]
     Ioctl {
         /// The device node whose descendant it was.
         path: PathBuf,
         /// `KVM_*`.
         ioctl: &'static str,
         /// What ioctl(2) said.
-        source: errno::Error,
+        errno: errno::Error,
     },
     /// KVM_SET_MSRS stopped at a register.
     #[error("KVM_SET_MSRS on {} refused MSR {index:#x} = {value:#x}", path.display())]
@@ -83,8 +83,8 @@ pub enum Error {
     },
 }
 
-fn open_hint(source: &errno::Error) -> &'static str {
-    match source.errno() {
+fn open_hint(errno: &errno::Error) -> &'static str {
+    match errno.errno() {
         libc::ENOENT => {
             ". Is the module loaded (insmod rkvm.ko; for the kernel's own KVM: modprobe \
                          kvm-intel and --device /dev/kvm), and is /dev a devtmpfs?"
@@ -96,8 +96,8 @@ fn open_hint(source: &errno::Error) -> &'static str {
     }
 }
 
-fn ioctl_hint(ioctl: &str, source: &errno::Error) -> &'static str {
-    match (ioctl, source.errno()) {
+fn ioctl_hint(ioctl: &str, errno: &errno::Error) -> &'static str {
+    match (ioctl, errno.errno()) {
         (_, libc::ENOTTY) => ". The device does not know this ioctl",
         ("KVM_CREATE_VM", libc::EBUSY) => {
             ". Another hypervisor may hold the processor's VMX or SVM"
@@ -147,9 +147,9 @@ impl Vm {
     /// # Errors
     /// See [`Error`].
     pub fn new(path: &Path, memory: &Memory) -> Result<Self, Error> {
-        let open_error = |source| Error::Open {
+        let open_error = |errno| Error::Open {
             path: path.into(),
-            source,
+            errno,
         };
         let c_path = CString::new(path.as_os_str().as_bytes())
             .map_err(|_| open_error(errno::Error::new(libc::EINVAL)))?;
@@ -171,10 +171,10 @@ impl Vm {
             }
         }
         let failed = |ioctl| {
-            move |source| Error::Ioctl {
+            move |errno| Error::Ioctl {
                 path: path.into(),
                 ioctl,
-                source,
+                errno,
             }
         };
         let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
@@ -211,26 +211,26 @@ impl Vm {
         let vcpu = self
             .vm
             .create_vcpu(0)
-            .map_err(|source| self.failed("KVM_CREATE_VCPU", source))?;
+            .map_err(|errno| self.failed("KVM_CREATE_VCPU", errno))?;
         let supported = self
             .kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(|source| self.failed("KVM_GET_SUPPORTED_CPUID", source))?;
+            .map_err(|errno| self.failed("KVM_GET_SUPPORTED_CPUID", errno))?;
         let mut entries = supported.as_slice().to_vec();
         if self.kvm.check_extension(Cap::GetTscKhz) {
             let tsc_khz = vcpu
                 .get_tsc_khz()
-                .map_err(|source| self.failed("KVM_GET_TSC_KHZ", source))?;
+                .map_err(|errno| self.failed("KVM_GET_TSC_KHZ", errno))?;
             cpuid::add_tsc_frequency(&mut entries, tsc_khz);
         }
         cpuid::describe_machine(&mut entries);
         let cpuid = CpuId::from_entries(&entries)
             .map_err(|_| self.failed("KVM_SET_CPUID2", errno::Error::new(libc::E2BIG)))?;
         vcpu.set_cpuid2(&cpuid)
-            .map_err(|source| self.failed("KVM_SET_CPUID2", source))?;
+            .map_err(|errno| self.failed("KVM_SET_CPUID2", errno))?;
         let has_mtrr = cpuid::has_mtrr(&entries);
         state::set(&vcpu, entry, has_mtrr).map_err(|err| match err {
-            state::Error::Ioctl(ioctl, source) => self.failed(ioctl, source),
+            state::Error::Ioctl(ioctl, errno) => self.failed(ioctl, errno),
             state::Error::Msr(index, value) => Error::Msr {
                 path: self.path.clone(),
                 index,
@@ -240,11 +240,11 @@ impl Vm {
         Ok(vcpu)
     }
 
-    fn failed(&self, ioctl: &'static str, source: errno::Error) -> Error {
+    fn failed(&self, ioctl: &'static str, errno: errno::Error) -> Error {
         Error::Ioctl {
             path: self.path.clone(),
             ioctl,
-            source,
+            errno,
         }
     }
 }

@@ -55,7 +55,7 @@ pub enum Error {
 /// # Errors
 /// An ioctl fails.
 pub fn set(vcpu: &VcpuFd, entry: &Entry, has_mtrr: bool) -> Result<(), Error> {
-    let failed = |ioctl| move |source| Error::Ioctl(ioctl, source);
+    let failed = |ioctl| move |errno| Error::Ioctl(ioctl, errno);
     let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
     special(&mut sregs, entry);
     vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
@@ -89,7 +89,7 @@ fn get_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, Error> {
     let mut msrs = one_msr(index, 0)?;
     let done = vcpu
         .get_msrs(&mut msrs)
-        .map_err(|source| Error::Ioctl("KVM_GET_MSRS", source))?;
+        .map_err(|errno| Error::Ioctl("KVM_GET_MSRS", errno))?;
     Ok((done == 1).then(|| msrs.as_slice()[0].data))
 }
 
@@ -97,7 +97,7 @@ fn get_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, Error> {
 fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, Error> {
     let done = vcpu
         .set_msrs(&one_msr(index, data)?)
-        .map_err(|source| Error::Ioctl("KVM_SET_MSRS", source))?;
+        .map_err(|errno| Error::Ioctl("KVM_SET_MSRS", errno))?;
     Ok(done == 1)
 }
 

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Every entry point of the layer, made concrete, to be compiled as the kernel compiles it. See `tests/no_panic.rs`.
+#![no_std]
+
+#[path = "../../mod.rs"]
+pub mod x86;
+
+use x86::cpuid::features::GuestFeatures;
+use x86::cpuid::policy::supported;
+use x86::cpuid::policy::Policy;
+use x86::cpuid::table::CpuidTable;
+use x86::cpuid::table::RuntimeState;
+use x86::cpuid::CpuidEntry;
+use x86::cpuid::CpuidRegs;
+use x86::cpuid::XsaveLayout;
+use x86::emulate::Cpu;
+use x86::emulate::Emulator;
+use x86::emulate::Outcome;
+use x86::io::StringIo;
+use x86::paging::GuestMemory;
+use x86::paging::MemoryError;
+use x86::paging::PageAccess;
+use x86::paging::Paging;
+use x86::paging::Translation;
+use x86::paging::WalkError;
+use x86::regs::Cr0;
+use x86::regs::Cr3;
+use x86::regs::Cr4;
+use x86::regs::Efer;
+use x86::regs::Gpr;
+use x86::regs::Rflags;
+use x86::segment::SegReg;
+use x86::segment::Segment;
+
+/// Where registers come from: nothing is known of their values.
+#[allow(clippy::missing_safety_doc)]
+pub trait Outside {
+    fn get(&mut self, which: u32) -> u64;
+    fn set(&mut self, which: u32, value: u64);
+    fn segment(&mut self, which: u32) -> Segment;
+    fn memory(&mut self, gpa: u64, data: &mut [u8]) -> u32;
+    fn exchange(&mut self, gpa: u64, len: u8, old: u64, new: u64) -> u32;
+}
+
+pub struct Guest<'a>(&'a mut dyn Outside);
+
+impl Cpu for Guest<'_> {
+    fn gpr(&mut self, r: Gpr) -> u64 {
+        self.0.get(r as u32)
+    }
+    fn set_gpr(&mut self, r: Gpr, value: u64) {
+        self.0.set(r as u32, value)
+    }
+    fn rip(&mut self) -> u64 {
+        self.0.get(16)
+    }
+    fn set_rip(&mut self, value: u64) {
+        self.0.set(16, value)
+    }
+    fn rflags(&mut self) -> Rflags {
+        Rflags::new(self.0.get(17))
+    }
+    fn set_rflags(&mut self, value: Rflags) {
+        self.0.set(17, value.bits())
+    }
+    fn segment(&mut self, reg: SegReg) -> Segment {
+        self.0.segment(reg as u32)
+    }
+    fn cr0(&mut self) -> Cr0 {
+        Cr0::new(self.0.get(18))
+    }
+    fn cr3(&mut self) -> Cr3 {
+        Cr3::new(self.0.get(19))
+    }
+    fn cr4(&mut self) -> Cr4 {
+        Cr4::new(self.0.get(20))
+    }
+    fn efer(&mut self) -> Efer {
+        Efer::new(self.0.get(21))
+    }
+    fn cpl(&mut self) -> u8 {
+        self.0.get(22) as u8
+    }
+    fn maxphyaddr(&mut self) -> u8 {
+        self.0.get(23) as u8
+    }
+    fn gbpages(&mut self) -> bool {
+        self.0.get(24) != 0
+    }
+}
+
+fn answer(code: u32) -> Result<(), MemoryError<u32>> {
+    match code {
+        0 => Ok(()),
+        1 => Err(MemoryError::Mmio),
+        code => Err(MemoryError::Host(code)),
+    }
+}
+
+impl GuestMemory for Guest<'_> {
+    type Error = u32;
+
+    fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<u32>> {
+        answer(self.0.memory(gpa, buf))
+    }
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<u32>> {
+        answer(self.0.memory(gpa ^ data.len() as u64, &mut []))
+    }
+    fn compare_exchange(
+        &mut self,
+        gpa: u64,
+        len: u8,
+        old: u64,
+        new: u64,
+    ) -> Result<bool, MemoryError<u32>> {
+        match self.0.exchange(gpa, len, old, new) {
+            2 => Ok(false),
+            code => answer(code).map(|()| true),
+        }
+    }
+}
+
+#[inline(never)]
+pub fn step(emulator: &mut Emulator, cpu: &mut Guest<'_>, memory: &mut Guest<'_>) -> Outcome<u32> {
+    emulator.step(cpu, memory)
+}
+
+#[inline(never)]
+pub fn translate(
+    paging: &Paging,
+    memory: &mut Guest<'_>,
+    linear: u64,
+    access: PageAccess,
+) -> Result<Translation, WalkError<u32>> {
+    paging.translate(memory, linear, access)
+}
+
+#[inline(never)]
+pub fn string_io(
+    io: &StringIo,
+    cpu: &mut Guest<'_>,
+    memory: &mut Guest<'_>,
+    data: &mut [u8],
+    max: u32,
+) -> bool {
+    let Ok(Some(transfer)) = io.prepare(cpu, memory, max) else {
+        return false;
+    };
+    let gathered = transfer.gather(memory, data).is_ok();
+    let scattered = transfer.scatter(memory, data).is_ok();
+    transfer.finish(cpu) && gathered && scattered
+}
+
+#[inline(never)]
+pub fn cpuid(
+    entries: &mut [CpuidEntry],
+    state: &RuntimeState,
+    layout: &XsaveLayout,
+    function: u32,
+    index: u32,
+) -> Option<(CpuidRegs, GuestFeatures)> {
+    let mut table = CpuidTable::new(entries).ok()?;
+    table.update(state, layout);
+    let features = GuestFeatures::derive(|f, i| table.find(f, i).map(CpuidEntry::regs));
+    Some((table.lookup(function, index), features))
+}
+
+#[inline(never)]
+pub fn policy(
+    policy: &Policy,
+    entries: &mut [CpuidEntry],
+    host: fn(u32, u32) -> CpuidRegs,
+) -> usize {
+    supported(policy, host, entries).unwrap_or(0)
+}
