@@ -348,3 +348,31 @@ pub fn write_page_tables(mem: &Mapping) {
         mem.write(usize_of(at::PD32) + i as usize * 4, (i << 22) | 0x87);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    guest_code!(sixteen, ".code16", "mov eax, {A}", "hlt"; A = 0x1234_5678);
+    guest_code!(thirty_two, ".code32", "mov eax, [{A}]", "hlt"; A = 0x1234_5678);
+    guest_code!(sixty_four, ".code64", "mov rax, cr8", "2: jmp 2b");
+
+    #[test]
+    fn code_is_assembled_for_its_mode() {
+        assert_eq!(sixteen(), [0x66, 0xb8, 0x78, 0x56, 0x34, 0x12, 0xf4]);
+        assert_eq!(thirty_two(), [0xa1, 0x78, 0x56, 0x34, 0x12, 0xf4]);
+        assert_eq!(sixty_four(), [0x44, 0x0f, 0x20, 0xc0, 0xeb, 0xfe]);
+    }
+
+    /// Flat segments as every boot loader has them.
+    #[test]
+    fn descriptors() {
+        let code32 = segment(sel::CODE32, 11, 1, 0, 0, true);
+        assert_eq!(descriptor(&code32), 0x00cf_9b00_0000_ffff);
+        let code64 = segment(sel::CODE64, 11, 0, 1, 0, true);
+        assert_eq!(descriptor(&code64), 0x00af_9b00_0000_ffff);
+        let user = segment(sel::USER_DATA, 3, 1, 0, 3, true);
+        assert_eq!(descriptor(&user), 0x00cf_f300_0000_ffff);
+        assert_eq!(descriptor(&tss_segment()), 0x0000_8b01_8000_0067);
+    }
+}

@@ -197,6 +197,9 @@ pub fn main(subject: &str, tests: &[Test]) -> ExitCode {
     }
 }
 
+/// The exit status of a child whose test passed: not 0, which any process that ends early has.
+const PASSED: i32 = 42;
+
 /// Marks the line on which a child hands over why it failed or was skipped.
 const MARK: char = '\u{1}';
 
@@ -211,7 +214,7 @@ fn child(t: &Test, env: &Env, output: RawFd) -> ! {
     }
     let outcome = std::panic::catch_unwind(|| (t.run)(env));
     let (status, why) = match outcome {
-        Ok(Ok(())) => (0, None),
+        Ok(Ok(())) => (PASSED, None),
         Ok(Err(Verdict::Fail(why))) => (1, Some(why)),
         Ok(Err(Verdict::Skip(why))) => (4, Some(why)),
         Err(_) => (1, Some("the test panicked".to_string())),
@@ -280,7 +283,7 @@ fn run_one(t: &Test, env: &Env) -> Outcome {
         )));
     }
     match libc::WEXITSTATUS(status) {
-        0 => Ok(()),
+        PASSED => Ok(()),
         4 => Err(Verdict::Skip(why.trim_end().replace('\n', " "))),
         1 => Err(Verdict::Fail(why)),
         other => Err(Verdict::Fail(format!("{why}exit status {other}"))),

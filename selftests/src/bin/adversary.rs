@@ -46,7 +46,7 @@ fn run_bounded(
     seen: &mut BTreeMap<&'static str, u32>,
 ) -> Outcome {
     // Only here: a signal may end other calls as well (KVM_CREATE_VM for one).
-    interval_alarm(4);
+    interval_alarm(patient(4));
     let r = run_until(m, rng, exits, slices, seen);
     interval_alarm(0);
     r
@@ -400,7 +400,7 @@ fn endless_exits(env: &Env) -> Outcome {
     ] {
         let m = Machine::new(env, Mode::Long, code)?;
         m.mem.write_bytes(usize_of(at::STUBS) + 13 * 16, handler());
-        interval_alarm(3);
+        interval_alarm(patient(3));
         for _ in 0..3 {
             let start = Instant::now();
             match m.vcpu.run() {

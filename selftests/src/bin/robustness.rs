@@ -5,7 +5,7 @@
 
 use kvm_bindings as kb;
 use selftests::guest::at;
-use selftests::host::{interrupting_handler, interval_alarm, Rng};
+use selftests::host::{interrupting_handler, interval_alarm, patient, Rng};
 use selftests::machine::{decode, Exit, Machine, Mode, MODES};
 use selftests::mem::Mapping;
 use selftests::sys::{self, unnamed};
@@ -63,7 +63,7 @@ fn random_ioctls(env: &Env) -> Outcome {
     let mut succeeded = 0;
     for _ in 0..env.fewer(12) {
         let m = Machine::new(env, Mode::Protected, halt())?;
-        interval_alarm(10);
+        interval_alarm(patient(10));
         for _ in 0..250 {
             let fd = [&m.kvm.fd, &m.vm.fd, &m.vcpu.fd][rng.below(3) as usize];
             let call = match rng.below(3) {
@@ -161,7 +161,7 @@ fn sane(exit: &Exit) -> bool {
 /// Runs for at most a few exits; each has to be sane.
 fn run_some(m: &Machine) -> Result<usize, Verdict> {
     // Only here: a signal may end other calls as well (KVM_CREATE_VM for one).
-    interval_alarm(5);
+    interval_alarm(patient(5));
     let r = run_some_exits(m);
     interval_alarm(0);
     r
@@ -388,7 +388,7 @@ fn scribbled_run(env: &Env) -> Outcome {
     let mut rng = Rng::new(env.seed ^ 0x5c);
     for _ in 0..env.fewer(15) {
         let m = Machine::new(env, Mode::Long, code())?;
-        interval_alarm(10);
+        interval_alarm(patient(10));
         let size = m.vcpu.run_size();
         for _ in 0..40 {
             match m.vcpu.run() {

@@ -42,7 +42,7 @@ fn leaves_spinning_guest(env: &Env) -> Outcome {
             guest_code!(code, ".code32", "2: jmp 2b");
             let m = Machine::new(env, mode, code())?;
             m.patch_regs(|r| r.rflags = rflags)?;
-            interval_alarm(5);
+            interval_alarm(patient(5));
             let r = expect_signal(&m);
             interval_alarm(0);
             r?;
@@ -56,7 +56,7 @@ fn leaves_spinning_guest(env: &Env) -> Outcome {
 fn goes_on(env: &Env) -> Outcome {
     interrupting_handler(libc::SIGALRM)?;
     let m = Machine::new(env, Mode::Protected, count())?;
-    interval_alarm(2);
+    interval_alarm(patient(2));
     let mut last = 0;
     for round in 0..50 {
         expect_signal(&m)?;
@@ -266,7 +266,7 @@ fn stop_and_continue(env: &Env) -> Outcome {
             Ok(())
         };
         interrupting_handler(libc::SIGALRM)?;
-        interval_alarm(2);
+        interval_alarm(patient(2));
         let r = run();
         println!("{r:?}");
         // SAFETY: Ends the child.
