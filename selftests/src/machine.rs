@@ -424,6 +424,7 @@ pub fn set_special_pages(vm: &Vm) -> Result<(), Error> {
 /// What the kernel answered.
 pub fn start_vcpu(vcpu: &Vcpu, mode: Mode, rip: u64) -> Result<(), Error> {
     let mut s = vcpu.sregs()?;
+    (s.cr3, s.cr4, s.efer) = (0, 0, 0);
     if mode == Mode::Real {
         s.cs.base = 0;
         s.cs.selector = 0;
