@@ -80,7 +80,7 @@ fn announced(env: &Env, leaf: u32, reg: usize, bit: u32) -> Result<bool, Verdict
         .list_mut()
         .iter_mut()
         .find(|e| e.function == leaf && e.index == 0);
-    Ok(e.is_some_and(|e| *register(e, reg) >> bit & 1 == 1))
+    Ok(e.is_some_and(|e| (*register(e, reg) >> bit) & 1 == 1))
 }
 
 guest_code!(
@@ -202,7 +202,7 @@ fn user_mode_instructions(env: &Env) -> Outcome {
     for umip in [false, true] {
         let m = machine(env, code(), |_| ())?;
         let gate = usize_of(at::IDT) + 0x550;
-        m.mem.write(gate, m.mem.read::<u64>(gate) | 3 << 45);
+        m.mem.write(gate, m.mem.read::<u64>(gate) | (3 << 45));
         m.patch_sregs(|s| {
             s.cs = selftests::guest::segment(sel::USER_CODE64, 11, 0, 1, 3, true);
             s.ss = selftests::guest::segment(sel::USER_DATA, 3, 1, 0, 3, true);
@@ -448,7 +448,7 @@ fn tsc_adjust(env: &Env) -> Outcome {
     let host = m.vcpu.msr(0x3b)?;
     ensure_eq!(
         host,
-        Some(r.r12 << 32 | r.r11),
+        Some((r.r12 << 32) | r.r11),
         "IA32_TSC_ADJUST for the host"
     );
     Ok(())

@@ -165,7 +165,9 @@ fn verifier(env: &Env, seed: u64) -> Result<Machine, Verdict> {
     for i in 0..4 {
         m.mem.write(DEBUG + i * 8, rng.number() & 0x7fff_ffff_ffff);
     }
-    let rdtscp = c.find(0x8000_0001, 0).is_some_and(|e| e.edx >> 27 & 1 == 1);
+    let rdtscp = c
+        .find(0x8000_0001, 0)
+        .is_some_and(|e| (e.edx >> 27) & 1 == 1);
     // SYSENTER_*, STAR, LSTAR, CSTAR, FMASK, FS_BASE, KERNEL_GS_BASE.
     let msrs: [u64; 9] = [
         0x174,
