@@ -227,7 +227,7 @@ pub fn set_gate(mem: &Mapping, v: u8, target: u64, selector: u16, long: bool) {
     let low = (target & 0xffff)
         | (u64::from(selector) << 16)
         | (0x8e00 << 32)
-        | ((target >> 16 & 0xffff) << 48);
+        | (((target >> 16) & 0xffff) << 48);
     if long {
         let e = usize_of(at::IDT) + usize::from(v) * 16;
         mem.write(e, low);
@@ -273,11 +273,11 @@ pub fn descriptor(s: &kb::kvm_segment) -> u64 {
         | (u64::from(s.s) << 44)
         | (u64::from(s.dpl) << 45)
         | (u64::from(s.present) << 47)
-        | ((limit >> 16 & 0xf) << 48)
+        | (((limit >> 16) & 0xf) << 48)
         | (u64::from(s.l) << 53)
         | (u64::from(s.db) << 54)
         | (u64::from(s.g) << 55)
-        | ((s.base >> 24 & 0xff) << 56)
+        | (((s.base >> 24) & 0xff) << 56)
 }
 
 /// The task register's segment (64-bit or 32-bit, busy).
@@ -346,5 +346,33 @@ pub fn write_page_tables(mem: &Mapping) {
     }
     for i in 0..1024u32 {
         mem.write(usize_of(at::PD32) + i as usize * 4, (i << 22) | 0x87);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    guest_code!(sixteen, ".code16", "mov eax, {A}", "hlt"; A = 0x1234_5678);
+    guest_code!(thirty_two, ".code32", "mov eax, [{A}]", "hlt"; A = 0x1234_5678);
+    guest_code!(sixty_four, ".code64", "mov rax, cr8", "2: jmp 2b");
+
+    #[test]
+    fn code_is_assembled_for_its_mode() {
+        assert_eq!(sixteen(), [0x66, 0xb8, 0x78, 0x56, 0x34, 0x12, 0xf4]);
+        assert_eq!(thirty_two(), [0xa1, 0x78, 0x56, 0x34, 0x12, 0xf4]);
+        assert_eq!(sixty_four(), [0x44, 0x0f, 0x20, 0xc0, 0xeb, 0xfe]);
+    }
+
+    /// Flat segments as every boot loader has them.
+    #[test]
+    fn descriptors() {
+        let code32 = segment(sel::CODE32, 11, 1, 0, 0, true);
+        assert_eq!(descriptor(&code32), 0x00cf_9b00_0000_ffff);
+        let code64 = segment(sel::CODE64, 11, 0, 1, 0, true);
+        assert_eq!(descriptor(&code64), 0x00af_9b00_0000_ffff);
+        let user = segment(sel::USER_DATA, 3, 1, 0, 3, true);
+        assert_eq!(descriptor(&user), 0x00cf_f300_0000_ffff);
+        assert_eq!(descriptor(&tss_segment()), 0x0000_8b01_8000_0067);
     }
 }

@@ -3,7 +3,22 @@
 //! The host around a test: processors, time, random numbers, memory counts.
 
 use crate::sys::Error;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+static SLOW: AtomicU32 = AtomicU32::new(1);
+
+/// Tells how many times slower than usual everything is (`--slow`).
+pub fn set_slow(factor: u32) {
+    SLOW.store(factor.max(1), Ordering::SeqCst);
+}
+
+/// A time in milliseconds, made longer where everything is slow: for limits, and for how long a race
+/// is tried.
+#[must_use]
+pub fn patient(ms: u64) -> u64 {
+    ms * u64::from(SLOW.load(Ordering::SeqCst))
+}
 
 /// Reads the time stamp counter; in the emulated machine one tick is one instruction.
 #[must_use]
@@ -67,7 +82,7 @@ impl Rng {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn number(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -76,13 +91,13 @@ impl Rng {
 
     /// A number below `n`.
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.number() % n
     }
 
     /// Fills `buffer`.
     pub fn fill(&mut self, buffer: &mut [u8]) {
         for chunk in buffer.chunks_mut(8) {
-            let bytes = self.next().to_le_bytes();
+            let bytes = self.number().to_le_bytes();
             chunk.copy_from_slice(&bytes[..chunk.len()]);
         }
     }

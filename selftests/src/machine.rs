@@ -83,7 +83,7 @@ pub enum Exit {
         /// All elements.
         data: Vec<u8>,
     },
-    /// Port input: fill [`Vcpu::io_data`].
+    /// Port input: see [`Machine::io_reply`].
     In {
         /// The port.
         port: u16,
@@ -137,7 +137,7 @@ pub fn decode(vcpu: &Vcpu) -> Exit {
             kb::KVM_EXIT_IO => {
                 let io = run.__bindgen_anon_1.io;
                 if u32::from(io.direction) == kb::KVM_EXIT_IO_OUT {
-                    let data = vcpu.io_data().to_vec();
+                    let data = vcpu.io_data();
                     Exit::Out {
                         port: io.port,
                         size: io.size,
@@ -274,7 +274,7 @@ impl Machine {
 
     /// Puts the value that a port input returns.
     pub fn io_reply(&self, data: &[u8]) {
-        self.vcpu.io_data().copy_from_slice(data);
+        self.vcpu.set_io_data(data);
     }
 
     /// Runs to the next exit, which has to be `want`.
@@ -424,6 +424,7 @@ pub fn set_special_pages(vm: &Vm) -> Result<(), Error> {
 /// What the kernel answered.
 pub fn start_vcpu(vcpu: &Vcpu, mode: Mode, rip: u64) -> Result<(), Error> {
     let mut s = vcpu.sregs()?;
+    (s.cr3, s.cr4, s.efer) = (0, 0, 0);
     if mode == Mode::Real {
         s.cs.base = 0;
         s.cs.selector = 0;

@@ -162,3 +162,26 @@ pub fn unnamed(dir_read: bool, dir_write: bool, nr: u8, size: u16) -> Ioctl {
         name: "unnamed ioctl",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The numbers as strace shows them.
+    #[test]
+    fn numbers() {
+        assert_eq!(KVM_GET_API_VERSION.nr, 0xae00);
+        assert_eq!(KVM_CREATE_VCPU.nr, 0xae41);
+        assert_eq!(KVM_RUN.nr, 0xae80);
+        assert_eq!(KVM_SET_USER_MEMORY_REGION.nr, 0x4020_ae46);
+        assert_eq!(KVM_GET_REGS.nr, 0x8090_ae81);
+        assert_eq!(KVM_SET_SREGS.nr, 0x4138_ae84);
+        assert_eq!(KVM_GET_MSRS.nr, 0xc008_ae88);
+        assert_eq!(KVM_GET_FPU.nr, 0x81a0_ae8c);
+        assert_eq!(KVM_SET_CPUID2.nr, 0x4008_ae90);
+        assert_eq!(KVM_GET_VCPU_EVENTS.nr, 0x8040_ae9f);
+        assert_eq!(KVM_GET_DEBUGREGS.nr, 0x8080_aea1);
+        assert_eq!(KVM_GET_XSAVE.nr, 0x9000_aea4);
+        assert_eq!(KVM_GET_XCRS.nr, 0x8188_aea6);
+    }
+}

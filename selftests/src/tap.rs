@@ -63,6 +63,16 @@ impl Env {
     pub fn open(&self) -> Result<Kvm, Error> {
         Kvm::open(&self.device)
     }
+
+    /// How often to do what a test does `rounds` times: less often where everything is slow.
+    #[must_use]
+    pub fn fewer(&self, rounds: u64) -> u64 {
+        if self.slow < 5 {
+            rounds
+        } else {
+            (rounds / 5).max(1)
+        }
+    }
 }
 
 struct Args {
@@ -147,6 +157,7 @@ pub fn main(subject: &str, tests: &[Test]) -> ExitCode {
         .iter()
         .filter(|t| args.filter.is_empty() || args.filter.iter().any(|f| t.name.contains(f)))
         .collect();
+    crate::host::set_slow(args.env.slow);
     println!("TAP version 13");
     if selected.is_empty() {
         println!("1..0 # SKIP no test of that name");
@@ -186,6 +197,9 @@ pub fn main(subject: &str, tests: &[Test]) -> ExitCode {
     }
 }
 
+/// The exit status of a child whose test passed: not 0, which any process that ends early has.
+const PASSED: i32 = 42;
+
 /// Marks the line on which a child hands over why it failed or was skipped.
 const MARK: char = '\u{1}';
 
@@ -200,7 +214,7 @@ fn child(t: &Test, env: &Env, output: RawFd) -> ! {
     }
     let outcome = std::panic::catch_unwind(|| (t.run)(env));
     let (status, why) = match outcome {
-        Ok(Ok(())) => (0, None),
+        Ok(Ok(())) => (PASSED, None),
         Ok(Err(Verdict::Fail(why))) => (1, Some(why)),
         Ok(Err(Verdict::Skip(why))) => (4, Some(why)),
         Err(_) => (1, Some("the test panicked".to_string())),
@@ -249,7 +263,10 @@ fn run_one(t: &Test, env: &Env) -> Outcome {
     // SAFETY: The group is the child's, made by it; an empty group is an error that does not matter.
     unsafe { libc::kill(-pid, libc::SIGKILL) };
     let Some(status) = ended else {
-        let killed = wait_until(pid, Instant::now() + Duration::from_secs(5));
+        let killed = wait_until(
+            pid,
+            Instant::now() + Duration::from_millis(crate::host::patient(5000)),
+        );
         let tail = if killed.is_some() {
             ""
         } else {
@@ -266,7 +283,7 @@ fn run_one(t: &Test, env: &Env) -> Outcome {
         )));
     }
     match libc::WEXITSTATUS(status) {
-        0 => Ok(()),
+        PASSED => Ok(()),
         4 => Err(Verdict::Skip(why.trim_end().replace('\n', " "))),
         1 => Err(Verdict::Fail(why)),
         other => Err(Verdict::Fail(format!("{why}exit status {other}"))),

@@ -399,11 +399,10 @@ impl Vcpu {
         a.store(value, Ordering::SeqCst);
     }
 
-    /// The bytes of a port I/O exit: `size * count` of them, to read or to fill in.
-    #[must_use]
-    pub fn io_data(&self) -> &mut [u8] {
+    /// Where the bytes of a port I/O exit lie: address and length.
+    fn io_range(&self) -> (usize, usize) {
         let run = self.kvm_run();
-        // SAFETY: The last exit was KVM_EXIT_IO, or the values are bounded just below.
+        // SAFETY: The members of the union are plain integers, and are bounded just below.
         let io = unsafe { run.__bindgen_anon_1.io };
         let len = usize::from(io.size) * io.count as usize;
         let start = usize::try_from(io.data_offset).unwrap_or(usize::MAX);
@@ -411,8 +410,25 @@ impl Vcpu {
             start.checked_add(len).is_some_and(|end| end <= self.run_size),
             "the data of a port I/O exit lie outside of the mapping: offset {start:#x}, {len} bytes"
         );
-        // SAFETY: The range was checked against the mapping, which lives as long as `self`.
-        unsafe { std::slice::from_raw_parts_mut((self.run + start) as *mut u8, len) }
+        (self.run + start, len)
+    }
+
+    /// The bytes of a port I/O exit: `size * count` of them.
+    #[must_use]
+    pub fn io_data(&self) -> Vec<u8> {
+        let (address, len) = self.io_range();
+        let mut data = vec![0; len];
+        // SAFETY: The range is within the mapping, and `data` has its length.
+        unsafe { std::ptr::copy_nonoverlapping(address as *const u8, data.as_mut_ptr(), len) };
+        data
+    }
+
+    /// Gives the bytes that a port input asks for, all of them.
+    pub fn set_io_data(&self, data: &[u8]) {
+        let (address, len) = self.io_range();
+        assert_eq!(data.len(), len, "bytes for a port input");
+        // SAFETY: The range is within the mapping, and `data` has its length.
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), address as *mut u8, len) };
     }
 }
 

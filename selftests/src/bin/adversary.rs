@@ -5,8 +5,8 @@
 //! and other guests have to be none the worse for it. The seed is printed (`--seed` repeats a run).
 
 use kvm_bindings as kb;
-use selftests::guest::{at, pte, usize_of};
-use selftests::host::{interrupting_handler, interval_alarm, Rng};
+use selftests::guest::{at, descriptor, pte, segment, sel, set_gate, usize_of};
+use selftests::host::{interrupting_handler, interval_alarm, patient, Rng};
 use selftests::machine::{decode, start_vcpu, Exit, Machine, Mode, MODES};
 use selftests::{ensure, fail, guest_code, tests, Env, Outcome, Verdict};
 use std::collections::BTreeMap;
@@ -46,7 +46,7 @@ fn run_bounded(
     seen: &mut BTreeMap<&'static str, u32>,
 ) -> Outcome {
     // Only here: a signal may end other calls as well (KVM_CREATE_VM for one).
-    interval_alarm(4);
+    interval_alarm(patient(4));
     let r = run_until(m, rng, exits, slices, seen);
     interval_alarm(0);
     r
@@ -64,7 +64,7 @@ fn run_until(
         let start = Instant::now();
         let r = m.vcpu.run();
         ensure!(
-            start.elapsed() < Duration::from_secs(2),
+            start.elapsed() < Duration::from_millis(patient(2000)),
             "KVM_RUN took {:?}\n{}",
             start.elapsed(),
             m.describe()
@@ -84,8 +84,12 @@ fn run_until(
         };
         *seen.entry(kind).or_default() += 1;
         match exit {
-            Exit::In { .. } => rng.fill(m.vcpu.io_data()),
-            Exit::MmioRead { .. } => m.mmio_reply(&rng.next().to_le_bytes()),
+            Exit::In { size, count, .. } => {
+                let mut data = vec![0; usize::from(size) * count as usize];
+                rng.fill(&mut data);
+                m.io_reply(&data);
+            }
+            Exit::MmioRead { .. } => m.mmio_reply(&rng.number().to_le_bytes()),
             Exit::Out { .. } | Exit::MmioWrite { .. } | Exit::Hlt => {}
             Exit::Other(kb::KVM_EXIT_SET_TPR) => {}
             _ => break,
@@ -99,7 +103,7 @@ fn random_code(env: &Env, mode: Mode, rounds: u64) -> Outcome {
     println!("seed {}", env.seed);
     interrupting_handler(libc::SIGALRM)?;
     let mut seen = BTreeMap::new();
-    for round in 0..rounds {
+    for round in 0..env.fewer(rounds) {
         let mut rng = Rng::new(env.seed.wrapping_mul(1000) + round + ((mode as u64) << 32));
         let mut code = vec![0u8; 0x1000];
         rng.fill(&mut code);
@@ -110,7 +114,7 @@ fn random_code(env: &Env, mode: Mode, rounds: u64) -> Outcome {
             ] {
                 *reg = match rng.below(4) {
                     0 => rng.below(at::SIZE as u64),
-                    1 => rng.next(),
+                    1 => rng.number(),
                     2 => at::MMIO + rng.below(0x1000),
                     _ => rng.below(0x100),
                 };
@@ -195,7 +199,7 @@ fn nasty_instructions(env: &Env) -> Outcome {
     println!("seed {}", env.seed);
     interrupting_handler(libc::SIGALRM)?;
     let mut seen = BTreeMap::new();
-    for round in 0..120u64 {
+    for round in 0..env.fewer(120) {
         let mut rng = Rng::new(env.seed.wrapping_mul(2000) + round);
         let mode = MODES[round as usize % MODES.len()];
         let mut code = Vec::new();
@@ -204,10 +208,10 @@ fn nasty_instructions(env: &Env) -> Outcome {
                 // mov eax, imm32: an operand for what follows.
                 code.push(0xb8);
                 let value = match rng.below(6) {
-                    0 => rng.next() as u32,
+                    0 => rng.number() as u32,
                     1 => 0xc000_0080 + rng.below(8) as u32,
                     2 => 1 << rng.below(32),
-                    3 => 0x8001_0033 ^ 1 << rng.below(32),
+                    3 => 0x8001_0033 ^ (1 << rng.below(32)),
                     4 => rng.below(at::SIZE as u64) as u32,
                     _ => rng.below(0x60) as u32,
                 };
@@ -273,7 +277,8 @@ fn no_memory(env: &Env) -> Outcome {
 fn tables_in_device_memory(env: &Env) -> Outcome {
     guest_code!(code, ".code64", "ud2", "hlt");
     guest_code!(fault, ".code64", "mov al, [0x40000000]", "hlt");
-    let change: [(&str, fn(&Machine) -> Outcome); 4] = [
+    type Change = fn(&Machine) -> Outcome;
+    let change: [(&str, Change); 4] = [
         ("CR3", |m| Ok(m.patch_sregs(|s| s.cr3 = at::MMIO)?)),
         ("IDT", |m| Ok(m.patch_sregs(|s| s.idt.base = at::MMIO)?)),
         ("GDT", |m| Ok(m.patch_sregs(|s| s.gdt.base = at::MMIO)?)),
@@ -322,6 +327,55 @@ fn endless_faults(env: &Env) -> Outcome {
     works(env)
 }
 
+/// An alignment check whose delivery makes an alignment check, and so on: a processor that is left alone
+/// with it never comes back (CVE-2015-5307).
+fn endless_alignment_checks(env: &Env) -> Outcome {
+    guest_code!(code, ".code32", "mov eax, [{D} + 1]", "hlt"; D = at::DATA);
+    interrupting_handler(libc::SIGALRM)?;
+    let m = Machine::new(env, Mode::Protected, code())?;
+    // The handler is on privilege level 3 as well, so that the stack stays what it is: misaligned.
+    let code3 = segment(0x43, 11, 1, 0, 3, true);
+    m.mem.write(usize_of(at::GDT) + 0x40, descriptor(&code3));
+    set_gate(&m.mem, 17, at::CODE, 0x43, false);
+    let gate = usize_of(at::IDT) + 17 * 8;
+    m.mem.write(gate, m.mem.read::<u64>(gate) | (3 << 45));
+    m.patch_sregs(|s| {
+        s.cs = code3;
+        let data = segment(sel::USER_DATA, 3, 1, 0, 3, true);
+        (s.ss, s.ds, s.es) = (data, data, data);
+        s.cr0 |= 1 << 18;
+    })?;
+    m.patch_regs(|r| {
+        r.rsp = at::STACK - 3;
+        r.rflags |= 1 << 18;
+    })?;
+    let mut seen = BTreeMap::new();
+    run_bounded(&m, &mut Rng::new(env.seed), 10, 4, &mut seen)?;
+    println!("{seen:?}");
+    works(env)
+}
+
+/// A debug exception whose delivery makes a debug exception: a watchpoint where the frame is pushed, on a
+/// stack that each delivery begins anew (CVE-2015-8104).
+fn endless_debug_exceptions(env: &Env) -> Outcome {
+    guest_code!(code, ".code64", "mov byte ptr [{T}], 1", "hlt"; T = at::STACK - 0x100 - 8);
+    guest_code!(handler, ".code64", "nop", "nop", "hlt");
+    interrupting_handler(libc::SIGALRM)?;
+    let m = Machine::new(env, Mode::Long, code())?;
+    m.mem.write(usize_of(at::TSS) + 36, at::STACK - 0x100);
+    let gate = usize_of(at::IDT) + 16;
+    m.mem.write(gate, m.mem.read::<u64>(gate) | (1 << 32));
+    m.mem.write_bytes(usize_of(at::STUBS) + 16, handler());
+    let mut d = m.vcpu.debugregs()?;
+    d.db[0] = at::STACK - 0x100 - 8;
+    d.dr7 = 0x9_0402; // G0, writes, 8 bytes
+    m.vcpu.set_debugregs(&d)?;
+    let mut seen = BTreeMap::new();
+    run_bounded(&m, &mut Rng::new(env.seed), 10, 4, &mut seen)?;
+    println!("{seen:?}");
+    works(env)
+}
+
 /// A loop of the cheapest exits there are must still let signals in.
 fn endless_exits(env: &Env) -> Outcome {
     guest_code!(cpuid, ".code64", "2: xor eax, eax", "cpuid", "jmp 2b");
@@ -346,7 +400,7 @@ fn endless_exits(env: &Env) -> Outcome {
     ] {
         let m = Machine::new(env, Mode::Long, code)?;
         m.mem.write_bytes(usize_of(at::STUBS) + 13 * 16, handler());
-        interval_alarm(3);
+        interval_alarm(patient(3));
         for _ in 0..3 {
             let start = Instant::now();
             match m.vcpu.run() {
@@ -355,7 +409,7 @@ fn endless_exits(env: &Env) -> Outcome {
             }
             let took = start.elapsed();
             ensure!(
-                took < Duration::from_secs(1),
+                took < Duration::from_millis(patient(1000)),
                 "{name}: the signal took {took:?}"
             );
         }
@@ -372,6 +426,8 @@ fn main() -> ExitCode {
             no_memory,
             tables_in_device_memory,
             endless_faults,
+            endless_alignment_checks,
+            endless_debug_exceptions,
             endless_exits,
             random_real,
             random_protected,

@@ -3,7 +3,7 @@
 //! Threads that call at the same time: nothing breaks, and what the API orders stays in order.
 
 use selftests::guest::{at, usize_of, PORT};
-use selftests::host::{gettid, interrupting_handler, kick, sleep_ms, Rng};
+use selftests::host::{gettid, interrupting_handler, kick, patient, sleep_ms, Rng};
 use selftests::machine::{decode, start_vcpu, Exit, Machine, Mode};
 use selftests::mem::{Mapping, PAGE};
 use selftests::vm::Vcpu;
@@ -23,7 +23,7 @@ fn panicked() -> Verdict {
 
 /// Whether the time of a test's loop is over.
 fn over(start: Instant, ms: u64) -> bool {
-    start.elapsed() > Duration::from_millis(ms)
+    start.elapsed() > Duration::from_millis(patient(ms))
 }
 
 /// While one thread is in KVM_RUN, another's calls on the vCPU wait; both get their turns.

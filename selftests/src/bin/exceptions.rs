@@ -482,7 +482,7 @@ fn double_page_fault(env: &Env) -> Outcome {
     m.mem.write(usize_of(at::TSS) + 36, at::STACK - 0x100);
     set_gate(&m.mem, 8, at::STUBS + 8 * 16, sel::CODE64, true);
     let gate = usize_of(at::IDT) + 8 * 16;
-    m.mem.write(gate, m.mem.read::<u64>(gate) | 1 << 32);
+    m.mem.write(gate, m.mem.read::<u64>(gate) | (1 << 32));
     let r = m.expect_exception(8)?;
     ensure_eq!(
         (r.error, r.cr2),

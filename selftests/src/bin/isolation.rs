@@ -5,9 +5,9 @@
 //!
 //! Each guest loads all registers with values of its own, then compares them for as long as it is let.
 
-use selftests::guest::{at, PORT};
-use selftests::host::{cpus, gettid, interrupting_handler, pin, sleep_ms, Rng};
-use selftests::machine::{cr, decode, Exit, Machine, Mode};
+use selftests::guest::{at, pte, usize_of, PORT};
+use selftests::host::{cpus, gettid, interrupting_handler, patient, pin, sleep_ms, Rng};
+use selftests::machine::{cr, decode, start_vcpu, Exit, Machine, Mode};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, sys, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
@@ -147,7 +147,7 @@ const fn const_of(v: usize) -> u32 {
 fn verifier(env: &Env, seed: u64) -> Result<Machine, Verdict> {
     let m = Machine::new(env, Mode::Long, verify())?;
     let c = m.vcpu.cpuid()?;
-    let avx = c.find(1, 0).is_some_and(|e| e.ecx >> 28 & 1 == 1);
+    let avx = c.find(1, 0).is_some_and(|e| (e.ecx >> 28) & 1 == 1);
     if avx {
         m.patch_sregs(|s| s.cr4 |= cr::OSXSAVE)?;
         let mut x = m.vcpu.xcrs()?;
@@ -160,11 +160,14 @@ fn verifier(env: &Env, seed: u64) -> Result<Machine, Verdict> {
         .write_bytes(STORE, if avx { store_avx() } else { store_sse() });
     let mut rng = Rng::new(seed);
     for i in 0..if avx { 64 } else { 32 } {
-        m.mem.write(VECTORS + i * 8, rng.next());
+        m.mem.write(VECTORS + i * 8, rng.number());
     }
     for i in 0..4 {
-        m.mem.write(DEBUG + i * 8, rng.next() & 0x7fff_ffff_ffff);
+        m.mem.write(DEBUG + i * 8, rng.number() & 0x7fff_ffff_ffff);
     }
+    let rdtscp = c
+        .find(0x8000_0001, 0)
+        .is_some_and(|e| (e.edx >> 27) & 1 == 1);
     // SYSENTER_*, STAR, LSTAR, CSTAR, FMASK, FS_BASE, KERNEL_GS_BASE.
     let msrs: [u64; 9] = [
         0x174,
@@ -184,9 +187,15 @@ fn verifier(env: &Env, seed: u64) -> Result<Machine, Verdict> {
             0x7fff_ffff_ffff
         };
         m.mem.write(MSRS + i * 16, *index);
-        m.mem.write(MSRS + i * 16 + 8, rng.next() & mask);
+        m.mem.write(MSRS + i * 16 + 8, rng.number() & mask);
     }
-    m.mem.write(MSRS + msrs.len() * 16, 0u64);
+    let mut end = MSRS + msrs.len() * 16;
+    if rdtscp {
+        m.mem.write(end, 0xc000_0103u64);
+        m.mem.write(end + 8, rng.number() & 0xffff_ffff);
+        end += 16;
+    }
+    m.mem.write(end, 0u64);
     Ok(m)
 }
 
@@ -285,7 +294,7 @@ impl StopAfter {
     fn new(m: &Machine, ms: u64) -> Self {
         let flag = m.mem.addr() + STOP;
         let thread = std::thread::spawn(move || {
-            sleep_ms(ms);
+            sleep_ms(patient(ms));
             // SAFETY: The guard joins this thread before the machine goes.
             unsafe { (flag as *mut u32).write_volatile(1) };
         });
@@ -454,12 +463,12 @@ fn host_registers(env: &Env) -> Outcome {
     let m = verifier(env, 123)?;
     m.mem.write(STOP, 1u32);
     // SAFETY: Every processor with VMX has CPUID.
-    let avx = unsafe { core::arch::x86_64::__cpuid(1) }.ecx >> 28 & 1 == 1;
+    let avx = (unsafe { core::arch::x86_64::__cpuid(1) }.ecx >> 28) & 1 == 1;
     for round in 0..30u64 {
         let mut values = [[0u64; 4]; 4];
         let mut rng = Rng::new(round + 7);
         for v in values.iter_mut().flatten() {
-            *v = rng.next();
+            *v = rng.number();
         }
         let mut after = [[0u64; 4]; 4];
         let ret: i64;
@@ -559,9 +568,72 @@ fn state_after_preemption(env: &Env) -> Outcome {
     Ok(())
 }
 
+// Reads linear address 4 MiB over and over; what it is depends on who reads.
+guest_code!(
+    peek,
+    ".code64",
+    "2: mov eax, [0x400000]",
+    "mov ebx, [0x400ffc]",
+    "hlt",
+    "jmp 2b",
+);
+
+/// Points the page at 4 MiB at `page`, by tables at `tables`; CR3 is `tables`.
+fn map_page(m: &Machine, tables: u64, page: u64) {
+    let bits = pte::P | pte::W;
+    let (pdpt, pd, pt) = (tables + 0x1000, tables + 0x2000, tables + 0x3000);
+    for (from, to) in [(at::PML4, tables), (at::PDPT, pdpt), (at::PD, pd)] {
+        let copy = m.mem.read_bytes(usize_of(from), 0x1000);
+        m.mem.write_bytes(usize_of(to), &copy);
+    }
+    m.mem.write(usize_of(tables), pdpt | bits);
+    m.mem.write(usize_of(pdpt), pd | bits);
+    m.mem.write(usize_of(pd) + 16, pt | bits);
+    m.mem.write(usize_of(pt), page | bits);
+}
+
+/// The TLB is one for all: two vCPUs of a VM with tables of their own, and two VMs with the same
+/// addresses, each see what is theirs.
+fn translations(env: &Env) -> Outcome {
+    let machines: Result<Vec<_>, _> = (0..3)
+        .map(|_| Machine::new(env, Mode::Long, peek()))
+        .collect();
+    let machines = machines?;
+    let mut vcpus = Vec::new();
+    for (i, m) in machines.iter().enumerate() {
+        let second = m.vm.create_vcpu(1)?;
+        second.set_cpuid(&*m.kvm.supported_cpuid()?)?;
+        start_vcpu(&second, Mode::Long, at::CODE)?;
+        for (j, vcpu) in [None, Some(second)].into_iter().enumerate() {
+            let (tables, page) = (0x30000 + j as u64 * 0x8000, 0x50000 + j as u64 * 0x1000);
+            map_page(m, tables, page);
+            let value = 0x1000 + i as u32 * 0x10 + j as u32;
+            m.mem.write(usize_of(page), value);
+            m.mem.write(usize_of(page) + 0xffc, !value);
+            let v = vcpu.as_ref().unwrap_or(&m.vcpu);
+            let mut s = v.sregs()?;
+            s.cr3 = tables;
+            v.set_sregs(&s)?;
+            vcpus.push((i, vcpu, value));
+        }
+    }
+    for round in 0..100 {
+        for (i, vcpu, value) in &vcpus {
+            let v = vcpu.as_ref().unwrap_or(&machines[*i].vcpu);
+            v.run()?;
+            ensure_eq!(decode(v), Exit::Hlt, "exit in round {round}");
+            let r = v.regs()?;
+            let got = (r.rax as u32, r.rbx as u32);
+            ensure_eq!(got, (*value, !value), "what VM {i} read in round {round}");
+        }
+    }
+    Ok(())
+}
+
 /// The check can fail: a guest whose registers the host changes must notice.
 fn check_of_the_check(env: &Env) -> Outcome {
-    let changes: [(u8, fn(&Machine) -> Outcome); 3] = [
+    type Change = fn(&Machine) -> Outcome;
+    let changes: [(u8, Change); 3] = [
         (1, |m| {
             let mut f = m.vcpu.fpu()?;
             f.xmm[9][3] ^= 1;
@@ -596,6 +668,7 @@ fn main() -> ExitCode {
         "isolation",
         tests![
             check_of_the_check,
+            translations,
             two_vms_one_thread,
             two_vms_one_cpu,
             four_vms_with_signals,

@@ -4,7 +4,7 @@
 //! the old ones. And much memory.
 
 use selftests::guest::{at, usize_of};
-use selftests::host::{gettid, interrupting_handler, kick, sleep_ms};
+use selftests::host::{gettid, interrupting_handler, kick, patient, sleep_ms};
 use selftests::machine::{decode, Exit, Machine, Mode};
 use selftests::mem::{Mapping, HUGE, PAGE};
 use selftests::sys::Error;
@@ -76,7 +76,7 @@ impl Mirror<'_> {
     }
 
     fn wait(&self, what: &str, condition: impl Fn() -> bool) -> Outcome {
-        for _ in 0..3000 {
+        for _ in 0..patient(3000) {
             if condition() {
                 return Ok(());
             }
@@ -496,11 +496,8 @@ fn shared_file(env: &Env) -> Outcome {
         );
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: The file is our own.
-        ensure_eq!(
-            unsafe { libc::fallocate(fd, mode, 0, 0x1000) },
-            0,
-            "punch a hole"
-        );
+        let r = unsafe { libc::fallocate(fd, mode, 0, 0x1000) };
+        ensure_eq!(r, 0, "punch a hole");
         m.expect_hlt()?;
         ensure_eq!(m.vcpu.regs()?.rax, 0, "where the hole is");
         let mut count = [0u8; 4];
@@ -579,11 +576,11 @@ fn touch(env: &Env, bytes: usize, advice: i32) -> Outcome {
 }
 
 fn much_memory_small_pages(env: &Env) -> Outcome {
-    touch(env, 96 << 20, libc::MADV_NOHUGEPAGE)
+    touch(env, (env.fewer(96) as usize) << 20, libc::MADV_NOHUGEPAGE)
 }
 
 fn much_memory_large_pages(env: &Env) -> Outcome {
-    touch(env, 256 << 20, libc::MADV_HUGEPAGE)
+    touch(env, (env.fewer(256) as usize) << 20, libc::MADV_HUGEPAGE)
 }
 
 /// Guest memory that is unmapped before the VM goes, and a VM that goes before its memory.

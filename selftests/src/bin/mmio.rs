@@ -32,7 +32,7 @@ fn value_at(address: u64, n: u64) -> Vec<u8> {
 }
 
 fn number(bytes: &[u8]) -> u64 {
-    bytes.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b))
+    bytes.iter().rev().fold(0, |v, b| (v << 8) | u64::from(*b))
 }
 
 impl Device {
@@ -150,17 +150,17 @@ fn read_widths_64(env: &Env) -> Outcome {
     let ones = u64::MAX;
     ensure_eq!(
         r.rax,
-        ones << 16 | v(2, 1) << 8 | v(1, 1),
+        (ones << 16) | (v(2, 1) << 8) | v(1, 1),
         "bytes change AL and AH alone"
     );
-    ensure_eq!(r.rcx, ones << 16 | v(0x10, 2), "a word changes CX alone");
+    ensure_eq!(r.rcx, (ones << 16) | v(0x10, 2), "a word changes CX alone");
     ensure_eq!(
         r.rdx,
         v(0x20, 4),
         "a double word clears the upper half of RDX"
     );
     ensure_eq!(r.rsi, v(0x30, 8), "a quad word");
-    ensure_eq!(r.r8, ones << 8 | v(0x40, 1), "a byte changes R8B alone");
+    ensure_eq!(r.r8, (ones << 8) | v(0x40, 1), "a byte changes R8B alone");
     ensure_eq!(
         r.r9,
         v(0x50, 4),

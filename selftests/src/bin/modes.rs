@@ -3,7 +3,7 @@
 //! The processor's modes: each by itself, and one guest that goes through all of them.
 
 use selftests::guest::{at, pte, sel, usize_of, PORT};
-use selftests::machine::{cr, Exit, Machine, Mode};
+use selftests::machine::{cr, Exit, Machine, Mode, MODES};
 use selftests::{ensure, ensure_eq, guest_code, tests, Env, Outcome};
 use std::process::ExitCode;
 
@@ -423,6 +423,39 @@ fn transitions_repeated(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// Userspace itself puts one vCPU from each mode into each other.
+fn set_by_host(env: &Env) -> Outcome {
+    guest_code!(code16, ".code16", "inc word ptr [{D}]", "hlt"; D = at::DATA);
+    guest_code!(code32, ".code32", "inc dword ptr [{D}]", "hlt"; D = at::DATA);
+    guest_code!(code64, ".code64", "inc qword ptr [{D}]", "hlt"; D = at::DATA);
+    let m = Machine::new(env, Mode::Real, code16())?;
+    let mut count = 0u64;
+    let fresh = m.vcpu.sregs()?;
+    for from in MODES {
+        for to in MODES {
+            for mode in [from, to] {
+                let code = match mode {
+                    Mode::Real => code16(),
+                    Mode::Long => code64(),
+                    _ => code32(),
+                };
+                if mode == Mode::Real {
+                    m.vcpu.set_sregs(&fresh)?;
+                }
+                m.start(mode, code)?;
+                m.expect_hlt()?;
+                count += 1;
+                ensure_eq!(
+                    m.mem.read::<u64>(D),
+                    count,
+                    "count after {from:?} to {to:?}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 fn main() -> ExitCode {
     selftests::tap::main(
         "modes",
@@ -438,6 +471,7 @@ fn main() -> ExitCode {
             paging32_small_pages,
             transitions,
             transitions_repeated,
+            set_by_host,
         ],
     )
 }

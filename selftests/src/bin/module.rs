@@ -4,7 +4,7 @@
 //! again and again. Needs `--module FILE` and to be root; the module is loaded when the tests end.
 
 use selftests::guest::{at, usize_of};
-use selftests::host::{meminfo, sleep_ms};
+use selftests::host::{meminfo, patient, sleep_ms};
 use selftests::machine::{Machine, Mode};
 use selftests::sys::{errno_name, Error};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
@@ -169,7 +169,7 @@ fn refused_while_running(env: &Env) -> Outcome {
         }
         let mut r = Ok(());
         let mut waited = 0;
-        while shared.read::<u32>(0) < 50 && waited < 3000 {
+        while shared.read::<u32>(0) < 50 && waited < patient(3000) {
             sleep_ms(1);
             waited += 1;
             if shared.read::<u32>(0) > 0 {
@@ -186,7 +186,7 @@ fn refused_while_running(env: &Env) -> Outcome {
             libc::waitpid(pid, &mut status, 0);
         }
         r?;
-        ensure!(waited < 3000, "the guest did not run");
+        ensure!(waited < patient(3000), "the guest did not run");
         unload_soon(&name)?;
         ensure_loaded(env)?;
     }

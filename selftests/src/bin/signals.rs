@@ -6,7 +6,8 @@ use kvm_bindings as kb;
 use selftests::check::expect_errno;
 use selftests::guest::{at, usize_of, PORT};
 use selftests::host::{
-    block_signal, gettid, interrupting_handler, interval_alarm, kick, signal_pending, sleep_ms,
+    block_signal, gettid, interrupting_handler, interval_alarm, kick, patient, signal_pending,
+    sleep_ms,
 };
 use selftests::machine::{Exit, Machine, Mode, MODES};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, sys, tests, Env, Outcome};
@@ -41,7 +42,7 @@ fn leaves_spinning_guest(env: &Env) -> Outcome {
             guest_code!(code, ".code32", "2: jmp 2b");
             let m = Machine::new(env, mode, code())?;
             m.patch_regs(|r| r.rflags = rflags)?;
-            interval_alarm(5);
+            interval_alarm(patient(5));
             let r = expect_signal(&m);
             interval_alarm(0);
             r?;
@@ -55,7 +56,7 @@ fn leaves_spinning_guest(env: &Env) -> Outcome {
 fn goes_on(env: &Env) -> Outcome {
     interrupting_handler(libc::SIGALRM)?;
     let m = Machine::new(env, Mode::Protected, count())?;
-    interval_alarm(2);
+    interval_alarm(patient(2));
     let mut last = 0;
     for round in 0..50 {
         expect_signal(&m)?;
@@ -265,7 +266,7 @@ fn stop_and_continue(env: &Env) -> Outcome {
             Ok(())
         };
         interrupting_handler(libc::SIGALRM)?;
-        interval_alarm(2);
+        interval_alarm(patient(2));
         let r = run();
         println!("{r:?}");
         // SAFETY: Ends the child.
@@ -278,7 +279,7 @@ fn stop_and_continue(env: &Env) -> Outcome {
             while shared.read::<u32>(0) <= last {
                 sleep_ms(1);
                 waited += 1;
-                ensure!(waited < 3000, "no progress in round {round}");
+                ensure!(waited < patient(3000), "no progress in round {round}");
             }
             // SAFETY: Signals to our own child.
             unsafe { libc::kill(pid, libc::SIGSTOP) };

@@ -208,11 +208,8 @@ fn create_vm_without_descriptors(env: &Env) -> Outcome {
         rlim_max: 0,
     };
     // SAFETY: Sets a limit of this process, which ends with the test.
-    ensure_eq!(
-        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) },
-        0,
-        "setrlimit"
-    );
+    let r = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+    ensure_eq!(r, 0, "setrlimit");
     expect_errno(
         kvm.fd.ioctl(sys::KVM_CREATE_VM, 0),
         libc::EMFILE,
@@ -273,13 +270,21 @@ fn supported_cpuid(env: &Env) -> Outcome {
     );
     ensure!(zero.eax >= 0xd, "highest leaf is {:#x}", zero.eax);
     // FPU, PSE, TSC, MSR, PAE, CX8, SEP, PGE, CMOV, FXSR, SSE, SSE2: what a 64-bit kernel demands.
-    let demanded = 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 11 | 1 << 13 | 1 << 15;
-    let demanded = demanded | 1 << 24 | 1 << 25 | 1 << 26;
+    let demanded = 1
+        | (1 << 3)
+        | (1 << 4)
+        | (1 << 5)
+        | (1 << 6)
+        | (1 << 8)
+        | (1 << 11)
+        | (1 << 13)
+        | (1 << 15);
+    let demanded = demanded | (1 << 24) | (1 << 25) | (1 << 26);
     ensure_eq!(one.edx & demanded, demanded, "leaf 1 EDX");
     let Some(ext) = c.find(0x8000_0001, 0) else {
         fail!("no leaf 0x80000001")
     };
-    ensure!(ext.edx & 1 << 29 != 0, "long mode is not announced");
+    ensure!(ext.edx & (1 << 29) != 0, "long mode is not announced");
     Ok(())
 }
 
@@ -365,7 +370,7 @@ fn msr_index_list(env: &Env) -> Outcome {
             None => refused += &format!(" {index:#x} (read)"),
             Some(v) => {
                 // The paravirtual ones depend on more than themselves (a local APIC, for one).
-                let paravirtual = index >> 8 == 0x4b56_4d;
+                let paravirtual = index >> 8 == 0x004b_564d;
                 if !paravirtual && !vcpu.set_msr(index, v)? {
                     refused += &format!(" {index:#x} (write {v:#x})");
                 }

@@ -4,7 +4,8 @@
 
 use kvm_bindings as kb;
 use selftests::check::expect_errno;
-use selftests::machine::{Exit, Machine, Mode};
+use selftests::guest::{at, usize_of};
+use selftests::machine::{start_vcpu, Exit, Machine, Mode};
 use selftests::mem::{Mapping, PAGE};
 use selftests::sys;
 use selftests::vm::Vm;
@@ -352,6 +353,28 @@ fn vcpu_id_limits(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// 64 vCPUs, each with registers of its own.
+fn many_vcpus(env: &Env) -> Outcome {
+    guest_code!(code, ".code32", "inc dword ptr [ebx]", "hlt");
+    let m = Machine::new(env, Mode::Protected, code())?;
+    let max = usize::try_from(m.kvm.capability(kb::KVM_CAP_MAX_VCPUS)).unwrap_or(1);
+    let n = max.min(64);
+    let vcpus: Result<Vec<_>, _> = (1..n).map(|i| m.vm.create_vcpu(i)).collect();
+    let vcpus = vcpus?;
+    for round in 1..=2u32 {
+        for (i, v) in vcpus.iter().enumerate() {
+            start_vcpu(v, Mode::Protected, at::CODE)?;
+            let mut r = v.regs()?;
+            r.rbx = at::DATA + i as u64 * 4;
+            v.set_regs(&r)?;
+            ensure_eq!(v.run()?, kb::KVM_EXIT_HLT, "exit of vCPU {i}");
+            let got: u32 = m.mem.read(usize_of(at::DATA) + i * 4);
+            ensure_eq!(got, round, "count of vCPU {i}");
+        }
+    }
+    Ok(())
+}
+
 /// The number stays taken when the vCPU's file is closed: it lives as long as its VM.
 fn vcpu_stays(env: &Env) -> Outcome {
     let vm = env.open()?.create_vm()?;
@@ -595,6 +618,7 @@ fn main() -> ExitCode {
             slot_misaligned_large,
             create_vcpu,
             vcpu_id_limits,
+            many_vcpus,
             vcpu_stays,
             vcpu_mapping,
             vcpu_mapping_end,
