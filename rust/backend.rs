@@ -10,6 +10,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::FollowsThread;
+use crate::linux::preempt::NotifiersOn;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
@@ -108,7 +109,8 @@ pub(crate) enum Exit {
     Undefined,
     /// A hardware task switch.
     TaskSwitch,
-    /// The processor refused the guest's state, or the entry altogether: the hardware's reason.
+    /// The processor refused the guest's state, with the exit reason (bit 31 is set), or the entry
+    /// altogether, with the number of the VM-instruction error.
     EntryFailed(u64),
     /// Anything else: [`Loaded::raw_exit`] has the hardware's reason.
     Unknown,
@@ -154,6 +156,7 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
         &'a self,
         vcpu: &'a mut Self::Vcpu,
         follows: &'a Followed<Self::Follows>,
+        on: &NotifiersOn,
     ) -> Self::Loaded<'a>;
 }
 

@@ -142,11 +142,11 @@ impl<L: Loaded> Run<'_, L> {
                 }
             }
             if task::guest_entry_work_seen() {
-                if task::signal_pending() {
+                // A signal, before it came or while the rest was done.
+                if task::signal_pending() || task::guest_entry_work().is_err() {
                     self.page.set_exit_reason(abi::exit::INTR);
                     return Err(EINTR);
                 }
-                task::guest_entry_work()?;
             }
         }
     }

@@ -109,7 +109,11 @@ impl<B: Backend> Vcpu<B> {
         let mut guard = self.state.lock_killable()?;
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
-        let mut hw = self.vm.machine.backend.load(state.hw, follows);
+        let mut hw = self
+            .vm
+            .machine
+            .backend
+            .load(state.hw, follows, &self.vm.notifiers);
         f(&mut Locked {
             hw: &mut hw,
             arch: state.arch,
@@ -147,7 +151,11 @@ impl<B: Backend> Vcpu<B> {
         let fpu = state.fpu.into_ref().get_ref();
         let _masked = state.arch.signal_mask.as_ref().map(task::mask_signals);
         let mut run = Run {
-            hw: self.vm.machine.backend.load(state.hw, follows),
+            hw: self
+                .vm
+                .machine
+                .backend
+                .load(state.hw, follows, &self.vm.notifiers),
             fpu: fpu.swap_in(),
             arch: state.arch,
             memory: &self.vm.memory,

@@ -10,6 +10,7 @@ use crate::abi::ioctl;
 use crate::abi::kvm_userspace_memory_region;
 use crate::backend::Backend;
 use crate::linux::file::FileObject;
+use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
 use crate::mem::GuestMemory;
 use crate::system::no_arg;
@@ -27,6 +28,8 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) machine: Arc<Machine<B>>,
     #[pin]
     pub(crate) memory: GuestMemory,
+    /// For the vCPUs' threads.
+    pub(crate) notifiers: NotifiersOn,
     /// Which vCPUs exist, a bit each. Held while one is made.
     #[pin]
     vcpus: Mutex<u64>,
@@ -45,6 +48,7 @@ impl<B: Backend> Vm<B> {
             try_pin_init!(Self {
                 machine,
                 memory <- GuestMemory::new(caps),
+                notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(0),
             }),
             GFP_KERNEL_ACCOUNT,

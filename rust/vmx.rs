@@ -21,6 +21,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
 use crate::linux::page::KernelPage;
 use crate::linux::preempt::Followed;
+use crate::linux::preempt::NotifiersOn;
 use crate::linux::unsupported;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
@@ -304,7 +305,8 @@ impl Backend for Vmx {
         &'a self,
         vcpu: &'a mut VmxVcpu,
         follows: &'a Followed<Loadable>,
+        on: &NotifiersOn,
     ) -> LoadedVcpu<'a> {
-        LoadedVcpu::new(self, vcpu, follows.follow())
+        LoadedVcpu::new(self, vcpu, follows.follow(on))
     }
 }

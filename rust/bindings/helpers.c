@@ -277,7 +277,6 @@ int rkvm_on_cpu(int cpu, void (*f)(void *), void *arg)
 	return smp_call_function_single(cpu, f, arg, 1);
 }
 
-
 void *rkvm_alloc_page(void) { return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT); }
 void rkvm_free_page(void *va) { free_page((unsigned long)va); }
 u64 rkvm_virt_to_phys(const void *va) { return virt_to_phys((void *)va); }

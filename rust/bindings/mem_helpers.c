@@ -59,7 +59,8 @@ int rkvm_user_read(void *dst, u64 src, u64 len)
 	}
 }
 
-#define USER_WRITE(type) put_user(get_unaligned((type *)src), (type __user *)dst)
+#define USER_WRITE(type) \
+	put_user(get_unaligned((const type *)(src)), (type __user *)(dst))
 
 int rkvm_user_write(u64 dst, const void *src, u64 len)
 {

@@ -40,10 +40,16 @@ impl<T: PerCpuHold> HotplugState<T> {
         })
     }
 
+    /// # Safety
+    ///
+    /// Called by the hotplug machinery, on the CPU that is coming up.
     unsafe extern "C" fn online(_cpu: u32) -> i32 {
         T::acquire().map_or_else(|e| e.to_errno(), |()| 0)
     }
 
+    /// # Safety
+    ///
+    /// Called by the hotplug machinery, on the CPU that is going down.
     unsafe extern "C" fn offline(cpu: u32) -> i32 {
         T::release(cpu);
         0

@@ -20,6 +20,26 @@ pub(crate) trait FollowsThread {
     fn switched_out(&self);
 }
 
+/// The scheduler looks for preempt notifiers while one of these lives. Turning that on and off patches
+/// the kernel's text, so it is held for as long as a VM lives, not for each run.
+pub(crate) struct NotifiersOn(());
+
+impl NotifiersOn {
+    /// Turns it on, if nobody else had; sleeps.
+    pub(crate) fn new() -> Self {
+        // SAFETY: Balanced by `drop`.
+        unsafe { bindings::preempt_notifier_inc() };
+        Self(())
+    }
+}
+
+impl Drop for NotifiersOn {
+    fn drop(&mut self) {
+        // SAFETY: Balances `new`.
+        unsafe { bindings::preempt_notifier_dec() };
+    }
+}
+
 /// A preempt notifier with what it notifies.
 ///
 /// # Invariants
@@ -61,15 +81,12 @@ impl<T: FollowsThread> Followed<T> {
     }
 
     /// Loads `inner` on this CPU and follows the current thread until the guard is dropped.
-    pub(crate) fn follow(&self) -> Following<'_, T> {
+    pub(crate) fn follow(&self, _on: &NotifiersOn) -> Following<'_, T> {
         let preempt = super::irq::PreemptOff::new();
         self.inner.switched_in(preempt.cpu());
         // SAFETY: The notifier is initialised, by the invariant, and is not linked: only the holder
-        // of the vCPU's mutex calls this, once at a time. `inc` before `register`, as it demands.
-        unsafe {
-            bindings::preempt_notifier_inc();
-            bindings::preempt_notifier_register(self.notifier.get());
-        }
+        // of the vCPU's mutex calls this, once at a time. The scheduler looks, says `_on`.
+        unsafe { bindings::preempt_notifier_register(self.notifier.get()) };
         Following {
             followed: self,
             _not_send: PhantomData,
@@ -117,9 +134,6 @@ impl<T: FollowsThread> Drop for Following<'_, T> {
         let _preempt = super::irq::PreemptOff::new();
         self.followed.inner.switched_out();
         // SAFETY: Registered by `follow` on this thread, which the guard cannot leave.
-        unsafe {
-            bindings::preempt_notifier_unregister(self.followed.notifier.get());
-            bindings::preempt_notifier_dec();
-        }
+        unsafe { bindings::preempt_notifier_unregister(self.followed.notifier.get()) };
     }
 }

@@ -18,12 +18,14 @@ use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
 use crate::x86::emulate::Outcome;
 use crate::x86::paging::MemoryError;
+use crate::x86::paging::Paging;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr3;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use crate::x86::segment::CpuMode;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
@@ -41,6 +43,10 @@ pub(super) struct EmuCpu<'a, L: Loaded> {
     hw: &'a mut L,
     maxphyaddr: u8,
     gbpages: bool,
+    /// Asked for many times an instruction, and made of many fields: nothing that is emulated changes
+    /// either but as its last act.
+    mode: Option<CpuMode>,
+    paging: Option<Paging>,
 }
 
 impl<'a, L: Loaded> EmuCpu<'a, L> {
@@ -49,6 +55,8 @@ impl<'a, L: Loaded> EmuCpu<'a, L> {
             hw,
             maxphyaddr: arch.features.maxphyaddr,
             gbpages: arch.features.has(Features::GBPAGES),
+            mode: None,
+            paging: None,
         }
     }
 }
@@ -108,6 +116,24 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
 
     fn gbpages(&mut self) -> bool {
         self.gbpages
+    }
+
+    fn mode(&mut self) -> CpuMode {
+        *self.mode.get_or_insert_with(|| crate::arch::mode(self.hw))
+    }
+
+    fn paging(&mut self) -> Paging {
+        *self.paging.get_or_insert_with(|| Paging {
+            cr0: self.hw.cr0(),
+            cr3: Cr3::new(self.hw.cr3()),
+            cr4: self.hw.cr4(),
+            efer: self.hw.efer(),
+            rflags: self.hw.rflags(),
+            // Protection keys are not offered.
+            pkru: 0,
+            maxphyaddr: self.maxphyaddr,
+            gbpages: self.gbpages,
+        })
     }
 }
 
@@ -192,11 +218,11 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Goes on with the instruction until the VMM is needed or it is done.
     fn step_emulator(&mut self) -> Result<Next> {
-        // The emulator is put aside, as it and the vCPU it works on are parts of one structure.
-        let mut emulator = core::mem::take(&mut self.arch.emulator);
         let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
-        let outcome = emulator.step(&mut cpu, &mut EmuMemory(self.memory));
-        self.arch.emulator = emulator;
+        let outcome = self
+            .arch
+            .emulator
+            .step(&mut cpu, &mut EmuMemory(self.memory));
 
         match outcome {
             Outcome::Done(done) => {

@@ -103,7 +103,7 @@ impl<L: Loaded> Locked<'_, L> {
         let state = EventsState {
             exception_pending: None,
             exception_injected: exception,
-            interrupt_injected: (events.interrupt.injected != 0).then(|| Interrupt {
+            interrupt_injected: (events.interrupt.injected != 0).then_some(Interrupt {
                 vector: events.interrupt.nr,
                 // INT n is two bytes long, but for prefixes that nobody writes.
                 insn_len: if events.interrupt.soft != 0 { 2 } else { 0 },

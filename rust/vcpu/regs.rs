@@ -85,7 +85,7 @@ fn table_from_abi(table: &kvm_dtable) -> TableReg {
 impl<L: Loaded> Locked<'_, L> {
     /// KVM_GET_REGS.
     pub(super) fn get_regs(&mut self) -> kvm_regs {
-        let hw = &mut self.hw;
+        let hw = &mut *self.hw;
         kvm_regs {
             rax: hw.gpr(Gpr::Rax),
             rbx: hw.gpr(Gpr::Rbx),
@@ -110,7 +110,7 @@ impl<L: Loaded> Locked<'_, L> {
 
     /// KVM_SET_REGS. An exception that waits was one of the state that is replaced.
     pub(super) fn set_regs(&mut self, regs: &kvm_regs) {
-        let hw = &mut self.hw;
+        let hw = &mut *self.hw;
         for (r, value) in [
             (Gpr::Rax, regs.rax),
             (Gpr::Rbx, regs.rbx),
@@ -138,7 +138,7 @@ impl<L: Loaded> Locked<'_, L> {
 
     /// KVM_GET_SREGS.
     pub(super) fn get_sregs(&mut self) -> kvm_sregs {
-        let hw = &mut self.hw;
+        let hw = &mut *self.hw;
         let mut seg = |reg| segment_to_abi(&hw.segment(reg));
         let mut sregs = kvm_sregs {
             cs: seg(SegReg::Cs),
@@ -184,7 +184,7 @@ impl<L: Loaded> Locked<'_, L> {
             .write(Msr::APIC_BASE, sregs.apic_base, &own, true)
             .map_err(|_| EINVAL)?;
 
-        let hw = &mut self.hw;
+        let hw = &mut *self.hw;
         hw.set_idtr(table_from_abi(&sregs.idt));
         hw.set_gdtr(table_from_abi(&sregs.gdt));
         hw.set_cr2(sregs.cr2);
@@ -194,7 +194,7 @@ impl<L: Loaded> Locked<'_, L> {
         hw.set_cr0(cr0);
         if cr0.has(Cr0::PG) && cr4.has(Cr4::PAE) && !efer.has(Efer::LMA) {
             // As in KVM, entries that no processor would load leave the old ones: the entry fails.
-            let _ = load_pdptes(*hw, self.vm, sregs.cr3, features);
+            let _ = load_pdptes(hw, self.vm, sregs.cr3, features);
         }
         for (reg, seg) in [
             (SegReg::Ds, &sregs.ds),

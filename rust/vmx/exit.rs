@@ -72,9 +72,6 @@ mod reason {
     pub(super) const FAILED: u32 = 1 << 31;
 }
 
-/// What [`Exit::EntryFailed`] says when the instruction itself failed, above the error number.
-const VMFAIL: u64 = 1 << 32;
-
 /// The exit qualification of a port access.
 #[derive(Clone, Copy)]
 struct IoQualification(u64);
@@ -569,7 +566,7 @@ impl Loaded for LoadedVcpu<'_> {
         if fail != 0 {
             self.v.entry.exit_reason = reason::FAILED;
             let error = self.read(f::INSTRUCTION_ERROR);
-            return Exit::EntryFailed(VMFAIL | u64::from(error));
+            return Exit::EntryFailed(u64::from(error));
         }
         if !launched {
             self.follow.get().vmcs().set_launched();

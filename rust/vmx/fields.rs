@@ -17,6 +17,8 @@ macro_rules! widths {
     ($($ty:ty),*) => { $(
         impl Width for $ty {
             #[inline]
+            // `u64` is one of the types, and to it `From` would be a useless conversion.
+            #[allow(clippy::cast_lossless)]
             fn to_raw(self) -> u64 {
                 self as u64
             }
