@@ -31,6 +31,9 @@ fn kind(exit: &Exit) -> Option<&'static str> {
         Exit::Internal { suberror: 1, .. } => "emulation",
         Exit::Internal { .. } => "internal",
         // CR8 writes and hypercalls may be told to userspace.
+        // The processor saved a state at an exit that it refuses at the next entry. Real ones do not; the
+        // emulated one does (a segment of real mode that is not marked as accessed).
+        Exit::FailEntry(_) => "refused",
         Exit::Other(kb::KVM_EXIT_SET_TPR) => "tpr",
         Exit::Other(kb::KVM_EXIT_UNKNOWN) => "unknown",
         _ => return None,

@@ -11,7 +11,7 @@ use kvm_bindings as kb;
 use selftests::guest::{at, usize_of, PORT};
 use selftests::host::{pin, rdtsc};
 use selftests::machine::{Machine, Mode};
-use selftests::mem::{Mapping, PAGE};
+use selftests::mem::{Mapping, HUGE, PAGE};
 use selftests::sys::{self, Error};
 use selftests::{fail, guest_code, Env, Verdict};
 use std::process::ExitCode;
@@ -80,6 +80,21 @@ const ROWS: &[Row] = &[
         name: "touch-read",
         what: "first read, 4 KiB page, host page there",
         run: touch_read,
+    },
+    Row {
+        name: "touch-large",
+        what: "first touch, 2 MiB page, host page there",
+        run: touch_large,
+    },
+    Row {
+        name: "interrupt",
+        what: "KVM_INTERRUPT, handler, HLT",
+        run: interrupt,
+    },
+    Row {
+        name: "vm-life",
+        what: "VM and vCPU made, run to HLT, destroyed",
+        run: vm_life,
     },
 ];
 
@@ -234,7 +249,7 @@ fn immediate(env: &Env) -> Ticks {
 // EDI: address of the first page; EBP pages. Two passes, each timed: the second finds all pages
 // mapped, and is what the loop itself costs.
 macro_rules! touch {
-    ($name:ident, $op:literal) => {
+    ($name:ident, $op:literal, $stride:expr) => {
         guest_code!($name, ".code32",
             "mov esi, 2",
             "mov ebx, {D}",
@@ -247,7 +262,7 @@ macro_rules! touch {
             "pop edx",
             "3:",
             $op,
-            "add edx, 4096",
+            "add edx, {S}",
             "dec ecx",
             "jnz 3b",
             "rdtsc",
@@ -256,18 +271,25 @@ macro_rules! touch {
             "dec esi",
             "jnz 2b",
             "hlt";
-            D = at::DATA,
+            D = at::DATA, S = $stride,
         );
     };
 }
 
-touch!(touch_write_code, "inc dword ptr [edx]");
-touch!(touch_read_code, "mov eax, [edx]");
+touch!(touch_write_code, "inc dword ptr [edx]", PAGE as u32);
+touch!(touch_read_code, "mov eax, [edx]", PAGE as u32);
+touch!(touch_large_code, "inc dword ptr [edx]", HUGE as u32);
 
-fn touch(env: &Env, code: &[u8], populate: bool) -> Ticks {
+/// Ticks a page of `size` bytes; large pages if they are of that size.
+fn touch(env: &Env, code: &[u8], size: usize, n: usize, populate: bool) -> Ticks {
     const GPA: u64 = 0x100_0000;
-    let pages = Mapping::new(PAGES * PAGE, false)?;
-    pages.advise(0, pages.len(), libc::MADV_NOHUGEPAGE)?;
+    let pages = Mapping::new(n * size, false)?;
+    let advice = if size == PAGE {
+        libc::MADV_NOHUGEPAGE
+    } else {
+        libc::MADV_HUGEPAGE
+    };
+    pages.advise(0, pages.len(), advice)?;
     if populate {
         pages.fill(0, pages.len(), 0x5a);
     }
@@ -275,26 +297,64 @@ fn touch(env: &Env, code: &[u8], populate: bool) -> Ticks {
     m.vm.set_memory(1, 0, GPA, pages.len() as u64, pages.addr() as u64)?;
     m.patch_regs(|r| {
         r.rdi = GPA;
-        r.rbp = PAGES as u64;
+        r.rbp = n as u64;
     })?;
     m.expect_hlt()?;
     let t: [u32; 4] = m.mem.read(usize_of(at::DATA));
     let first = f64::from(t[1].wrapping_sub(t[0]));
     let second = f64::from(t[3].wrapping_sub(t[2]));
     // The machine's VM has to go before the memory: `m` is dropped first.
-    Ok((first - second) / PAGES as f64)
+    Ok((first - second) / n as f64)
 }
 
 fn touch_host(env: &Env) -> Ticks {
-    touch(env, touch_write_code(), true)
+    touch(env, touch_write_code(), PAGE, PAGES, true)
 }
 
 fn touch_new(env: &Env) -> Ticks {
-    touch(env, touch_write_code(), false)
+    touch(env, touch_write_code(), PAGE, PAGES, false)
 }
 
 fn touch_read(env: &Env) -> Ticks {
-    touch(env, touch_read_code(), true)
+    touch(env, touch_read_code(), PAGE, PAGES, true)
+}
+
+fn touch_large(env: &Env) -> Ticks {
+    touch(env, touch_large_code(), HUGE, 24, true)
+}
+
+fn interrupt(env: &Env) -> Ticks {
+    guest_code!(code, ".code32", "2: sti", "hlt", "jmp 2b");
+    guest_code!(handler, ".code32", "iretd");
+    let m = Machine::new(env, Mode::Protected, code())?;
+    m.mem.write_bytes(usize_of(at::STUBS) + 0x400, handler());
+    m.expect_hlt()?;
+    let start = rdtsc();
+    for _ in 0..LOOPS {
+        m.vcpu.interrupt(0x40)?;
+        let r = m.vcpu.run()?;
+        if r != kb::KVM_EXIT_HLT {
+            fail!("exit reason {r}, expected HLT");
+        }
+    }
+    Ok((rdtsc() - start) as f64 / f64::from(LOOPS))
+}
+
+/// All of a small VM's life. What it costs to make and fill its memory is the host's, and the same
+/// for all devices.
+fn vm_life(env: &Env) -> Ticks {
+    guest_code!(code, ".code32", "hlt");
+    let once = || -> Result<(), Verdict> {
+        let m = Machine::bare(env, 0x30000)?;
+        m.start(Mode::Protected, code())?;
+        m.expect_hlt()
+    };
+    once()?;
+    let start = rdtsc();
+    for _ in 0..10 {
+        once()?;
+    }
+    Ok((rdtsc() - start) as f64 / 10.0)
 }
 
 const USAGE: &str = "\

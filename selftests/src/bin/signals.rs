@@ -257,6 +257,7 @@ fn stop_and_continue(env: &Env) -> Outcome {
     if pid == 0 {
         let run = || -> Outcome {
             let m = Machine::new(env, Mode::Protected, count())?;
+            interval_alarm(patient(2));
             for _ in 0..1_000_000 {
                 match m.vcpu.run() {
                     Err(e) if e.errno == libc::EINTR => shared.write(0, counted(&m)),
@@ -266,7 +267,6 @@ fn stop_and_continue(env: &Env) -> Outcome {
             Ok(())
         };
         interrupting_handler(libc::SIGALRM)?;
-        interval_alarm(patient(2));
         let r = run();
         println!("{r:?}");
         // SAFETY: Ends the child.
