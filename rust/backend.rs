@@ -72,6 +72,8 @@ pub(crate) enum Exit {
     Interrupt,
     /// An NMI of the host, already handled.
     Nmi,
+    /// Whatever it was, it is dealt with.
+    Handled,
     /// A machine check of the host.
     MachineCheck,
     /// An exception that is intercepted, to be raised for the guest.

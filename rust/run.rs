@@ -196,7 +196,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.hw.host_interrupt(&irqs);
                 None
             }
-            Exit::Nmi => None,
+            Exit::Nmi | Exit::Handled => None,
             Exit::MachineCheck => {
                 crate::linux::irq::machine_check(&irqs);
                 None
@@ -221,10 +221,15 @@ impl<L: Loaded> Run<'_, L> {
             let exit = self.hw.enter(irqs);
             match exit {
                 Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
+                // Reading changes nothing that an entry prepares; writing may.
+                Exit::Rdmsr => self.rdmsr(),
                 exit => return exit,
             }
-            if self.shared.pending() || task::guest_entry_work_pending(irqs) {
-                return Exit::Nmi;
+            if !self.arch.events.is_idle()
+                || self.shared.pending()
+                || task::guest_entry_work_pending(irqs)
+            {
+                return Exit::Handled;
             }
         }
     }
@@ -275,7 +280,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Handles an exit, interrupts on.
     fn handle(&mut self, exit: Exit) -> Result<Next> {
         match exit {
-            Exit::Interrupt | Exit::Nmi | Exit::MachineCheck => Ok(Next::Guest),
+            Exit::Interrupt | Exit::Nmi | Exit::MachineCheck | Exit::Handled => Ok(Next::Guest),
             // The loop looks for what is to be injected anyway.
             Exit::InterruptWindow | Exit::NmiWindow => Ok(Next::Guest),
             Exit::Cpuid => {
@@ -298,7 +303,10 @@ impl<L: Loaded> Run<'_, L> {
                 self.page.set_exit_reason(abi::exit::HLT);
                 Ok(Next::User)
             }
-            Exit::Rdmsr => self.rdmsr(),
+            Exit::Rdmsr => {
+                self.rdmsr();
+                Ok(Next::Guest)
+            }
             Exit::Wrmsr => self.wrmsr(),
             Exit::Cr(access) => self.cr_access(access),
             Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
@@ -401,9 +409,13 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Raises an exception in the place of completing the instruction.
     fn raise(&mut self, fault: Fault) -> Result<Next> {
+        self.raise_fault(fault);
+        Ok(Next::Guest)
+    }
+
+    fn raise_fault(&mut self, fault: Fault) {
         events::mark_restart(&mut self.hw, fault.vector);
         self.arch.events.raise(fault.into());
-        Ok(Next::Guest)
     }
 
     /// Completes the instruction that exited: RIP goes past it, the one-instruction shadow ends, and

@@ -20,16 +20,15 @@ use kernel::prelude::*;
 
 impl<L: Loaded> Run<'_, L> {
     /// RDMSR.
-    pub(super) fn rdmsr(&mut self) -> Result<Next> {
+    pub(super) fn rdmsr(&mut self) {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
         match read(&mut self.hw, self.arch, msr, false) {
             Ok(value) => {
                 self.hw.set_gpr(Gpr::Rax, value & 0xffff_ffff);
                 self.hw.set_gpr(Gpr::Rdx, value >> 32);
                 self.skip();
-                Ok(Next::Guest)
             }
-            Err(_) => self.raise(Fault::gp(0)),
+            Err(_) => self.raise_fault(Fault::gp(0)),
         }
     }
 
