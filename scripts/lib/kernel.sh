@@ -29,7 +29,7 @@ build_kernel() {
 			[ "${have:-n}" = "$value" ] || { echo "$option is ${have:-n}, not $value"; bad=1; }
 		done <"$dir/wanted"
 		[ $bad = 0 ] || exit 1
-		make -s LLVM=1 O="$out" -j"$(nproc)" bzImage modules
+		make LLVM=1 O="$out" -j"$(nproc)" bzImage modules
 		cp "$out/arch/x86/boot/bzImage" "$dir/bzImage"
 		rm -rf "$dir/modules"
 		mkdir "$dir/modules"
