@@ -168,17 +168,15 @@ impl<L: Loaded> Locked<'_, L> {
         sregs
     }
 
-    /// KVM_SET_SREGS: EINVAL for a state that no processor can be in.
+    /// KVM_SET_SREGS: EINVAL for a state that a processor of the vCPU's CPUID cannot be in.
     pub(super) fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result {
         let cs = segment_from_abi(SegReg::Cs, &sregs.cs);
         let (cr0, cr4) = (Cr0::new(sregs.cr0), Cr4::new(sregs.cr4));
         let efer = Efer::new(sregs.efer);
-        // The host's limits, not those of the guest's CPUID, which may come later.
-        let features = &self.host.supported;
-        if !cr::sregs_are_valid(cr0, sregs.cr3, cr4, efer, cs.attr, features) {
+        let own = self.arch.features;
+        if !cr::sregs_are_valid(cr0, sregs.cr3, cr4, efer, cs.attr, &own) {
             return Err(EINVAL);
         }
-        let own = self.arch.features;
         self.arch
             .msrs
             .write(Msr::APIC_BASE, sregs.apic_base, &own, true)
@@ -194,7 +192,7 @@ impl<L: Loaded> Locked<'_, L> {
         hw.set_cr0(cr0);
         if cr0.has(Cr0::PG) && cr4.has(Cr4::PAE) && !efer.has(Efer::LMA) {
             // As in KVM, entries that no processor would load leave the old ones: the entry fails.
-            let _ = load_pdptes(hw, self.vm, sregs.cr3, features);
+            let _ = load_pdptes(hw, self.vm, sregs.cr3, &own);
         }
         for (reg, seg) in [
             (SegReg::Ds, &sregs.ds),
