@@ -24,6 +24,10 @@ fn module(env: &Env) -> Result<(CString, CString), Verdict> {
         .and_then(|s| s.to_str())
         .unwrap_or("")
         .replace('-', "_");
+    // Its device has its name; another's files do not hold it.
+    if Path::new(&env.device).file_name().and_then(|n| n.to_str()) != Some(name.as_str()) {
+        skip!("{} is not the device of {name}", env.device);
+    }
     match (CString::new(path.as_str()), CString::new(name)) {
         (Ok(p), Ok(n)) => Ok((p, n)),
         _ => fail!("--module {path}"),
