@@ -221,14 +221,12 @@ impl<L: Loaded> Run<'_, L> {
             let exit = self.hw.enter(irqs);
             match exit {
                 Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
-                // Reading changes nothing that an entry prepares; writing may.
-                Exit::Rdmsr => self.rdmsr(),
+                // Reading changes nothing that an entry prepares; writing may. Nor may an
+                // exception be raised here: what was injected before is not concluded yet.
+                Exit::Rdmsr if self.rdmsr() => {}
                 exit => return exit,
             }
-            if !self.arch.events.is_idle()
-                || self.shared.pending()
-                || task::guest_entry_work_pending(irqs)
-            {
+            if self.shared.pending() || task::guest_entry_work_pending(irqs) {
                 return Exit::Handled;
             }
         }
@@ -304,8 +302,11 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::User)
             }
             Exit::Rdmsr => {
-                self.rdmsr();
-                Ok(Next::Guest)
+                if self.rdmsr() {
+                    Ok(Next::Guest)
+                } else {
+                    self.raise(Fault::gp(0))
+                }
             }
             Exit::Wrmsr => self.wrmsr(),
             Exit::Cr(access) => self.cr_access(access),
@@ -409,13 +410,9 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Raises an exception in the place of completing the instruction.
     fn raise(&mut self, fault: Fault) -> Result<Next> {
-        self.raise_fault(fault);
-        Ok(Next::Guest)
-    }
-
-    fn raise_fault(&mut self, fault: Fault) {
         events::mark_restart(&mut self.hw, fault.vector);
         self.arch.events.raise(fault.into());
+        Ok(Next::Guest)
     }
 
     /// Completes the instruction that exited: RIP goes past it, the one-instruction shadow ends, and

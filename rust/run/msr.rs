@@ -19,16 +19,17 @@ use crate::x86::regs::Gpr;
 use kernel::prelude::*;
 
 impl<L: Loaded> Run<'_, L> {
-    /// RDMSR.
-    pub(super) fn rdmsr(&mut self) {
+    /// RDMSR, unless it is refused: nothing has changed then.
+    pub(super) fn rdmsr(&mut self) -> bool {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
         match read(&mut self.hw, self.arch, msr, false) {
             Ok(value) => {
                 self.hw.set_gpr(Gpr::Rax, value & 0xffff_ffff);
                 self.hw.set_gpr(Gpr::Rdx, value >> 32);
                 self.skip();
+                true
             }
-            Err(_) => self.raise_fault(Fault::gp(0)),
+            Err(_) => false,
         }
     }
 
