@@ -10,9 +10,9 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::FollowsThread;
-use crate::linux::preempt::Following;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
+use crate::system::Machine;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
@@ -27,6 +27,7 @@ use crate::x86::regs::Rflags;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 /// A descriptor-table register.
 #[derive(Clone, Copy, Default)]
@@ -90,7 +91,11 @@ pub(crate) enum Exit {
     Wrmsr,
     Xsetbv,
     Cr(CrAccess),
-    Dr { dr: u8, gpr: Gpr, write: bool },
+    Dr {
+        dr: u8,
+        gpr: Gpr,
+        write: bool,
+    },
     Port(PortAccess),
     /// A guest-physical access that the page tables below do not allow.
     PageFault {
@@ -100,15 +105,17 @@ pub(crate) enum Exit {
         linear: Option<u64>,
     },
     /// A guest-physical access to a page that is known to have no memory.
-    KnownMmio { gpa: u64 },
+    KnownMmio {
+        gpa: u64,
+    },
     /// An instruction that the guest does not have: #UD.
     Undefined,
     /// A hardware task switch.
     TaskSwitch,
     /// The processor refused the guest's state, or the entry altogether: the hardware's reason.
     EntryFailed(u64),
-    /// Anything else: the hardware's reason.
-    Unknown(u64),
+    /// Anything else: [`Loaded::raw_exit`] has the hardware's reason.
+    Unknown,
 }
 
 /// Instructions that work in a guest only if the hardware offers to let them.
@@ -131,10 +138,13 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
     /// A vCPU whose hardware state is on this CPU.
     type Loaded<'a>: Loaded;
 
+    /// The machine that the module drives, unless it is coming or going.
+    fn machine() -> Option<Arc<Machine<Self>>>;
+    /// Sets what [`Self::machine`] answers.
+    fn install(machine: Option<Arc<Machine<Self>>>);
+
     /// What the page tables may use.
     fn ept_caps(&self) -> EptCaps;
-    /// Bits of CR0 that the hardware holds at one for a running guest, whatever the guest sees.
-    fn cr0_fixed(&self) -> u64;
     /// Bits of CR4 that the hardware can hold for a running guest.
     fn cr4_allowed(&self) -> u64;
     /// Instructions that a guest can only have with the hardware's help.
@@ -150,9 +160,6 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
         follows: &'a Followed<Self::Follows>,
     ) -> Self::Loaded<'a>;
 }
-
-/// A guard that keeps a vCPU loaded.
-pub(crate) type Follow<'a, B> = Following<'a, <B as Backend>::Follows>;
 
 /// A vCPU that is loaded: its registers are at hand, and it can be entered.
 pub(crate) trait Loaded {

@@ -19,8 +19,8 @@
 
 use kernel::bindings::{
     cpumask,
-    file_operations,
     file,
+    file_operations,
     folio,
     inode,
     lock_class_key,

@@ -62,9 +62,7 @@ pub(crate) fn deliver(
     }
     Delivery {
         exit_at_once: selection.exit_at_once,
-        restart: selection
-            .inject
-            .map(|_| hw.rflags().has(Rflags::RF)),
+        restart: selection.inject.map(|_| hw.rflags().has(Rflags::RF)),
     }
 }
 

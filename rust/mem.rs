@@ -82,11 +82,6 @@ impl GuestMemory {
         self.inner.is_current()
     }
 
-    /// Counts the changes of memslots.
-    pub(crate) fn generation(&self) -> u64 {
-        self.inner.slots.read().generation
-    }
-
     /// KVM_SET_USER_MEMORY_REGION: makes, moves or, if the size is 0, deletes a memslot.
     ///
     /// EINVAL: misaligned or out of bounds; a flag that is not supported; a change of anything but

@@ -50,45 +50,40 @@ module! {
     license: "GPL v2",
 }
 
-/// A backend that a loaded module can be asked for.
-pub(crate) trait Installed: Backend {
-    /// The machine, unless the module is coming or going.
-    fn machine() -> Option<Arc<Machine<Self>>>;
-}
-
-kernel::sync::global_lock! {
-    // SAFETY: Initialised in `RkvmModule::init`, before anything can ask for the machine.
-    unsafe(uninit) static MACHINE: Mutex<Option<Arc<Machine<Vmx>>>> = None;
-}
-
-impl Installed for Vmx {
-    fn machine() -> Option<Arc<Machine<Self>>> {
-        MACHINE.lock().clone()
-    }
-}
-
 /// The module, while it is loaded.
 struct RkvmModule {
+    /// First to go, so that nobody opens what is about to end.
     _device: Pin<KBox<Chrdev<System<Vmx>>>>,
+    _installed: Installed,
 }
 
 impl kernel::Module for RkvmModule {
     fn init(_module: &'static ThisModule) -> Result<Self> {
-        // SAFETY: Called once, before any other use of the lock.
-        unsafe { MACHINE.init() };
         let backend = Vmx::new()?;
         let host = Host::new(&backend)?;
-        *MACHINE.lock() = Some(Arc::new(Machine { backend, host }, GFP_KERNEL)?);
-        let device = KBox::pin_init(Chrdev::register(c"rkvm"), GFP_KERNEL)
-            .inspect_err(|_| *MACHINE.lock() = None)?;
+        let installed = Installed::new(Arc::new(Machine { backend, host }, GFP_KERNEL)?);
+        let device = KBox::pin_init(Chrdev::register(c"rkvm"), GFP_KERNEL)?;
         pr_info!("ready at /dev/rkvm\n");
-        Ok(Self { _device: device })
+        Ok(Self {
+            _device: device,
+            _installed: installed,
+        })
     }
 }
 
-impl Drop for RkvmModule {
+/// The machine can be asked for while this lives.
+struct Installed;
+
+impl Installed {
+    fn new(machine: Arc<Machine<Vmx>>) -> Self {
+        Vmx::install(Some(machine));
+        Self
+    }
+}
+
+impl Drop for Installed {
     fn drop(&mut self) {
         // Every file holds the module, so none is left, and with them went the VMs.
-        *MACHINE.lock() = None;
+        Vmx::install(None);
     }
 }

@@ -13,9 +13,9 @@ mod port;
 
 use crate::abi;
 use crate::arch::Arch;
-use crate::events;
 use crate::backend::Exit;
 use crate::backend::Loaded;
+use crate::events;
 use crate::linux::debug;
 use crate::linux::fpu::Swapped;
 use crate::linux::irq::IrqsOff;
@@ -75,8 +75,12 @@ impl<L: Loaded> Run<'_, L> {
         let result = self.run_inner();
         let ready = events::ready_for_interrupt(&mut self.hw, &self.arch.events);
         let interrupts_on = self.hw.rflags().has(Rflags::IF);
-        self.page
-            .set_outputs(ready, interrupts_on, self.arch.cr8, self.arch.msrs.apic_base());
+        self.page.set_outputs(
+            ready,
+            interrupts_on,
+            self.arch.cr8,
+            self.arch.msrs.apic_base(),
+        );
         result
     }
 
@@ -209,7 +213,6 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.take(Request::TlbFlush) {
             self.hw.flush_memory();
         }
-        self.shared.take(Request::Kick);
     }
 
     /// Loads what no VMCS field holds and the host must not keep: XCR0, breakpoint addresses.
@@ -311,7 +314,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.page.set_entry_failure(reason, self.shared.cpu());
                 Ok(Next::User)
             }
-            Exit::Unknown(_) => {
+            Exit::Unknown => {
                 let raw = self.hw.raw_exit();
                 let data = [raw[0], raw[1], raw[2], self.shared.cpu() as u64];
                 self.page

@@ -197,13 +197,4 @@ impl RunPages {
             cpu as u32,
         );
     }
-
-    /// KVM_EXIT_UNKNOWN.
-    pub(crate) fn set_unknown(&self, reason: u64) {
-        self.set_exit_reason(abi::exit::UNKNOWN);
-        self.run.write(
-            offset_of!(kvm_run, __bindgen_anon_1.hw.hardware_exit_reason),
-            reason,
-        );
-    }
 }

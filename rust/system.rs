@@ -85,8 +85,7 @@ impl Host {
 
     /// The entries of KVM_GET_SUPPORTED_CPUID: E2BIG if there are more than a vCPU can have.
     fn supported_cpuid(&self) -> Result<KVVec<CpuidEntry>> {
-        let mut entries =
-            KVVec::from_elem(CpuidEntry::default(), MAX_ENTRIES, GFP_KERNEL_ACCOUNT)?;
+        let mut entries = KVVec::from_elem(CpuidEntry::default(), MAX_ENTRIES, GFP_KERNEL_ACCOUNT)?;
         let len = policy::supported(&self.policy, host_cpuid, &mut entries).map_err(|_| E2BIG)?;
         entries.truncate(len);
         Ok(entries)
@@ -104,7 +103,7 @@ pub(crate) struct System<B: Backend> {
     machine: Arc<Machine<B>>,
 }
 
-impl<B: Backend + crate::Installed> Opened for System<B> {
+impl<B: Backend> Opened for System<B> {
     fn open() -> Result<Arc<Self>> {
         let machine = B::machine().ok_or(ENODEV)?;
         Ok(Arc::new(Self { machine }, GFP_KERNEL_ACCOUNT)?)
@@ -150,7 +149,10 @@ impl<B: Backend> System<B> {
         if room < entries.len() {
             return Err(E2BIG);
         }
-        user::write_array(arg.wrapping_add(size_of::<kvm_cpuid2>()), as_abi(&entries)?.as_slice())?;
+        user::write_array(
+            arg.wrapping_add(size_of::<kvm_cpuid2>()),
+            as_abi(&entries)?.as_slice(),
+        )?;
         user::write(arg, &(entries.len() as u32))?;
         Ok(0)
     }

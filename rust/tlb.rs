@@ -46,16 +46,12 @@ use kernel::sync::SpinLock;
 pub(crate) enum Request {
     /// Drop cached translations of guest-physical addresses (INVEPT) before the next entry.
     TlbFlush = 1 << 0,
-    /// Leave the guest once; nothing else.
-    Kick = 1 << 1,
 }
 
 /// The vCPU executes host code, or is not loaded at all.
 const OUTSIDE_GUEST: u32 = 0;
 /// The vCPU is past its last check for requests, or in the guest.
 const IN_GUEST: u32 = 1;
-/// As `IN_GUEST`, and someone has sent an IPI already.
-const EXITING: u32 = 2;
 
 /// What other CPUs must know of a vCPU.
 pub(crate) struct VcpuShared {
@@ -76,7 +72,7 @@ impl VcpuShared {
     }
 
     /// Asks for `request` at the vCPU's next entry. Does not make it leave the guest: see
-    /// [`kick`](Self::kick) and [`VcpuSet::request_all_and_wait`].
+    /// [`VcpuSet::request_all_and_wait`].
     #[inline]
     pub(crate) fn request(&self, request: Request) {
         self.requests.fetch_or(request as u32, Ordering::SeqCst);
@@ -131,21 +127,9 @@ impl VcpuShared {
         self.mode.store(OUTSIDE_GUEST, Ordering::Release);
     }
 
-    /// Makes the vCPU leave the guest if it is there, and does not wait for it. Make the request
-    /// first: a vCPU that is about to enter is stopped by that alone.
-    pub(crate) fn kick(&self) {
-        let was = self
-            .mode
-            .compare_exchange(IN_GUEST, EXITING, Ordering::SeqCst, Ordering::SeqCst);
-        if was.is_ok() {
-            ipi::kick(self.cpu());
-        }
-    }
-
     /// The CPU that must be interrupted so that the vCPU notices a request that has been made.
     #[inline]
     fn cpu_to_interrupt(&self) -> Option<CpuId> {
-        // Whoever is `EXITING` has not left yet: for one who waits, that is as good as in.
         if self.mode.load(Ordering::SeqCst) == OUTSIDE_GUEST {
             return None;
         }
@@ -236,13 +220,5 @@ impl VcpuSet {
         // Interrupts are on: the lock is never taken with interrupts off. The answer comes once the
         // CPU has left the guest and lets interrupts in.
         ipi::interrupt_and_wait(targets);
-    }
-
-    /// Makes `request` of every vCPU and has those in the guest leave it, without waiting.
-    pub(crate) fn request_all(&self, request: Request) {
-        for vcpu in self.inner.lock().vcpus.iter() {
-            vcpu.request(request);
-            vcpu.kick();
-        }
     }
 }

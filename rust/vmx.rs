@@ -20,9 +20,10 @@ use crate::linux::cpu::PerCpuHold;
 use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
 use crate::linux::page::KernelPage;
-use crate::linux::unsupported;
 use crate::linux::preempt::Followed;
+use crate::linux::unsupported;
 use crate::mmu::ept::EptCaps;
+use crate::system::Machine;
 use crate::x86::msr::Msr;
 use caps::VmxCaps;
 use fields::SecondaryControls;
@@ -134,11 +135,16 @@ impl MsrBitmap {
     }
 }
 
-/// The VMCSs that exist, by VPID counted from the top: kvm-intel, which may be loaded too, counts from
-/// the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.)
+// The VMCSs that exist, by VPID counted from the top: kvm-intel, which may be loaded too, counts from
+// the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.)
 kernel::sync::global_lock! {
     // SAFETY: Initialised by `probe`, in the module's initialiser, before the device can be opened.
     unsafe(uninit) static VMCSS: Mutex<KVVec<Option<Arc<Vmcs>>>> = KVVec::new();
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialised by `new`, in the module's initialiser, before anything asks for it.
+    unsafe(uninit) static MACHINE: Mutex<Option<Arc<Machine<Vmx>>>> = None;
 }
 
 /// A VMCS's place in [`VMCSS`], which is its virtual-processor identifier.
@@ -231,8 +237,11 @@ impl Vmx {
                 bindings::rkvm_enable_l1d_flush();
             }
         }
-        // SAFETY: The module's initialiser calls this once, and nothing uses the lock before.
-        unsafe { VMCSS.init() };
+        // SAFETY: The module's initialiser calls this once, and nothing uses the locks before.
+        unsafe {
+            VMCSS.init();
+            MACHINE.init();
+        }
         Ok(Self {
             caps: VmxCaps::probe()?,
             host: HostState::read()?,
@@ -248,6 +257,15 @@ impl Backend for Vmx {
     type Follows = Loadable;
     type Loaded<'a> = LoadedVcpu<'a>;
 
+    fn machine() -> Option<Arc<Machine<Self>>> {
+        MACHINE.lock().clone()
+    }
+
+    fn install(machine: Option<Arc<Machine<Self>>>) {
+        // What was there is dropped without the lock: it may be the last reference.
+        let _old = core::mem::replace(&mut *MACHINE.lock(), machine);
+    }
+
     fn ept_caps(&self) -> EptCaps {
         EptCaps {
             ad_bits: self.caps.ept_ad,
@@ -258,10 +276,6 @@ impl Backend for Vmx {
             phys_bits: self.host.phys_bits,
             nx_huge: self.host.multihit,
         }
-    }
-
-    fn cr0_fixed(&self) -> u64 {
-        self.caps.cr0_required
     }
 
     fn cr4_allowed(&self) -> u64 {

@@ -86,6 +86,7 @@ void rkvm_local_irq_enable(void) { local_irq_enable(); }
 void rkvm_preempt_disable(void) { preempt_disable(); }
 void rkvm_preempt_enable(void) { preempt_enable(); }
 int rkvm_smp_processor_id(void) { return raw_smp_processor_id(); }
+void rkvm_interrupt_self(void) { smp_send_reschedule(raw_smp_processor_id()); }
 
 bool rkvm_guest_entry_work_pending(void)
 {
@@ -251,14 +252,12 @@ int rkvm_cpuhp_setup(int (*online)(unsigned int), int (*offline)(unsigned int))
 }
 
 void rkvm_cpuhp_remove(int state) { cpuhp_remove_state(state); }
-void rkvm_on_each_cpu(void (*f)(void *), void *arg) { on_each_cpu(f, arg, 1); }
 
 int rkvm_on_cpu(int cpu, void (*f)(void *), void *arg)
 {
 	return smp_call_function_single(cpu, f, arg, 1);
 }
 
-int rkvm_nr_cpu_ids(void) { return nr_cpu_ids; }
 
 void *rkvm_alloc_page(void) { return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT); }
 void rkvm_free_page(void *va) { free_page((unsigned long)va); }
@@ -273,8 +272,6 @@ unsigned long rkvm_vma_pages(struct vm_area_struct *vma) { return vma_pages(vma)
 unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma) { return vma->vm_pgoff; }
 
 struct mm_struct *rkvm_current_mm(void) { return current->mm; }
-void rkvm_mmgrab(struct mm_struct *mm) { mmgrab(mm); }
-void rkvm_mmdrop(struct mm_struct *mm) { mmdrop(mm); }
 
 /*
  * The VMCS that rkvm left current on a CPU, or all ones: a physical address.

@@ -62,6 +62,7 @@ void rkvm_local_irq_enable(void);
 void rkvm_preempt_disable(void);
 void rkvm_preempt_enable(void);
 int rkvm_smp_processor_id(void);
+void rkvm_interrupt_self(void);
 
 /* Work that must be done before a guest is entered: signals, reschedule. */
 bool rkvm_guest_entry_work_pending(void);
@@ -124,9 +125,7 @@ void rkvm_set_current_vmcs(u64 phys);
 /* CPUs, and what runs on each. */
 int rkvm_cpuhp_setup(int (*online)(unsigned int), int (*offline)(unsigned int));
 void rkvm_cpuhp_remove(int state);
-void rkvm_on_each_cpu(void (*f)(void *), void *arg);
 int rkvm_on_cpu(int cpu, void (*f)(void *), void *arg);
-int rkvm_nr_cpu_ids(void);
 
 void *rkvm_alloc_page(void);
 void rkvm_free_page(void *va);
@@ -136,7 +135,5 @@ unsigned long rkvm_vma_pages(struct vm_area_struct *vma);
 unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma);
 
 struct mm_struct *rkvm_current_mm(void);
-void rkvm_mmgrab(struct mm_struct *mm);
-void rkvm_mmdrop(struct mm_struct *mm);
 
 #endif

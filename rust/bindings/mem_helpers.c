@@ -208,15 +208,6 @@ void rkvm_table_set_link(void *table, u64 link)
 
 u64 rkvm_table_link(const void *table) { return page_private(virt_to_page(table)); }
 
-void rkvm_kick_cpu(int cpu)
-{
-	int me = get_cpu();
-
-	if (cpu != me && cpu >= 0 && cpu < nr_cpu_ids && cpu_online(cpu))
-		smp_send_reschedule(cpu);
-	put_cpu();
-}
-
 static void acknowledge(void *unused)
 {
 }

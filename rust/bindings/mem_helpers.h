@@ -56,8 +56,7 @@ void *rkvm_table_virt(u64 phys);
 void rkvm_table_set_link(void *table, u64 link);
 u64 rkvm_table_link(const void *table);
 
-/* IPIs. The second waits until each CPU of @mask has taken it, and clears @mask. */
-void rkvm_kick_cpu(int cpu);
+/* Sends an IPI to each CPU of @mask, waits until it has taken it, and clears @mask. */
 void rkvm_ipi_and_wait(struct cpumask *mask);
 
 #endif

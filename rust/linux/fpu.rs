@@ -93,7 +93,11 @@ impl GuestFpu {
     /// The 512 bytes of the FXSAVE area.
     pub(crate) fn fxsave(&self) -> [u8; 512] {
         // SAFETY: The image is valid, begins with an FXSAVE area and is not loaded.
-        unsafe { bindings::rkvm_fpu_fxsave(self.raw.get()).cast::<[u8; 512]>().read_unaligned() }
+        unsafe {
+            bindings::rkvm_fpu_fxsave(self.raw.get())
+                .cast::<[u8; 512]>()
+                .read_unaligned()
+        }
     }
 
     /// Replaces the FXSAVE area, but for MXCSR bits that this CPU has not.

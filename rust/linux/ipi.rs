@@ -5,14 +5,6 @@
 use crate::bindings;
 use kernel::cpumask::CpumaskVar;
 
-/// Interrupts `cpu`, whatever number that is, and does not wait for it. Not this CPU, and none that
-/// is offline. Any context.
-#[inline]
-pub(crate) fn kick(cpu: i32) {
-    // SAFETY: Checks the number; the interrupt makes the CPU look if it must reschedule.
-    unsafe { bindings::rkvm_kick_cpu(cpu) };
-}
-
 /// Interrupts the CPUs of `mask`, but this one, waits until each has taken the interrupt, and
 /// empties the mask. Does not sleep; interrupts must be on (with them off, two CPUs could wait for
 /// each other: the kernel warns).

@@ -22,16 +22,6 @@ impl IrqsOff {
         // INVARIANT: They have just been turned off.
         Self(PhantomData)
     }
-
-    /// Lets pending interrupts in for a moment.
-    #[inline]
-    pub(crate) fn open_window(&mut self) {
-        // SAFETY: By the invariant interrupts are off and were on when the guard was made.
-        unsafe {
-            bindings::rkvm_local_irq_enable();
-            bindings::rkvm_local_irq_disable();
-        }
-    }
 }
 
 impl Drop for IrqsOff {
@@ -63,9 +53,8 @@ impl PreemptOff {
 
     /// Sends this CPU an interrupt, which ends a guest's run as soon as it has begun.
     pub(crate) fn interrupt_self(&self) {
-        // SAFETY: The number is that of an online CPU. The interrupt makes it look if it must
-        // reschedule, no more.
-        unsafe { bindings::rkvm_kick_cpu(self.cpu()) };
+        // SAFETY: The interrupt makes the CPU look if it must reschedule, no more.
+        unsafe { bindings::rkvm_interrupt_self() };
     }
 }
 

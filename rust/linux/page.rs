@@ -51,7 +51,10 @@ impl KernelPage {
     ///
     /// `T` must be valid for any bytes, which `FromBytes` says. Out of the page reads as zero.
     #[inline]
-    pub(crate) fn read<T: kernel::transmute::FromBytes + Copy + Default>(&self, offset: usize) -> T {
+    pub(crate) fn read<T: kernel::transmute::FromBytes + Copy + Default>(
+        &self,
+        offset: usize,
+    ) -> T {
         if offset > PAGE_SIZE - size_of::<T>() {
             return T::default();
         }
@@ -66,7 +69,13 @@ impl KernelPage {
             return;
         }
         // SAFETY: The range is in the page, by the check.
-        unsafe { self.va.as_ptr().add(offset).cast::<T>().write_unaligned(value) };
+        unsafe {
+            self.va
+                .as_ptr()
+                .add(offset)
+                .cast::<T>()
+                .write_unaligned(value)
+        };
     }
 
     /// Copies bytes out, as many as both sides have.

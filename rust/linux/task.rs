@@ -1,52 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The current thread: its address space, its signals, what it must do before a guest runs.
+//! The current thread: its signals, and what it must do before a guest runs.
 
 use crate::bindings;
 use kernel::error::to_result;
 use kernel::prelude::*;
-
-/// A hold on an address space's structure (not on its memory: `mmgrab`, not `mmget`).
-///
-/// # Invariants
-///
-/// `mm` points to an `mm_struct` of which this owns one reference of `mm_count`.
-pub(crate) struct MmHold {
-    mm: *mut kernel::bindings::mm_struct,
-}
-
-// SAFETY: `mm_count` is atomic; any thread may drop a reference.
-unsafe impl Send for MmHold {}
-// SAFETY: Nothing is reachable through a shared reference but the address.
-unsafe impl Sync for MmHold {}
-
-impl MmHold {
-    /// Holds the current thread's address space: EINVAL for a kernel thread.
-    pub(crate) fn current() -> Result<Self> {
-        // SAFETY: `current` is valid; the result is null for a kernel thread.
-        let mm = unsafe { bindings::rkvm_current_mm() };
-        if mm.is_null() {
-            return Err(EINVAL);
-        }
-        // SAFETY: The current thread keeps its own mm alive during the call.
-        unsafe { bindings::rkvm_mmgrab(mm) };
-        // INVARIANT: The reference was taken just now.
-        Ok(Self { mm })
-    }
-
-    /// Whether the current thread runs in this address space.
-    pub(crate) fn is_current(&self) -> bool {
-        // SAFETY: Reads a pointer of the current task.
-        self.mm == unsafe { bindings::rkvm_current_mm() }
-    }
-}
-
-impl Drop for MmHold {
-    fn drop(&mut self) {
-        // SAFETY: By the invariant the reference is ours to drop.
-        unsafe { bindings::rkvm_mmdrop(self.mm) };
-    }
-}
 
 /// Whether the thread has a signal, or must reschedule, or has other work that comes before a
 /// guest's entry. Meaningful with interrupts off; until then it may change at once.

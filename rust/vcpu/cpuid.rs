@@ -38,8 +38,9 @@ impl<L: Loaded> Locked<'_, L> {
             entries.push(entry, GFP_KERNEL_ACCOUNT)?;
         }
         let mut cpuid = KBox::new(Cpuid::new(entries).map_err(|_| EINVAL)?, GFP_KERNEL_ACCOUNT)?;
-        let features =
-            GuestFeatures::derive(|function, index| cpuid.find(function, index).map(CpuidEntry::regs));
+        let features = GuestFeatures::derive(|function, index| {
+            cpuid.find(function, index).map(CpuidEntry::regs)
+        });
 
         let cr4 = self.hw.cr4();
         core::mem::swap(&mut self.arch.cpuid, &mut cpuid);

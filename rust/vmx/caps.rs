@@ -46,8 +46,6 @@ pub(crate) struct VmxCaps {
     pub(crate) ept_1g: bool,
     /// EPT keeps accessed and dirty bits.
     pub(crate) ept_ad: bool,
-    /// EPT entries may be execute-only.
-    pub(crate) ept_exec_only: bool,
     /// INVEPT of a single context exists; else all contexts are invalidated.
     pub(crate) invept_single: bool,
     /// INVVPID of a single context exists.
@@ -196,7 +194,6 @@ impl VmxCaps {
             ept_2m: has(16),
             ept_1g: has(17),
             ept_ad: has(21),
-            ept_exec_only: has(0),
             invept_single: has(25),
             invvpid_single: has(41),
             io_info: basic & 1 << 54 != 0,

@@ -125,7 +125,7 @@ impl LoadedVcpu<'_> {
             IntrKind::HardException
             | IntrKind::SoftException
             | IntrKind::PrivilegedSoftException => {}
-            _ => return Exit::Unknown(u64::from(reason::EXCEPTION_NMI)),
+            _ => return Exit::Unknown,
         }
         let vector = Vector(info.vector());
         if vector == Vector::MC {
@@ -134,9 +134,7 @@ impl LoadedVcpu<'_> {
         if vector != Vector::DF {
             self.restore_nmi_blocking(info.nmi_unblocked());
         }
-        let error = info
-            .has_error_code()
-            .then(|| self.read(f::EXIT_ERROR_CODE));
+        let error = info.has_error_code().then(|| self.read(f::EXIT_ERROR_CODE));
         Exit::Exception(Exception {
             vector,
             error,
@@ -161,8 +159,7 @@ impl LoadedVcpu<'_> {
         let gpa = self.read(f::GUEST_PHYSICAL_ADDRESS);
         // Bits 7 and 8: the linear address is valid, and `gpa` is what it translates to, rather than
         // the address of a table that the walk needed.
-        let linear =
-            (qualification & 0x180 == 0x180).then(|| self.read(f::GUEST_LINEAR_ADDRESS));
+        let linear = (qualification & 0x180 == 0x180).then(|| self.read(f::GUEST_LINEAR_ADDRESS));
         Exit::PageFault {
             gpa,
             access: Access {
@@ -189,7 +186,9 @@ impl LoadedVcpu<'_> {
             reason::INVD => Exit::Invd,
             reason::RDPMC => Exit::Rdpmc,
             reason::VMCALL => Exit::Vmcall,
-            reason::CR_ACCESS => Exit::Cr(CrQualification(self.read(f::EXIT_QUALIFICATION)).decode()),
+            reason::CR_ACCESS => {
+                Exit::Cr(CrQualification(self.read(f::EXIT_QUALIFICATION)).decode())
+            }
             reason::DR_ACCESS => {
                 let q = self.read(f::EXIT_QUALIFICATION);
                 Exit::Dr {
@@ -223,7 +222,7 @@ impl LoadedVcpu<'_> {
                     Exit::EntryFailed(u64::from(full))
                 }
             }
-            _ => Exit::Unknown(u64::from(full)),
+            _ => Exit::Unknown,
         }
     }
 

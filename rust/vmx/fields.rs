@@ -67,7 +67,6 @@ fields! {
     TSC_OFFSET: u64 = 0x2010;
     EPT_POINTER: u64 = 0x201a;
     XSS_EXITING_BITMAP: u64 = 0x202c;
-    TSC_MULTIPLIER: u64 = 0x2032;
     GUEST_PHYSICAL_ADDRESS: u64 = 0x2400;
     VMCS_LINK_POINTER: u64 = 0x2800;
     GUEST_DEBUGCTL: u64 = 0x2802;
@@ -96,7 +95,6 @@ fields! {
     ENTRY_INSTRUCTION_LENGTH: u32 = 0x401a;
     SECONDARY_CONTROLS: u32 = 0x401e;
     INSTRUCTION_ERROR: u32 = 0x4400;
-    EXIT_REASON: u32 = 0x4402;
     EXIT_INTR_INFO: u32 = 0x4404;
     EXIT_ERROR_CODE: u32 = 0x4406;
     IDT_VECTORING_INFO: u32 = 0x4408;
@@ -294,11 +292,6 @@ bit_flags! {
         /// NMIs are blocked.
         NMI = 1 << 3;
     }
-}
-
-impl Interruptibility {
-    /// Either kind of one-instruction shadow.
-    pub(crate) const SHADOW: Self = Self(3);
 }
 
 /// Interruption information: the same format for entry, exit and IDT vectoring (SDM vol. 3, 25.8.3,

@@ -136,11 +136,7 @@ impl VmxVcpu {
 
 impl<'a> LoadedVcpu<'a> {
     /// Loads the vCPU, and writes what never changes if this is the first time.
-    pub(super) fn new(
-        vmx: &'a Vmx,
-        v: &'a mut VmxVcpu,
-        follow: Following<'a, Loadable>,
-    ) -> Self {
+    pub(super) fn new(vmx: &'a Vmx, v: &'a mut VmxVcpu, follow: Following<'a, Loadable>) -> Self {
         // INVARIANT: `follow` keeps the VMCS current.
         let mut this = Self { vmx, v, follow };
         if !this.v.initialised {
@@ -252,7 +248,12 @@ impl<'a> LoadedVcpu<'a> {
 
     /// Reads a register that the VMCS holds, unless it is cached.
     #[inline]
-    fn cached(&mut self, bit: u8, field: f::Field<u64>, place: fn(&mut VmxVcpu) -> &mut u64) -> u64 {
+    fn cached(
+        &mut self,
+        bit: u8,
+        field: f::Field<u64>,
+        place: fn(&mut VmxVcpu) -> &mut u64,
+    ) -> u64 {
         if self.v.valid.0 & bit == 0 {
             self.v.valid.0 |= bit;
             let value = self.read(field);

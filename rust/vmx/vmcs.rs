@@ -72,7 +72,13 @@ impl Vmcs {
         if cpu != NO_CPU {
             // SAFETY: `clear_here` takes a `Vmcs`, which lives during the call as that is waited
             // for. If the CPU is offline, its going down cleared the VMCS.
-            unsafe { cpu::call_on(cpu, Self::clear_ipi, core::ptr::from_ref(self).cast_mut().cast()) };
+            unsafe {
+                cpu::call_on(
+                    cpu,
+                    Self::clear_ipi,
+                    core::ptr::from_ref(self).cast_mut().cast(),
+                )
+            };
         }
     }
 

@@ -18,6 +18,8 @@ macro_rules! bit_flags {
         #[repr(transparent)]
         $vis struct $name($ty);
 
+        // A register's operations are all there, whichever of them its users happen to need.
+        #[allow(dead_code)]
         impl $name {
             $( $(#[$inner])* $vis const $flag: Self = Self($value); )*
 

@@ -39,11 +39,12 @@ source_key() {
 	key linux scripts/lib/source.sh 'scripts/kernel/*.patch'
 }
 
-# kernel_key FLAVOUR; a flavour's key does not follow the others' fragments.
+# kernel_key FLAVOUR; a flavour's key does not follow the others' fragments, nor
+# every change of the root's packages: the toolchain is the suite's.
 kernel_key() {
 	local KEY_EXTRA fragments=scripts/kernel/plain.config
 	[ "$1" = plain ] || fragments+=" scripts/kernel/$1.config"
-	KEY_EXTRA="$(source_key) $(root_key)"
+	KEY_EXTRA="$(source_key) $DEBIAN_SUITE"
 	key "kernel-$1" scripts/lib/kernel.sh "$fragments"
 }
 

@@ -31,6 +31,8 @@ import initramfs
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
+DEFAULT_CPU = "corei7_icelake_u"
+
 # Exit statuses of our own; the command's are passed through.
 KERNEL_COMPLAINED = 120
 TIMED_OUT = 121
@@ -82,9 +84,9 @@ def parse_arguments():
 Inside: busybox; /data is read-only, /tmp and /dev/shm are tmpfs; the test
 kernel's modules (kvm-intel.ko, kvm-amd.ko, ...) are in /data/modules. Under Bochs
 the TSC counts instructions (100 million a second of emulated time).""")
-    p.add_argument("--cpu", default="corei7_icelake_u", metavar="MODEL",
-                   help="Bochs CPU model (default %(default)s; core2_penryn_t9600: VMX without EPT; "
-                   "ryzen: SVM)")
+    p.add_argument("--cpu", metavar="MODEL",
+                   help=f"Bochs CPU model (default {DEFAULT_CPU}; core2_penryn_t9600: VMX without "
+                   "EPT; ryzen: SVM)")
     p.add_argument("--cpus", type=int, default=1, metavar="N", help="number of CPUs (default 1)")
     p.add_argument("--memory", type=int, default=1024, metavar="MIB", help="default %(default)s")
     p.add_argument("--kernel", default="plain", metavar="FLAVOUR",
@@ -99,8 +101,8 @@ the TSC counts instructions (100 million a second of emulated time).""")
     p.add_argument("--timeout", type=float, default=300, metavar="S",
                    help="seconds of wall-clock time (default %(default)s)")
     p.add_argument("--accel", default="auto", choices=["auto", "bochs", "kvm", "tcg"],
-                   help="auto: QEMU with KVM if the processor has VMX or SVM, else Bochs; "
-                   "tcg: QEMU's emulation, which has SVM only")
+                   help="auto: QEMU with KVM if the processor has VMX and no --cpu is given, else "
+                   "Bochs; kvm: with VMX or SVM; tcg: QEMU's emulation, which has SVM only")
     p.add_argument("--append", default="", metavar="S", help="more of the kernel's command line")
     p.add_argument("--log", metavar="DIR",
                    help="keep the emulator's log, its configuration and both consoles in DIR "
@@ -231,7 +233,7 @@ def bochs_command(args, work, kernel, cmdline, initrd, disk, serial):
     rc = f"""# What Bochs was started with.
 config_interface: textconfig
 display_library: nogui
-cpu: model={args.cpu}, count={args.cpus}, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+cpu: model={args.cpu or DEFAULT_CPU}, count={args.cpus}, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
 memory: guest={args.memory}, host={args.memory}
 romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
@@ -265,10 +267,10 @@ def qemu_command(args, work, kernel, cmdline, initrd, disk, accel):
             "-drive", f"file={disk},format=raw,if=ide,snapshot=on"]
 
 
-def hardware():
-    """Whether this processor has VMX or SVM, and KVM can be used."""
+def hardware(wanted):
+    """Whether this processor has one of the flags WANTED, and KVM can be used."""
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
-        flags = re.search(r"^flags\s*:.*\b(vmx|svm)\b", f.read(), re.MULTILINE)
+        flags = re.search(rf"^flags\s*:.*\b({wanted})\b", f.read(), re.MULTILINE)
     return bool(flags) and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
@@ -461,7 +463,11 @@ def run(args, work):
     if args.debugger:
         accel = "bochs"
     elif accel == "auto":
-        accel = "kvm" if hardware() else "bochs"
+        # What is emulated by default has VMX: so must the real thing.
+        accel = "kvm" if not args.cpu and hardware("vmx") else "bochs"
+    elif accel == "kvm" and not hardware("vmx|svm"):
+        sys.exit("machine: --accel kvm: the processor shows neither vmx nor svm, or /dev/kvm is not "
+                 "there to open")
 
     lines = open_serial(work, args.interactive)
     if accel == "bochs":

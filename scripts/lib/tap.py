@@ -65,10 +65,10 @@ class Program:
         self.report = report
         self.prefix = prefix
         self.missing = dict.fromkeys(expected)
+        self.expected = len(self.missing)
         self.comments = []
         self.plan = None
         self.failed = 0
-        self.ended = False
 
     def line(self, text):
         """Take a line of output."""
@@ -100,7 +100,6 @@ class Program:
 
     def end(self, status):
         """The program ended with STATUS; None: it did not."""
-        self.ended = True
         if status is None:
             why = "did not end"
         elif status not in (0, 1, 4) or (status == 1 and not self.failed):
@@ -110,5 +109,8 @@ class Program:
         for name in self.missing:
             self.report.result(f"{self.prefix}/{name}", False,
                                why=[*self.comments[-10:], f"not reported; the program: {why or 'ended'}"])
+        if self.plan not in (None, self.expected):
+            self.report.result(f"{self.prefix}/plan", False,
+                               why=[f"plans {self.plan} tests, lists {self.expected}"])
         if why and not self.missing:
             self.report.result(f"{self.prefix}/exit", False, why=[*self.comments[-10:], why])

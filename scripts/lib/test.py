@@ -6,7 +6,7 @@ Usage: test.py TREE [PATTERN]
 A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
 JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine, and
 guest/KERNEL/DEVICE for Linux in the sample VMM. PATTERN is a regular
-expression searched in it. Every job adds JOB/machine: its kernel complained of
+expression searched in it. testbed/TEST is about the testbed itself. Every job adds JOB/machine: its kernel complained of
 nothing and powered off. RKVM_NOT_BUILT names what did not build.
 """
 
@@ -19,12 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest
 
 import guests
 import tap
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TARGET = "x86_64-unknown-linux-gnu"
+# Unit tests of Python modules beside this one.
+PYTHON = ("test_tap",)
 CRATES = {"x86": "rust/x86", "vmm": "samples/rkvm-vmm", "selftests": "selftests"}
 DEVICES = {"kvm": "/dev/kvm", "rkvm": "/dev/rkvm"}
 # Binaries of the selftests that are not tests.
@@ -44,6 +47,11 @@ class Suite:
         self.not_built = set(os.environ.get("RKVM_NOT_BUILT", "").split(","))
         os.makedirs(self.logs, exist_ok=True)
 
+    def elsewhere(self, place):
+        """Whether the pattern plainly names another PLACE: then nothing need be built to list."""
+        head, slash, _ = self.pattern.pattern.partition("/")
+        return bool(slash) and re.fullmatch(r"[\w-]+", head) is not None and head not in place
+
     def wants(self, name):
         """Whether the pattern selects the test NAME."""
         return bool(self.pattern.search(name))
@@ -52,6 +60,8 @@ class Suite:
 def unit_tests(suite, crate):
     """Run the unit tests of CRATE on this machine."""
     prefix = f"host/{crate}"
+    if suite.elsewhere(prefix):
+        return
     log = os.path.join(suite.logs, f"host-{crate}.log")
     env = dict(os.environ, CARGO_TARGET_DIR=os.path.join(suite.tree, "build/host-" + crate))
     command = ["cargo", "test", "--locked", "--manifest-path",
@@ -61,11 +71,7 @@ def unit_tests(suite, crate):
     if listing.returncode:
         with open(log, "w", encoding="utf-8") as f:
             f.write(listing.stdout)
-        # What a pattern for other places would not have run is no failure.
-        if suite.wants(f"{prefix}/build") or "/" not in suite.pattern.pattern:
-            suite.report.result(f"{prefix}/build", False, why=listing.stdout.splitlines()[-30:])
-        else:
-            suite.report.note(f"{prefix} does not build; see {log}")
+        suite.report.result(f"{prefix}/build", False, why=listing.stdout.splitlines()[-30:])
         return
     names = re.findall(r"^(.*): test$", listing.stdout, re.MULTILINE)
     wanted = [name for name in names if suite.wants(f"{prefix}/{name}")]
@@ -97,6 +103,20 @@ def unit_tests(suite, crate):
         suite.report.result(f"{prefix}/{name}", False, why=["not reported", f"see {log}"])
     if run.returncode and not failed and not missing:
         suite.report.result(f"{prefix}/exit", False, why=[f"cargo test: {run.returncode}", f"see {log}"])
+
+
+def python_tests(suite):
+    """Run the testbed's own unit tests."""
+    for module in PYTHON:
+        for case in unittest.defaultTestLoader.loadTestsFromName(module):
+            for test in case:
+                name = f"host/testbed/{test.id()}"
+                if suite.wants(name):
+                    result = unittest.TestResult()
+                    test.run(result)
+                    why = [line for _, text in result.errors + result.failures
+                           for line in text.splitlines()]
+                    suite.report.result(name, result.wasSuccessful(), why=why)
 
 
 class Step:
@@ -280,6 +300,25 @@ def guest_job(suite, work, name, image, devices, **options):
     return job
 
 
+def testbed_tests(suite):
+    """The testbed judged: what must fail a run does, and what it passes on is right."""
+    cases = {
+        "status": (["--", "exit 3"], 3),
+        "kernel-complains": (["--", "echo '<4>WARNING: made up' >/dev/kmsg"], 120),
+        "panic": (["--", "echo c >/proc/sysrq-trigger"], 120),
+        "hang": (["--timeout", "10", "--", "while :; do :; done"], 121),
+        "module-refused": (["--cpu", "ryzen", "--insmod", "kvm-intel", "--", "true"], 125),
+        "user-cannot-complain": (["--", "echo 'WARNING: BUG: Oops'"], 0),
+    }
+    for name, (words, expected) in cases.items():
+        if not suite.wants(f"testbed/{name}"):
+            continue
+        run = subprocess.run([sys.executable, HERE + "/machine.py", "--accel", "bochs", "--quiet",
+                              *words], check=False, capture_output=True, text=True, errors="replace")
+        why = [*run.stderr.splitlines()[-15:], f"status {run.returncode}, not {expected}"]
+        suite.report.result(f"testbed/{name}", run.returncode == expected, why=why)
+
+
 def jobs(suite, work):
     """All boots, the longest first."""
     programs = selftest_programs(suite)
@@ -311,6 +350,7 @@ def main():
     suite = Suite(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "")
     for what in sorted(suite.not_built - {""}):
         suite.report.result(f"build/{what}", False, why=["does not build; the log is above"])
+    python_tests(suite)
     for crate in CRATES:
         if os.path.exists(os.path.join(suite.tree, CRATES[crate], "Cargo.toml")):
             unit_tests(suite, crate)
@@ -319,7 +359,8 @@ def main():
     with tempfile.TemporaryDirectory(prefix="rkvm-test-") as work, \
             concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # A fault of ours in a job must not look like success.
-        for future in [pool.submit(job.run) for job in jobs(suite, work)]:
+        work_items = [job.run for job in jobs(suite, work)] + [lambda: testbed_tests(suite)]
+        for future in [pool.submit(item) for item in work_items]:
             future.result()
     sys.exit(suite.report.finish())
 
