@@ -506,6 +506,7 @@ def run(args, work):
     if args.quiet and machine.trouble:
         write_all(2, machine.kernel.data.replace(b"\r", b""))
     if status == DIED:
+        say(f"the emulator's exit status was {process.returncode}")
         report_emulator(work)
     if args.log:
         keep_logs(args.log, work, machine)
