@@ -222,8 +222,9 @@ fn cycles(env: &Env) -> Outcome {
         }
     }
     println!("free memory shrank by {least} KiB at least in each 8 cycles");
+    // A debug kernel (`--slow`) holds back what is freed, and looks for leaks by itself.
     ensure!(
-        least < 64,
+        least < 64 || env.slow >= 5,
         "free memory shrank by {least} KiB or more in each 8 cycles"
     );
     works(env)
