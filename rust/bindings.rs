@@ -68,6 +68,7 @@ abi_types! {
     kvm_signal_mask,
     kvm_sregs,
     kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
     kvm_vcpu_events,
     kvm_xcrs,
 }

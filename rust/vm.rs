@@ -8,6 +8,7 @@
 use crate::abi;
 use crate::abi::ioctl;
 use crate::abi::kvm_userspace_memory_region;
+use crate::abi::kvm_userspace_memory_region2;
 use crate::backend::Backend;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
@@ -98,6 +99,19 @@ impl<B: Backend> FileObject for Vm<B> {
             ioctl::SET_USER_MEMORY_REGION => {
                 let region = user::read::<kvm_userspace_memory_region>(arg)?;
                 this.memory.set_region(&region)?;
+                Ok(0)
+            }
+            ioctl::SET_USER_MEMORY_REGION2 => {
+                let region = user::read::<kvm_userspace_memory_region2>(arg)?;
+                // What it has beyond the smaller structure is for KVM_MEM_GUEST_MEMFD, which is
+                // refused with the other flags that are not known.
+                this.memory.set_region(&kvm_userspace_memory_region {
+                    slot: region.slot,
+                    flags: region.flags,
+                    guest_phys_addr: region.guest_phys_addr,
+                    memory_size: region.memory_size,
+                    userspace_addr: region.userspace_addr,
+                })?;
                 Ok(0)
             }
             ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),

@@ -14,6 +14,7 @@ pub(crate) fn check(cap: usize) -> isize {
     };
     match cap {
         b::KVM_CAP_USER_MEMORY
+        | b::KVM_CAP_USER_MEMORY2
         | b::KVM_CAP_SET_TSS_ADDR
         | b::KVM_CAP_EXT_CPUID
         | b::KVM_CAP_NOP_IO_DELAY
@@ -36,6 +37,8 @@ pub(crate) fn check(cap: usize) -> isize {
         b::KVM_CAP_XSAVE2 => fpu::uabi_max_size() as isize,
         b::KVM_CAP_NR_VCPUS => task::online_cpus().min(MAX_VCPUS as u32) as isize,
         b::KVM_CAP_MAX_VCPUS | b::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
+        // The number of address spaces: there is no SMM, which would have another.
+        b::KVM_CAP_MULTI_ADDRESS_SPACE => 1,
         b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_SLOTS as isize,
         _ => 0,
     }

@@ -26,6 +26,7 @@ pub(crate) const CREATE_VCPU: u32 = _IO(KVMIO, 0x41);
 pub(crate) const SET_USER_MEMORY_REGION: u32 = _IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
 pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
 pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
+pub(crate) const SET_USER_MEMORY_REGION2: u32 = _IOW::<kvm_userspace_memory_region2>(KVMIO, 0x49);
 
 // A vCPU.
 pub(crate) const RUN: u32 = _IO(KVMIO, 0x80);
