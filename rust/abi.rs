@@ -59,6 +59,7 @@ pub(crate) mod exit {
     pub(crate) use crate::bindings::KVM_EXIT_INTR as INTR;
     pub(crate) use crate::bindings::KVM_EXIT_IO as IO;
     pub(crate) use crate::bindings::KVM_EXIT_IRQ_WINDOW_OPEN as IRQ_WINDOW_OPEN;
+    pub(crate) use crate::bindings::KVM_EXIT_MEMORY_FAULT as MEMORY_FAULT;
     pub(crate) use crate::bindings::KVM_EXIT_MMIO as MMIO;
     pub(crate) use crate::bindings::KVM_EXIT_SET_TPR as SET_TPR;
     pub(crate) use crate::bindings::KVM_EXIT_SHUTDOWN as SHUTDOWN;

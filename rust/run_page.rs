@@ -138,6 +138,22 @@ impl RunPages {
             .to_le_bytes()
     }
 
+    /// KVM_EXIT_MEMORY_FAULT, which comes with EFAULT: a guest-physical address and a size in bytes.
+    pub(crate) fn set_memory_fault(&self, gpa: u64, size: u64) {
+        self.set_exit_reason(abi::exit::MEMORY_FAULT);
+        let run = &self.run;
+        // There is no private memory, and how the guest accessed it has no flag.
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.memory_fault.flags),
+            0u64,
+        );
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.memory_fault.gpa), gpa);
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.memory_fault.size),
+            size,
+        );
+    }
+
     /// KVM_EXIT_INTERNAL_ERROR with up to 16 words.
     pub(crate) fn set_internal_error(&self, suberror: u32, data: &[u64]) {
         self.set_exit_reason(abi::exit::INTERNAL_ERROR);

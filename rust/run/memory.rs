@@ -137,28 +137,31 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     }
 }
 
-/// Guest memory as the emulator sees it. The error is that of memory which the VMM has promised and
-/// the host cannot reach: KVM_RUN returns EFAULT for it.
+/// Guest memory that the VMM has promised and the host cannot reach, by a guest-physical address in
+/// it: KVM_RUN returns EFAULT.
+#[derive(Clone, Copy)]
+pub(super) struct Unbacked(u64);
+
+/// Guest memory as the emulator sees it, which never asks for more than one page at once.
 pub(super) struct EmuMemory<'a>(pub(super) &'a GuestMemory);
 
-impl From<MemError> for MemoryError<()> {
-    fn from(e: MemError) -> Self {
-        match e {
-            MemError::NoSlot => Self::Mmio,
-            MemError::Fault => Self::Host(()),
-        }
+/// What an access at `gpa` that failed comes to.
+fn emu_error(error: MemError, gpa: u64) -> MemoryError<Unbacked> {
+    match error {
+        MemError::NoSlot => MemoryError::Mmio,
+        MemError::Fault => MemoryError::Host(Unbacked(gpa)),
     }
 }
 
 impl x86::paging::GuestMemory for EmuMemory<'_> {
-    type Error = ();
+    type Error = Unbacked;
 
-    fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<()>> {
-        Ok(self.0.read(gpa, buf)?)
+    fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<Unbacked>> {
+        self.0.read(gpa, buf).map_err(|e| emu_error(e, gpa))
     }
 
-    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<()>> {
-        Ok(self.0.write(gpa, data)?)
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<Unbacked>> {
+        self.0.write(gpa, data).map_err(|e| emu_error(e, gpa))
     }
 
     fn compare_exchange(
@@ -167,8 +170,10 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
         len: u8,
         old: u64,
         new: u64,
-    ) -> Result<bool, MemoryError<()>> {
-        Ok(self.0.cmpxchg(gpa, len, old, new)?)
+    ) -> Result<bool, MemoryError<Unbacked>> {
+        self.0
+            .cmpxchg(gpa, len, old, new)
+            .map_err(|e| emu_error(e, gpa))
     }
 }
 
@@ -196,8 +201,14 @@ impl<L: Loaded> Run<'_, L> {
                 crate::linux::mm::send_hwpoison(hva);
                 Ok(Next::Guest)
             }
-            MemFault::BadHva(_) => Err(EFAULT),
+            MemFault::BadHva(_) => Err(self.unbacked(Unbacked(gpa))),
         }
+    }
+
+    /// Tells the VMM which page the host cannot reach; the error is for KVM_RUN to return.
+    pub(super) fn unbacked(&mut self, at: Unbacked) -> Error {
+        self.page.set_memory_fault(at.0 & !0xfff, 0x1000);
+        EFAULT
     }
 
     /// Emulates the instruction at RIP, which accessed a device.
@@ -246,7 +257,7 @@ impl<L: Loaded> Run<'_, L> {
                     .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
                 Ok(Next::User)
             }
-            Outcome::Host(()) => Err(EFAULT),
+            Outcome::Host(at) => Err(self.unbacked(at)),
         }
     }
 

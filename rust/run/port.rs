@@ -7,6 +7,7 @@
 
 use super::memory::EmuCpu;
 use super::memory::EmuMemory;
+use super::memory::Unbacked;
 use super::LinearRip;
 use super::Next;
 use super::Pending;
@@ -117,7 +118,7 @@ impl<L: Loaded> Run<'_, L> {
         self.leave_for_port(pending, count)
     }
 
-    fn string_error(&mut self, error: IoError<()>) -> Result<Next> {
+    fn string_error(&mut self, error: IoError<Unbacked>) -> Result<Next> {
         match error {
             IoError::Fault(fault) => self.raise(fault),
             IoError::Contended => Ok(Next::Guest),
@@ -127,7 +128,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.page.set_emulation_error(&[], &raw);
                 Ok(Next::User)
             }
-            IoError::Host(()) => Err(EFAULT),
+            IoError::Host(at) => Err(self.unbacked(at)),
         }
     }
 
