@@ -18,6 +18,7 @@ pub(crate) use crate::bindings::kvm_mp_state;
 pub(crate) use crate::bindings::kvm_msr_entry;
 pub(crate) use crate::bindings::kvm_msr_list;
 pub(crate) use crate::bindings::kvm_msrs;
+pub(crate) use crate::bindings::kvm_pre_fault_memory;
 pub(crate) use crate::bindings::kvm_regs;
 pub(crate) use crate::bindings::kvm_segment;
 pub(crate) use crate::bindings::kvm_signal_mask;

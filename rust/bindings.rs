@@ -64,6 +64,7 @@ abi_types! {
     kvm_msr_entry,
     kvm_msr_list,
     kvm_msrs,
+    kvm_pre_fault_memory,
     kvm_regs,
     kvm_signal_mask,
     kvm_sregs,

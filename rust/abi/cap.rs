@@ -32,6 +32,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
         | b::KVM_CAP_MEMORY_FAULT_INFO
+        | b::KVM_CAP_PRE_FAULT_MEMORY
         | b::KVM_CAP_CHECK_EXTENSION_VM => 1,
         // Only if the host switches such state.
         b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),

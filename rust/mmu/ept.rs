@@ -33,6 +33,15 @@ pub(crate) struct Access {
     pub(crate) exec: bool,
 }
 
+impl Access {
+    /// None yet: a page is mapped ahead of its use, as for a read.
+    pub(crate) const NONE: Self = Self {
+        read: false,
+        write: false,
+        exec: false,
+    };
+}
+
 /// A level of the tables: 1 has leaves of 4 KiB, and each next level's entries span 512 times as
 /// much.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -184,7 +193,7 @@ impl Format {
             Entry::TYPE_WB | Entry::IGNORE_PAT
         };
         // The access that it is made for follows at once: spare the processor the update.
-        if self.ad {
+        if self.ad && access != Access::NONE {
             bits |= Entry::ACCESSED;
             if access.write && frame.writable {
                 bits |= Entry::DIRTY;

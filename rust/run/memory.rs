@@ -186,7 +186,7 @@ impl<L: Loaded> Run<'_, L> {
         linear: Option<u64>,
     ) -> Result<Next> {
         match self.memory.map(gpa, access)? {
-            MemFault::Mapped => Ok(Next::Guest),
+            MemFault::Mapped(_) => Ok(Next::Guest),
             MemFault::Mmio => {
                 let hint = linear.map(|linear| Hint {
                     linear,
