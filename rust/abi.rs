@@ -8,6 +8,9 @@ pub(crate) mod ioctl;
 use crate::linux::user;
 use kernel::prelude::*;
 
+pub(crate) use crate::bindings::kvm_coalesced_mmio;
+pub(crate) use crate::bindings::kvm_coalesced_mmio_ring;
+pub(crate) use crate::bindings::kvm_coalesced_mmio_zone;
 pub(crate) use crate::bindings::kvm_cpuid2;
 pub(crate) use crate::bindings::kvm_cpuid_entry2;
 pub(crate) use crate::bindings::kvm_debugregs;
@@ -35,8 +38,9 @@ pub(crate) const API_VERSION: isize = 12;
 /// (KVM_CAP_MAX_VCPU_ID).
 pub(crate) const MAX_VCPUS: usize = 64;
 
-/// Pages of a vCPU's mapping: `struct kvm_run`, and the data of port accesses.
-pub(crate) const RUN_PAGES: usize = 2;
+/// Pages of a vCPU's mapping: `struct kvm_run`, the data of port accesses, and the VM's ring of
+/// coalesced writes.
+pub(crate) const RUN_PAGES: usize = 3;
 
 /// The most entries of KVM_GET_MSRS and KVM_SET_MSRS, as in KVM.
 pub(crate) const MAX_MSR_ENTRIES: usize = 256;

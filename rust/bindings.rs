@@ -55,6 +55,7 @@ macro_rules! abi_types {
 }
 
 abi_types! {
+    kvm_coalesced_mmio_zone,
     kvm_cpuid2,
     kvm_cpuid_entry2,
     kvm_debugregs,
@@ -72,4 +73,12 @@ abi_types! {
     kvm_userspace_memory_region2,
     kvm_vcpu_events,
     kvm_xcrs,
+}
+
+impl kvm_coalesced_mmio_zone {
+    /// Whether it is of ports: 1, or 0 if it is of memory.
+    pub(crate) fn pio(&self) -> u32 {
+        // SAFETY: The union is of one integer under two names.
+        unsafe { self.__bindgen_anon_1.pio }
+    }
 }

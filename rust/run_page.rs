@@ -28,9 +28,9 @@ impl RunPages {
         })
     }
 
-    /// Maps as many of them as the mapping spans: EINVAL if it goes beyond.
-    pub(crate) fn mmap(&self, vma: &NewVma) -> Result {
-        let pages = [&self.run, &self.port_data];
+    /// Maps as many of them, and of `ring` after them, as the mapping spans: EINVAL if it goes beyond.
+    pub(crate) fn mmap(&self, vma: &NewVma, ring: &KernelPage) -> Result {
+        let pages: [_; abi::RUN_PAGES] = [&self.run, &self.port_data, ring];
         let first = vma.first_page();
         for index in 0..vma.pages() {
             let page = first

@@ -178,6 +178,7 @@ impl<B: Backend> Vcpu<B> {
             fpu: fpu.swap_in(),
             arch: state.arch,
             memory: &self.vm.memory,
+            bus: &self.vm.bus,
             shared: &self.shared,
             page: &self.pages,
             host: &self.vm.machine.host,
@@ -300,6 +301,6 @@ impl<B: Backend> FileObject for Vcpu<B> {
     }
 
     fn mmap(this: ArcBorrow<'_, Self>, vma: &NewVma) -> Result {
-        this.pages.mmap(vma)
+        this.pages.mmap(vma, this.vm.bus.coalesced.ring())
     }
 }

@@ -10,6 +10,7 @@ use crate::abi::ioctl;
 use crate::abi::kvm_userspace_memory_region;
 use crate::abi::kvm_userspace_memory_region2;
 use crate::backend::Backend;
+use crate::bus::Bus;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
@@ -29,6 +30,8 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) machine: Arc<Machine<B>>,
     #[pin]
     pub(crate) memory: GuestMemory,
+    #[pin]
+    pub(crate) bus: Bus,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Which vCPUs exist, a bit each. Held while one is made.
@@ -49,6 +52,7 @@ impl<B: Backend> Vm<B> {
             try_pin_init!(Self {
                 machine,
                 memory <- GuestMemory::new(caps),
+                bus <- Bus::new(),
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(0),
             }),
@@ -112,6 +116,14 @@ impl<B: Backend> FileObject for Vm<B> {
                     memory_size: region.memory_size,
                     userspace_addr: region.userspace_addr,
                 })?;
+                Ok(0)
+            }
+            ioctl::REGISTER_COALESCED_MMIO => {
+                this.bus.coalesced.register(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::UNREGISTER_COALESCED_MMIO => {
+                this.bus.coalesced.unregister(&user::read(arg)?)?;
                 Ok(0)
             }
             ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),

@@ -27,6 +27,8 @@ pub(crate) const SET_USER_MEMORY_REGION: u32 = _IOW::<kvm_userspace_memory_regio
 pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
 pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
 pub(crate) const SET_USER_MEMORY_REGION2: u32 = _IOW::<kvm_userspace_memory_region2>(KVMIO, 0x49);
+pub(crate) const REGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x67);
+pub(crate) const UNREGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x68);
 
 // A vCPU.
 pub(crate) const RUN: u32 = _IO(KVMIO, 0x80);

@@ -9,6 +9,7 @@ use super::Pending;
 use super::Run;
 use crate::arch::Arch;
 use crate::backend::Loaded;
+use crate::bus::Space;
 use crate::mem::access::MemError;
 use crate::mem::fault::Fault as MemFault;
 use crate::mem::GuestMemory;
@@ -229,11 +230,14 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Goes on with the instruction until the VMM is needed or it is done.
     fn step_emulator(&mut self) -> Result<Next> {
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
-        let outcome = self
-            .arch
-            .emulator
-            .step(&mut cpu, &mut EmuMemory(self.memory));
+        let outcome = loop {
+            let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+            let mut memory = EmuMemory(self.memory);
+            match self.arch.emulator.step(&mut cpu, &mut memory) {
+                Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
+                outcome => break outcome,
+            }
+        };
 
         match outcome {
             Outcome::Done(done) => {
@@ -259,6 +263,12 @@ impl<L: Loaded> Run<'_, L> {
             }
             Outcome::Host(at) => Err(self.unbacked(at)),
         }
+    }
+
+    /// Offers a device write to the devices in the kernel; returns if one took it.
+    fn device_write(&self, gpa: u64, data: &[u8; 8], len: u8) -> bool {
+        let data = data.get(..usize::from(len)).unwrap_or(data);
+        self.bus.write(Space::Memory, gpa, data)
     }
 
     fn leave_for_mmio(&mut self, write: bool) -> Result<Next> {
