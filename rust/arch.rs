@@ -124,13 +124,13 @@ pub(crate) fn reset(hw: &mut impl Loaded) {
 
 /// The mode that the vCPU is in.
 pub(crate) fn mode(hw: &mut impl Loaded) -> CpuMode {
-    let cs = hw.segment(SegReg::Cs).attr;
+    let cs = hw.segment_attr(SegReg::Cs);
     CpuMode::of(hw.cr0(), hw.rflags(), hw.efer(), cs)
 }
 
 /// Whether the guest executes 64-bit code.
 pub(crate) fn in_64bit_mode(hw: &mut impl Loaded) -> bool {
-    hw.efer().has(Efer::LMA) && hw.segment(SegReg::Cs).attr.l()
+    hw.efer().has(Efer::LMA) && hw.segment_attr(SegReg::Cs).l()
 }
 
 /// The privilege level: that of SS, but for modes in which segments have none.
@@ -140,7 +140,7 @@ pub(crate) fn cpl(hw: &mut impl Loaded) -> u8 {
     } else if hw.rflags().has(Rflags::VM) {
         3
     } else {
-        hw.segment(SegReg::Ss).attr.dpl()
+        hw.segment_attr(SegReg::Ss).dpl()
     }
 }
 
