@@ -5,6 +5,7 @@
 use crate::abi;
 use crate::backend::Loaded;
 use crate::linux::task::SignalMask;
+use crate::mem::devices::DeviceFrames;
 use crate::run::Pending;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
@@ -48,6 +49,8 @@ pub(crate) struct Arch {
     /// IA32_TSC_ADJUST.
     pub(crate) tsc_adjust: u64,
     pub(crate) emulator: Emulator,
+    /// Where devices are known to be.
+    pub(crate) devices: DeviceFrames,
     /// What the next KVM_RUN completes.
     pub(crate) pending: Pending,
     /// Signals blocked during KVM_RUN, if not those that the thread blocks anyway.
@@ -74,6 +77,7 @@ impl Arch {
             tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,
             emulator: Emulator::new(),
+            devices: DeviceFrames::new(),
             pending: Pending::Nothing,
             signal_mask: None,
             has_run: false,

@@ -10,6 +10,7 @@
 //! in that address space; the files' ioctls see to it, and answer EIO otherwise.
 
 pub(crate) mod access;
+pub(crate) mod devices;
 pub(crate) mod fault;
 mod notify;
 mod slots;
@@ -24,6 +25,8 @@ use crate::linux::srcu::SrcuCell;
 use crate::mmu::ept::EptCaps;
 use crate::mmu::Mmu;
 use crate::tlb::VcpuSet;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 use kernel::sync::new_mutex;
 use kernel::sync::Mutex;
@@ -48,6 +51,9 @@ struct Inner {
     update: Mutex<()>,
     #[pin]
     slots: SrcuCell<Slots>,
+    /// Odd while a set of memslots is being published, and moved on by 2 each time: who remembers
+    /// something of the memslots knows by it whether that still holds. See [`devices`].
+    version: AtomicU64,
     #[pin]
     mmu: Mmu,
 }
@@ -59,6 +65,7 @@ impl GuestMemory {
             inner <- Listening::new(try_pin_init!(Inner {
                 update <- new_mutex!((), "rkvm_memslots"),
                 slots <- SrcuCell::new(KBox::new(Slots::empty(), GFP_KERNEL_ACCOUNT)?),
+                version: AtomicU64::new(0),
                 mmu <- Mmu::new(caps),
             }? Error)),
         }? Error)
@@ -156,10 +163,19 @@ impl Inner {
                 ..old
             };
             let between = self.slots.read().with(leaving.id, Some(leaving))?;
-            drop(self.slots.replace(between));
+            self.publish(between);
             self.mmu.zap(core::iter::once(gfns), true);
         }
-        drop(self.slots.replace(next));
+        self.publish(next);
         Ok(())
+    }
+
+    /// Publishes `next` and waits until nobody uses what was before. With `update` held.
+    fn publish(&self, next: KBox<Slots>) {
+        // Odd before anybody can see the new set. The exchange of the sets is a full barrier, and
+        // the release orders the new number after it.
+        self.version.fetch_add(1, Ordering::SeqCst);
+        drop(self.slots.replace(next));
+        self.version.fetch_add(1, Ordering::Release);
     }
 }

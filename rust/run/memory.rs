@@ -11,6 +11,7 @@ use crate::arch::Arch;
 use crate::backend::Loaded;
 use crate::bus::Space;
 use crate::mem::access::MemError;
+use crate::mem::devices::DeviceFrames;
 use crate::mem::fault::Fault as MemFault;
 use crate::mem::GuestMemory;
 use crate::mmu::ept::Access;
@@ -144,13 +145,30 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
 pub(super) struct Unbacked(u64);
 
 /// Guest memory as the emulator sees it, which never asks for more than one page at once.
-pub(super) struct EmuMemory<'a>(pub(super) &'a GuestMemory);
+pub(super) struct EmuMemory<'a> {
+    memory: &'a GuestMemory,
+    devices: &'a DeviceFrames,
+}
 
-/// What an access at `gpa` that failed comes to.
-fn emu_error(error: MemError, gpa: u64) -> MemoryError<Unbacked> {
-    match error {
-        MemError::NoSlot => MemoryError::Mmio,
-        MemError::Fault => MemoryError::Host(Unbacked(gpa)),
+impl<'a> EmuMemory<'a> {
+    pub(super) fn new(memory: &'a GuestMemory, devices: &'a DeviceFrames) -> Self {
+        Self { memory, devices }
+    }
+
+    /// An access that is one of a device if that is known, and else what `f` makes of it.
+    #[inline]
+    fn access<R>(
+        &self,
+        gpa: u64,
+        f: impl FnOnce(&GuestMemory) -> Result<R, MemError>,
+    ) -> Result<R, MemoryError<Unbacked>> {
+        if self.devices.contain(self.memory, gpa) {
+            return Err(MemoryError::Mmio);
+        }
+        f(self.memory).map_err(|error| match error {
+            MemError::NoSlot => MemoryError::Mmio,
+            MemError::Fault => MemoryError::Host(Unbacked(gpa)),
+        })
     }
 }
 
@@ -158,11 +176,11 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
     type Error = Unbacked;
 
     fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<Unbacked>> {
-        self.0.read(gpa, buf).map_err(|e| emu_error(e, gpa))
+        self.access(gpa, |memory| memory.read(gpa, buf))
     }
 
     fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<Unbacked>> {
-        self.0.write(gpa, data).map_err(|e| emu_error(e, gpa))
+        self.access(gpa, |memory| memory.write(gpa, data))
     }
 
     fn compare_exchange(
@@ -172,9 +190,7 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
         old: u64,
         new: u64,
     ) -> Result<bool, MemoryError<Unbacked>> {
-        self.0
-            .cmpxchg(gpa, len, old, new)
-            .map_err(|e| emu_error(e, gpa))
+        self.access(gpa, |memory| memory.cmpxchg(gpa, len, old, new))
     }
 }
 
@@ -186,9 +202,15 @@ impl<L: Loaded> Run<'_, L> {
         access: Access,
         linear: Option<u64>,
     ) -> Result<Next> {
-        match self.memory.map(gpa, access)? {
+        let fault = if self.arch.devices.contain(self.memory, gpa) {
+            MemFault::Mmio
+        } else {
+            self.memory.map(gpa, access)?
+        };
+        match fault {
             MemFault::Mapped(_) => Ok(Next::Guest),
             MemFault::Mmio => {
+                self.arch.devices.note(self.memory, gpa);
                 let hint = linear.map(|linear| Hint {
                     linear,
                     gpa,
@@ -232,8 +254,9 @@ impl<L: Loaded> Run<'_, L> {
     fn step_emulator(&mut self) -> Result<Next> {
         let outcome = loop {
             let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
-            let mut memory = EmuMemory(self.memory);
-            match self.arch.emulator.step(&mut cpu, &mut memory) {
+            let arch = &mut *self.arch;
+            let mut memory = EmuMemory::new(self.memory, &arch.devices);
+            match arch.emulator.step(&mut cpu, &mut memory) {
                 Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
                 outcome => break outcome,
             }
