@@ -13,6 +13,7 @@ pub(crate) mod access;
 pub(crate) mod fault;
 mod notify;
 mod slots;
+mod tree;
 
 pub(crate) use slots::MAX_SLOTS;
 
