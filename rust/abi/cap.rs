@@ -30,6 +30,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_IMMEDIATE_EXIT
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
+        | b::KVM_CAP_BINARY_STATS_FD
         | b::KVM_CAP_CHECK_EXTENSION_VM => 1,
         // Only if the host switches such state.
         b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),
