@@ -8,13 +8,16 @@ pub(crate) mod ioctl;
 use crate::linux::user;
 use kernel::prelude::*;
 
+pub(crate) use crate::bindings::kvm_clear_dirty_log;
 pub(crate) use crate::bindings::kvm_coalesced_mmio;
 pub(crate) use crate::bindings::kvm_coalesced_mmio_ring;
 pub(crate) use crate::bindings::kvm_coalesced_mmio_zone;
 pub(crate) use crate::bindings::kvm_cpuid2;
 pub(crate) use crate::bindings::kvm_cpuid_entry2;
 pub(crate) use crate::bindings::kvm_debugregs;
+pub(crate) use crate::bindings::kvm_dirty_log;
 pub(crate) use crate::bindings::kvm_dtable;
+pub(crate) use crate::bindings::kvm_enable_cap;
 pub(crate) use crate::bindings::kvm_fpu;
 pub(crate) use crate::bindings::kvm_interrupt;
 pub(crate) use crate::bindings::kvm_mp_state;
@@ -26,6 +29,8 @@ pub(crate) use crate::bindings::kvm_regs;
 pub(crate) use crate::bindings::kvm_segment;
 pub(crate) use crate::bindings::kvm_signal_mask;
 pub(crate) use crate::bindings::kvm_sregs;
+pub(crate) use crate::bindings::kvm_stats_desc;
+pub(crate) use crate::bindings::kvm_stats_header;
 pub(crate) use crate::bindings::kvm_userspace_memory_region;
 pub(crate) use crate::bindings::kvm_userspace_memory_region2;
 pub(crate) use crate::bindings::kvm_vcpu_events;
@@ -42,6 +47,9 @@ pub(crate) const MAX_VCPUS: usize = 64;
 /// coalesced writes.
 pub(crate) const RUN_PAGES: usize = 3;
 
+/// Where in a vCPU's mapping its dirty ring begins, in pages.
+pub(crate) const DIRTY_RING_PAGE: usize = crate::bindings::KVM_DIRTY_LOG_PAGE_OFFSET as usize;
+
 /// The most entries of KVM_GET_MSRS and KVM_SET_MSRS, as in KVM.
 pub(crate) const MAX_MSR_ENTRIES: usize = 256;
 
@@ -57,6 +65,7 @@ pub(crate) fn read_msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
 
 /// KVM_EXIT_*: why KVM_RUN returned (KVM API, 5).
 pub(crate) mod exit {
+    pub(crate) use crate::bindings::KVM_EXIT_DIRTY_RING_FULL as DIRTY_RING_FULL;
     pub(crate) use crate::bindings::KVM_EXIT_EXCEPTION as EXCEPTION;
     pub(crate) use crate::bindings::KVM_EXIT_FAIL_ENTRY as FAIL_ENTRY;
     pub(crate) use crate::bindings::KVM_EXIT_HLT as HLT;

@@ -12,17 +12,22 @@
 pub(crate) mod access;
 pub(crate) mod devices;
 pub(crate) mod fault;
+pub(crate) mod log;
 mod notify;
+pub(crate) mod ring;
 mod slots;
+mod tree;
 
 pub(crate) use slots::MAX_SLOTS;
 
 use crate::bindings::kvm_userspace_memory_region;
+use crate::bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use crate::bindings::KVM_MEM_READONLY;
 use crate::linux::mm::user_range_ok;
 use crate::linux::mmu_notifier::Listening;
 use crate::linux::srcu::SrcuCell;
 use crate::mmu::ept::EptCaps;
+use crate::mmu::ept::Level;
 use crate::mmu::Mmu;
 use crate::tlb::VcpuSet;
 use core::sync::atomic::AtomicU64;
@@ -30,6 +35,7 @@ use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 use kernel::sync::new_mutex;
 use kernel::sync::Mutex;
+use log::LogMode;
 use slots::Slot;
 use slots::Slots;
 
@@ -56,6 +62,7 @@ struct Inner {
     version: AtomicU64,
     #[pin]
     mmu: Mmu,
+    log: LogMode,
 }
 
 impl GuestMemory {
@@ -67,6 +74,7 @@ impl GuestMemory {
                 slots <- SrcuCell::new(KBox::new(Slots::empty(), GFP_KERNEL_ACCOUNT)?),
                 version: AtomicU64::new(0),
                 mmu <- Mmu::new(caps),
+                log: LogMode::new(),
             }? Error)),
         }? Error)
     }
@@ -83,6 +91,14 @@ impl GuestMemory {
         self.inner.mmu.vcpus()
     }
 
+    /// How many leaves of 4 KiB, 2 MiB and 1 GiB there are, and how many tables.
+    pub(crate) fn mapped(&self) -> ([u64; 3], u64) {
+        const SIZES: [Level; 3] = [Level::Page4K, Level::Page2M, Level::Page1G];
+        self.inner
+            .mmu
+            .with_counts(|counts| (SIZES.map(|size| counts.leaves(size)), counts.tables()))
+    }
+
     /// Returns if the current task runs in this memory's address space.
     #[inline]
     pub(crate) fn is_current(&self) -> bool {
@@ -92,12 +108,12 @@ impl GuestMemory {
     /// KVM_SET_USER_MEMORY_REGION: makes, moves or, if the size is 0, deletes a memslot.
     ///
     /// EINVAL: misaligned or out of bounds; a flag that is not supported; a change of anything but
-    /// the place of a slot that is there; deletion of one that is not. EEXIST: another slot is in
-    /// the way. ENOMEM.
+    /// the place or the logging of a slot that is there; deletion of one that is not. EEXIST: another
+    /// slot is in the way. ENOMEM.
     ///
     /// When it returns, nothing uses what was there before.
     pub(crate) fn set_region(&self, region: &kvm_userspace_memory_region) -> Result {
-        let new = self.check_region(region)?;
+        let mut new = self.check_region(region)?;
         let inner = &*self.inner;
         let _update = inner.update.lock();
         let (old, next) = {
@@ -115,14 +131,19 @@ impl GuestMemory {
                 }
                 _ => {}
             }
-            if let Some(new) = &new {
+            if let Some(new) = &mut new {
                 if slots.occupied(&new.gfns, new.id) {
                     return Err(EEXIST);
                 }
+                new.log = inner.log_of(new, old.as_ref())?;
             }
-            (old, slots.with(region.slot, new)?)
+            (old, slots.with(region.slot, new.clone())?)
         };
-        inner.replace_slot(old, next)
+        match (old, new) {
+            (Some(old), Some(new)) if old.gfns == new.gfns => self.change_logging(&new, next),
+            (old, _) => inner.replace_slot(old, next)?,
+        }
+        Ok(())
     }
 
     /// The slot that the user describes, with what can be said without knowing the others; none if
@@ -131,7 +152,7 @@ impl GuestMemory {
         let size = region.memory_size;
         let gpa = region.guest_phys_addr;
         let hva = region.userspace_addr;
-        if region.flags & !KVM_MEM_READONLY != 0
+        if region.flags & !(KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES) != 0
             || (size | gpa | hva) & 0xfff != 0
             || !user_range_ok(hva, size)
             || region.slot >= MAX_SLOTS
@@ -170,12 +191,22 @@ impl Inner {
         Ok(())
     }
 
-    /// Publishes `next` and waits until nobody uses what was before. With `update` held.
+    /// Publishes a set of memslots and waits until nobody uses the one before. With `update` held, and
+    /// as the last step of a change.
     fn publish(&self, next: KBox<Slots>) {
+        // Whoever uses a logged slot must find the vCPUs logging; the other way round, it costs only
+        // time.
+        let logging = next.are_logged();
+        if logging {
+            self.set_logging(true);
+        }
         // Odd before anybody can see the new set. The exchange of the sets is a full barrier, and
         // the release orders the new number after it.
         self.version.fetch_add(1, Ordering::SeqCst);
         drop(self.slots.replace(next));
         self.version.fetch_add(1, Ordering::Release);
+        if !logging {
+            self.set_logging(false);
+        }
     }
 }

@@ -13,6 +13,7 @@
 //! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
+//! | [`stats`] | what is counted, and the files to read it |
 //! | [`linux`] | kernel services that the `kernel` crate lacks |
 
 #![crate_name = "rkvm"]
@@ -38,6 +39,7 @@ mod mem;
 mod mmu;
 mod run;
 mod run_page;
+mod stats;
 mod system;
 mod tlb;
 mod vcpu;
@@ -51,6 +53,20 @@ module! {
     authors: ["The rkvm developers"],
     description: "Kernel-based virtual machines, in Rust",
     license: "GPL v2",
+    params: {
+        pml: u8 {
+            default: 1,
+            description: "Let the processor log the guest's writes, if it can (default 1)",
+        },
+    },
+}
+
+/// What the module was told when it was loaded.
+mod parameters {
+    /// Page-modification logging may be used.
+    pub(crate) fn pml() -> bool {
+        *crate::module_parameters::pml.value() != 0
+    }
 }
 
 /// The module, while it is loaded.

@@ -23,6 +23,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::linux::msr as host_msr;
 use crate::linux::task;
+use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
 use crate::run_page::RunPages;
 use crate::system::Host;
@@ -134,8 +135,13 @@ impl<L: Loaded> Run<'_, L> {
                 self.page.set_exit_reason(abi::exit::SHUTDOWN);
                 return Ok(());
             }
+            if self.shared.ring().is_some_and(DirtyRing::is_full) {
+                self.page.set_exit_reason(abi::exit::DIRTY_RING_FULL);
+                return Ok(());
+            }
             if self.window_is_open() {
                 self.page.set_exit_reason(abi::exit::IRQ_WINDOW_OPEN);
+                self.shared.stats.request_irq_exits.bump();
                 return Ok(());
             }
             if let Some(exit) = self.enter_once() {
@@ -147,6 +153,7 @@ impl<L: Loaded> Run<'_, L> {
                 // A signal, before it came or while the rest was done.
                 if task::signal_pending() || task::guest_entry_work().is_err() {
                     self.page.set_exit_reason(abi::exit::INTR);
+                    self.shared.stats.signal_exits.bump();
                     return Err(EINTR);
                 }
             }
@@ -163,7 +170,13 @@ impl<L: Loaded> Run<'_, L> {
     fn enter_once(&mut self) -> Option<Exit> {
         let wanted = self.page.request_interrupt_window();
         let arch = &mut *self.arch;
-        let delivery = events::deliver(&mut self.hw, &mut arch.events, &mut arch.dr6, wanted);
+        let delivery = events::deliver(
+            &mut self.hw,
+            &mut arch.events,
+            &mut arch.dr6,
+            wanted,
+            &self.shared.stats,
+        );
 
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
@@ -196,6 +209,7 @@ impl<L: Loaded> Run<'_, L> {
         let exit = match exit {
             Exit::Interrupt => {
                 self.hw.host_interrupt(&irqs);
+                self.shared.stats.irq_exits.bump();
                 None
             }
             Exit::Nmi | Exit::Handled => None,
@@ -208,6 +222,10 @@ impl<L: Loaded> Run<'_, L> {
         task::guest_time_ends(&irqs);
         drop(irqs);
         drop(preempt);
+        if self.hw.has_logged_writes() {
+            let marker = self.memory.marker(self.shared);
+            self.hw.take_logged_writes(|gpa| marker.mark(gpa >> 12));
+        }
 
         // An entry that failed has not touched the event.
         if !self.hw.entry_failed() {
@@ -221,6 +239,7 @@ impl<L: Loaded> Run<'_, L> {
     fn inner_loop(&mut self, irqs: &IrqsOff) -> Exit {
         loop {
             let exit = self.hw.enter(irqs);
+            self.shared.stats.exits.bump();
             match exit {
                 Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
                 // Reading changes nothing that an entry prepares; writing may. Nor may an
@@ -237,6 +256,10 @@ impl<L: Loaded> Run<'_, L> {
     fn take_requests(&mut self) {
         if self.shared.take(Request::TlbFlush) {
             self.hw.flush_memory();
+            self.shared.stats.tlb_flush.bump();
+        }
+        if self.shared.take(Request::WriteLogging) {
+            self.hw.set_write_logging(self.memory.is_logging());
         }
     }
 
@@ -282,7 +305,14 @@ impl<L: Loaded> Run<'_, L> {
         match exit {
             Exit::Interrupt | Exit::Nmi | Exit::MachineCheck | Exit::Handled => Ok(Next::Guest),
             // The loop looks for what is to be injected anyway.
-            Exit::InterruptWindow | Exit::NmiWindow => Ok(Next::Guest),
+            Exit::InterruptWindow => {
+                self.shared.stats.irq_window_exits.bump();
+                Ok(Next::Guest)
+            }
+            Exit::NmiWindow => {
+                self.shared.stats.nmi_window_exits.bump();
+                Ok(Next::Guest)
+            }
             Exit::Cpuid => {
                 let cpl = crate::arch::cpl(&mut self.hw);
                 if self.arch.msrs.cpuid_faults(cpl) {
@@ -291,13 +321,17 @@ impl<L: Loaded> Run<'_, L> {
                 self.cpuid();
                 Ok(Next::Guest)
             }
-            Exit::Port(access) => self.port_access(access),
+            Exit::Port(access) => {
+                self.shared.stats.io_exits.bump();
+                self.port_access(access)
+            }
             Exit::PageFault {
                 gpa,
                 access,
                 linear,
             } => self.page_fault(gpa, access, linear),
             Exit::Hlt => {
+                self.shared.stats.halt_exits.bump();
                 self.skip();
                 // Without a local APIC in the kernel, only the VMM knows what may wake the vCPU.
                 self.page.set_exit_reason(abi::exit::HLT);
@@ -323,6 +357,7 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             Exit::Vmcall => {
+                self.shared.stats.hypercalls.bump();
                 self.hypercall();
                 self.skip();
                 Ok(Next::Guest)

@@ -26,6 +26,8 @@
 //! freed by one VM and allocated by another.
 
 use crate::linux::ipi;
+use crate::mem::ring::DirtyRing;
+use crate::stats::VcpuStats;
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
@@ -46,6 +48,9 @@ use kernel::sync::SpinLock;
 pub(crate) enum Request {
     /// Drop cached translations of guest-physical addresses (INVEPT) before the next entry.
     TlbFlush = 1 << 0,
+    /// Look again if writes are logged. Also made to have a vCPU leave the guest, which empties its
+    /// processor's log.
+    WriteLogging = 1 << 1,
 }
 
 /// The vCPU executes host code, or is not loaded at all.
@@ -59,16 +64,28 @@ pub(crate) struct VcpuShared {
     mode: AtomicU32,
     /// Where the vCPU is or was last loaded; -1 if it never was.
     cpu: AtomicI32,
+    /// The dirty ring, if the VM has them.
+    ring: Option<DirtyRing>,
+    /// Counted by who holds the vCPU's mutex, read by anyone.
+    pub(crate) stats: VcpuStats,
 }
 
 impl VcpuShared {
     /// That of a vCPU which never ran.
-    pub(crate) const fn new() -> Self {
+    pub(crate) const fn new(ring: Option<DirtyRing>) -> Self {
         Self {
-            requests: AtomicU32::new(0),
+            requests: AtomicU32::new(Request::WriteLogging as u32),
             mode: AtomicU32::new(OUTSIDE_GUEST),
             cpu: AtomicI32::new(-1),
+            ring,
+            stats: VcpuStats::new(),
         }
+    }
+
+    /// The dirty ring, if the VM has them.
+    #[inline]
+    pub(crate) fn ring(&self) -> Option<&DirtyRing> {
+        self.ring.as_ref()
     }
 
     /// Asks for `request` at the vCPU's next entry. Does not make it leave the guest: see
@@ -149,6 +166,16 @@ struct Members {
     vcpus: KVec<Arc<VcpuShared>>,
     /// Whom to interrupt: used while the lock is held, here because it may be large.
     targets: KBox<CpumaskVar>,
+    flushes: Flushes,
+}
+
+/// How often all vCPUs were to drop their translations.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Flushes {
+    /// It was asked for.
+    pub(crate) requested: u64,
+    /// A vCPU was in the guest and had to be interrupted.
+    pub(crate) interrupted: u64,
 }
 
 impl VcpuSet {
@@ -162,6 +189,7 @@ impl VcpuSet {
                         CpumaskVar::new_zero(GFP_KERNEL_ACCOUNT)?,
                         GFP_KERNEL_ACCOUNT
                     )?,
+                    flushes: Flushes::default(),
                 },
                 "rkvm_vcpu_set"
             ),
@@ -199,13 +227,27 @@ impl VcpuSet {
         members.vcpus.retain(|other| !Arc::ptr_eq(other, vcpu));
     }
 
+    /// The vCPU at `index`, in an order that changes only as vCPUs come and go.
+    pub(crate) fn get(&self, index: usize) -> Option<Arc<VcpuShared>> {
+        self.inner.lock().vcpus.get(index).cloned()
+    }
+
+    /// How often [`Request::TlbFlush`] was made of all.
+    pub(crate) fn flushes(&self) -> Flushes {
+        self.inner.lock().flushes
+    }
+
     /// Makes `request` of every vCPU and waits until those that were in the guest have left it.
     ///
     /// When it returns, no vCPU runs the guest without having seen the request. Does not sleep, but
     /// wants interrupts on.
     pub(crate) fn request_all_and_wait(&self, request: Request) {
         let mut members = self.inner.lock();
-        let Members { vcpus, targets } = &mut *members;
+        let Members {
+            vcpus,
+            targets,
+            flushes,
+        } = &mut *members;
         let mut any = false;
         for vcpu in vcpus.iter() {
             vcpu.request(request);
@@ -213,6 +255,10 @@ impl VcpuSet {
                 targets.set(cpu);
                 any = true;
             }
+        }
+        if request == Request::TlbFlush {
+            flushes.requested = flushes.requested.wrapping_add(1);
+            flushes.interrupted = flushes.interrupted.wrapping_add(any.into());
         }
         if !any {
             return;

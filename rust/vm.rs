@@ -7,19 +7,27 @@
 
 use crate::abi;
 use crate::abi::ioctl;
+use crate::abi::kvm_enable_cap;
 use crate::abi::kvm_userspace_memory_region;
 use crate::abi::kvm_userspace_memory_region2;
 use crate::backend::Backend;
+use crate::bindings::KVM_CAP_DIRTY_LOG_RING;
+use crate::bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
+use crate::bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use crate::bus::Bus;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
+use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
+use crate::stats;
+use crate::stats::Description;
 use crate::system::no_arg;
 use crate::system::Machine;
 use crate::vcpu::Vcpu;
 use kernel::new_mutex;
 use kernel::prelude::*;
+use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 use kernel::sync::Mutex;
@@ -34,9 +42,19 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) bus: Bus,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
-    /// Which vCPUs exist, a bit each. Held while one is made.
+    /// Held while a vCPU is made.
     #[pin]
-    vcpus: Mutex<u64>,
+    vcpus: Mutex<Vcpus>,
+    /// What statistics call it.
+    stats_id: CString,
+}
+
+/// The vCPUs of a VM.
+struct Vcpus {
+    /// Which exist, a bit each.
+    ids: u64,
+    /// How large a dirty ring each has, in bytes; 0 for none.
+    ring: u32,
 }
 
 const _: () = assert!(abi::MAX_VCPUS <= 64);
@@ -48,13 +66,15 @@ impl<B: Backend> Vm<B> {
     /// A VM without memory or vCPUs, for the current process.
     pub(crate) fn new(machine: Arc<Machine<B>>) -> Result<Arc<Self>> {
         let caps = machine.backend.ept_caps();
+        let pid = current!().pid();
         Arc::pin_init(
             try_pin_init!(Self {
                 machine,
                 memory <- GuestMemory::new(caps),
                 bus <- Bus::new(),
                 notifiers: NotifiersOn::new(),
-                vcpus <- new_mutex!(0),
+                vcpus <- new_mutex!(Vcpus { ids: 0, ring: 0 }),
+                stats_id: CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}"))?,
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -66,12 +86,43 @@ impl<B: Backend> Vm<B> {
             return Err(EINVAL);
         }
         let mut vcpus = this.vcpus.lock();
-        if *vcpus & 1 << id != 0 {
+        if vcpus.ids & 1 << id != 0 {
             return Err(EEXIST);
         }
-        let fd = Vcpu::create(this.into(), id as u32)?;
-        *vcpus |= 1 << id;
+        let ring = match vcpus.ring {
+            0 => None,
+            bytes => Some(DirtyRing::new(bytes)?),
+        };
+        let fd = Vcpu::create(this.into(), id as u32, ring)?;
+        vcpus.ids |= 1 << id;
         Ok(fd)
+    }
+
+    /// KVM_ENABLE_CAP: EINVAL for what cannot be enabled, or not so.
+    fn enable_cap(&self, cap: &kvm_enable_cap) -> Result<isize> {
+        match cap.cap {
+            KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 if cap.flags == 0 => {
+                self.memory.set_manual_log(cap.args[0])?;
+            }
+            KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+                self.set_dirty_ring(cap.args[0] as u32)?;
+            }
+            _ => return Err(EINVAL),
+        }
+        Ok(0)
+    }
+
+    /// Gives each vCPU that is made from now on a dirty ring: EINVAL for a size that does not do, if
+    /// there are rings or vCPUs already; E2BIG.
+    fn set_dirty_ring(&self, bytes: u32) -> Result {
+        DirtyRing::check_size(bytes)?;
+        let mut vcpus = self.vcpus.lock();
+        if vcpus.ring != 0 || vcpus.ids != 0 {
+            return Err(EINVAL);
+        }
+        vcpus.ring = bytes;
+        self.memory.use_rings();
+        Ok(())
     }
 
     /// KVM_SET_TSS_ADDR. An unrestricted guest needs no TSS in its memory: the address is checked and
@@ -86,7 +137,7 @@ impl<B: Backend> Vm<B> {
     /// KVM_SET_IDENTITY_MAP_ADDR. As above; it must come before the first vCPU.
     fn set_identity_map_addr(&self, arg: usize) -> Result<isize> {
         user::read::<u64>(arg)?;
-        if *self.vcpus.lock() != 0 {
+        if self.vcpus.lock().ids != 0 {
             return Err(EINVAL);
         }
         Ok(0)
@@ -105,6 +156,16 @@ impl<B: Backend> FileObject for Vm<B> {
                 this.memory.set_region(&region)?;
                 Ok(0)
             }
+            ioctl::GET_DIRTY_LOG => {
+                this.memory.get_dirty_log(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::CLEAR_DIRTY_LOG => {
+                this.memory.clear_dirty_log(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),
+            ioctl::ENABLE_CAP => this.enable_cap(&user::read(arg)?),
             ioctl::SET_USER_MEMORY_REGION2 => {
                 let region = user::read::<kvm_userspace_memory_region2>(arg)?;
                 // What it has beyond the smaller structure is for KVM_MEM_GUEST_MEMFD, which is
@@ -126,11 +187,37 @@ impl<B: Backend> FileObject for Vm<B> {
                 this.bus.coalesced.unregister(&user::read(arg)?)?;
                 Ok(0)
             }
+            ioctl::GET_STATS_FD => stats::new_fd(c"kvm-vm-stats", &this.stats_id, this.into()),
             ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
             ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),
             ioctl::GET_TSC_KHZ => no_arg(0, crate::linux::msr::tsc_khz() as isize),
             _ => Err(ENOTTY),
         }
+    }
+}
+
+impl<B: Backend> stats::Source for Vm<B> {
+    const DESCRIPTIONS: &'static [Description] = &[
+        // All vCPUs were to drop their translations, and some had to be interrupted for it.
+        Description::cumulative("remote_tlb_flush_requests"),
+        Description::cumulative("remote_tlb_flush"),
+        // What is mapped for the guest now, by the size of the mapping.
+        Description::instant("pages_4k"),
+        Description::instant("pages_2m"),
+        Description::instant("pages_1g"),
+        // Pages of memory that the EPT tables take.
+        Description::instant("page_table_pages"),
+    ];
+
+    fn values(&self, f: &mut dyn FnMut(u64) -> Result) -> Result {
+        let flushes = self.memory.vcpus().flushes();
+        f(flushes.requested)?;
+        f(flushes.interrupted)?;
+        let (leaves, tables) = self.memory.mapped();
+        for n in leaves {
+            f(n)?;
+        }
+        f(tables)
     }
 }

@@ -23,9 +23,13 @@ pub(crate) const GET_MSR_FEATURE_INDEX_LIST: u32 = _IOWR::<kvm_msr_list>(KVMIO, 
 
 // A VM.
 pub(crate) const CREATE_VCPU: u32 = _IO(KVMIO, 0x41);
+pub(crate) const GET_DIRTY_LOG: u32 = _IOW::<kvm_dirty_log>(KVMIO, 0x42);
 pub(crate) const SET_USER_MEMORY_REGION: u32 = _IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
 pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
 pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
+pub(crate) const ENABLE_CAP: u32 = _IOW::<kvm_enable_cap>(KVMIO, 0xa3);
+pub(crate) const CLEAR_DIRTY_LOG: u32 = _IOWR::<kvm_clear_dirty_log>(KVMIO, 0xc0);
+pub(crate) const RESET_DIRTY_RINGS: u32 = _IO(KVMIO, 0xc7);
 pub(crate) const SET_USER_MEMORY_REGION2: u32 = _IOW::<kvm_userspace_memory_region2>(KVMIO, 0x49);
 pub(crate) const REGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x67);
 pub(crate) const UNREGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x68);
@@ -57,6 +61,8 @@ pub(crate) const SET_TSC_KHZ: u32 = _IO(KVMIO, 0xa2);
 pub(crate) const GET_TSC_KHZ: u32 = _IO(KVMIO, 0xa3);
 pub(crate) const GET_XSAVE: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xa4);
 pub(crate) const SET_XSAVE: u32 = _IOW::<b::kvm_xsave>(KVMIO, 0xa5);
+/// Of a VM and of a vCPU.
+pub(crate) const GET_STATS_FD: u32 = _IO(KVMIO, 0xce);
 pub(crate) const GET_XSAVE2: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xcf);
 pub(crate) const GET_XCRS: u32 = _IOR::<kvm_xcrs>(KVMIO, 0xa6);
 pub(crate) const SET_XCRS: u32 = _IOW::<kvm_xcrs>(KVMIO, 0xa7);

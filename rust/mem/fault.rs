@@ -13,6 +13,7 @@ use crate::mmu::ept::Level;
 use crate::mmu::page_of;
 use crate::mmu::Mapped;
 use crate::mmu::Mapping;
+use crate::tlb::VcpuShared;
 use core::ops::Range;
 use kernel::prelude::*;
 
@@ -33,12 +34,12 @@ pub(crate) enum Fault {
 }
 
 impl GuestMemory {
-    /// Resolves an EPT violation at `gpa`: ENOMEM. Sleeps. The current task runs in this memory's
+    /// Resolves an EPT violation of `vcpu` at `gpa`: ENOMEM. Sleeps. The current task runs in this memory's
     /// address space, or the answer is [`Fault::BadHva`].
-    pub(crate) fn map(&self, gpa: u64, access: Access) -> Result<Fault> {
+    pub(crate) fn map(&self, gpa: u64, access: Access, vcpu: &VcpuShared) -> Result<Fault> {
         let gfn = gpa >> 12;
         loop {
-            if let Some(fault) = self.try_map(gfn, access)? {
+            if let Some(fault) = self.try_map(gfn, access, vcpu)? {
                 return Ok(fault);
             }
             // The memslot is being moved, or the host is changing its mappings. It would be of no
@@ -51,7 +52,7 @@ impl GuestMemory {
     }
 
     /// One attempt; `None` if something changed meanwhile.
-    fn try_map(&self, gfn: u64, access: Access) -> Result<Option<Fault>> {
+    fn try_map(&self, gfn: u64, access: Access, vcpu: &VcpuShared) -> Result<Option<Fault>> {
         let slots = self.inner.slots.read();
         let Some(slot) = slots.find(gfn) else {
             return Ok(Some(Fault::Mmio));
@@ -63,6 +64,11 @@ impl GuestMemory {
             return Ok(Some(Fault::Mmio));
         }
         let mmu = &self.inner.mmu;
+        let logged = slot.log.is_some();
+        if logged && access.write && mmu.write_again(gfn) {
+            slot.mark_dirty(gfn, vcpu);
+            return Ok(Some(Fault::Mapped(Level::Page4K)));
+        }
         let hva = slot.hva_of(gfn);
         // Before the look-up: see mmu/invalidation.rs.
         let noted = mmu.changes().sequence();
@@ -87,7 +93,11 @@ impl GuestMemory {
             hva,
             noted,
             access,
+            logged,
         })?;
+        if logged && access.write && matches!(mapped, Mapped::Done(_)) {
+            slot.mark_dirty(gfn, vcpu);
+        }
         Ok(match mapped {
             Mapped::Done(level) => Some(Fault::Mapped(level)),
             Mapped::Stale => None,
@@ -99,10 +109,10 @@ impl GuestMemory {
     ///
     /// If nothing could be done: EINTR; ENOENT if there is no memslot; EFAULT if the user has nothing
     /// mapped there; ENOMEM. Sleeps. The current task runs in this memory's address space.
-    pub(crate) fn map_ahead(&self, range: &mut Range<u64>) -> Result {
+    pub(crate) fn map_ahead(&self, range: &mut Range<u64>, vcpu: &VcpuShared) -> Result {
         let first = range.start;
         while range.start < range.end {
-            if let Err(e) = self.map_leaf_ahead(range) {
+            if let Err(e) = self.map_leaf_ahead(range, vcpu) {
                 return if range.start == first { Err(e) } else { Ok(()) };
             }
             mm::cond_resched();
@@ -111,11 +121,11 @@ impl GuestMemory {
     }
 
     /// One leaf of [`Self::map_ahead`].
-    fn map_leaf_ahead(&self, range: &mut Range<u64>) -> Result {
+    fn map_leaf_ahead(&self, range: &mut Range<u64>, vcpu: &VcpuShared) -> Result {
         if signal_pending() {
             return Err(EINTR);
         }
-        match self.map(range.start, Access::NONE)? {
+        match self.map(range.start, Access::NONE, vcpu)? {
             Fault::Mapped(level) => {
                 // The leaf may begin before the range and end after it.
                 let last = range.start | level.mask() << 12 | 0xfff;
@@ -136,7 +146,8 @@ impl GuestMemory {
     /// one entry, in the same place of the leaf.
     fn leaf_level(&self, slot: &Slot, gfn: u64, frame: &HostFrame, access: Access) -> Level {
         let format = self.inner.mmu.format();
-        if frame.page.is_none() || access.exec && format.nx_huge {
+        // Writes are logged by the small page.
+        if frame.page.is_none() || slot.log.is_some() || access.exec && format.nx_huge {
             return Level::Page4K;
         }
         let hva = slot.hva_of(gfn);

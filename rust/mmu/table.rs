@@ -3,8 +3,10 @@
 //! A page of 512 entries, and how one finds the next: the only place that makes references out of
 //! physical addresses.
 
+use super::counts::Tally;
 use super::ept::Entry;
 use super::ept::Level;
+use super::ept::LogBy;
 use crate::bindings;
 use core::ops::Deref;
 use core::ptr::NonNull;
@@ -59,6 +61,17 @@ impl<'a> Word<'a> {
     #[inline]
     pub(super) fn age(self) -> Entry {
         Entry::from_bits(self.0.fetch_and(Entry::OLD, Ordering::SeqCst))
+    }
+}
+
+impl Word<'_> {
+    /// Makes the next write through a leaf be noticed; returns if it would not have been. It is only
+    /// sure to be once the vCPUs' translations have been flushed.
+    #[inline]
+    pub(super) fn watch_writes(self, by: LogBy) -> bool {
+        let mark = Entry::write_mark(by);
+        // Most are watched already when the same pages are collected again and again.
+        self.get().bits() & mark != 0 && self.0.fetch_and(!mark, Ordering::SeqCst) & mark != 0
     }
 }
 
@@ -133,26 +146,39 @@ impl Table {
         unsafe { &*bindings::rkvm_table_virt(entry.phys()).cast::<Words>() }
     }
 
-    /// Frees this table of `level` and all that it leads to.
+    /// Frees this table of `level` and all that it leads to, and adds it to `gone`.
     ///
     /// # Safety
     ///
     /// No walk, of software or of a processor, can be in these tables or come into them.
-    pub(super) unsafe fn free_tree(self, level: Level, may_sleep: bool) {
-        if let Some(below) = level.below() {
-            for word in self.iter() {
-                let entry = word.get();
-                if entry.is_present() && !entry.is_leaf(level) {
+    pub(super) unsafe fn free_tree(self, level: Level, may_sleep: bool, gone: &mut Tally) {
+        let mut leaves = 0u64;
+        for word in self.iter() {
+            let entry = word.get();
+            if let (Some(below), false) = (level.below(), entry.is_leaf(level)) {
+                if entry.is_present() {
                     // SAFETY: The entry is a table's, and goes with `self`.
                     let child = unsafe { Self::from_entry(entry) };
                     // SAFETY: As for `self`. The recursion ends: each level is one lower.
-                    unsafe { child.free_tree(below, may_sleep) };
+                    unsafe { child.free_tree(below, may_sleep, gone) };
                 }
+            } else {
+                leaves = leaves.wrapping_add(entry.is_present().into());
             }
         }
+        gone.add_leaves(level, leaves);
+        gone.add_table();
         drop(self);
         if may_sleep {
             crate::linux::mm::cond_resched();
+        }
+    }
+
+    /// Fills the table, which is of `level`, with leaves that map what `leaf` of the level above maps.
+    pub(super) fn fill_with_parts(&mut self, leaf: Entry, level: Level) {
+        for (index, word) in (0..).zip(&self.0) {
+            // Linking publishes them.
+            word.store(leaf.part(level, index).bits(), Ordering::Relaxed);
         }
     }
 

@@ -3,13 +3,17 @@
 //! The tables of a VM as one structure.
 //!
 //! Who may do what is in the types: with `&Tables` (the MMU lock held for reading) entries appear,
-//! grow and age, atomically and in parallel; with `&mut Tables` (held for writing) they go. A table
-//! that is linked therefore stays as long as anybody has a `&Tables`.
+//! grow, age and are watched for writes, atomically and in parallel, and large leaves are split into
+//! small ones that map the same; with `&mut Tables` (held for writing) they go. A table that is linked
+//! therefore stays as long as anybody has a `&Tables`.
 
+use super::counts::Counts;
+use super::counts::Tally;
 use super::ept::Access;
 use super::ept::Entry;
 use super::ept::Format;
 use super::ept::Level;
+use super::ept::LogBy;
 use super::table::Table;
 use super::table::Word;
 use super::table::Words;
@@ -39,12 +43,33 @@ pub(super) enum Outcome {
     TableInTheWay,
     /// There is another leaf, which does not allow the access.
     LeafInTheWay,
+    /// There is a larger leaf, which does not allow the access.
+    LargeLeafInTheWay,
+}
+
+/// What [`Tables::watch_writes`] came to.
+pub(super) struct Watched {
+    /// A leaf has changed: the vCPUs' translations must be flushed before anybody relies on it.
+    pub(super) changed: bool,
+    /// The first frame that is not done, if there is one: a large leaf maps it, and is to be split.
+    pub(super) large: Option<u64>,
+}
+
+/// Where a frame's small leaf is.
+enum Small<'a> {
+    /// In this table.
+    Table(&'a Words),
+    /// A large leaf maps the frame.
+    Large,
+    /// Nothing of what an entry of this level spans is mapped.
+    Absent(Level),
 }
 
 /// The tables under one root.
 pub(super) struct Tables {
     root: Table,
     format: Format,
+    counts: Counts,
 }
 
 impl Tables {
@@ -53,12 +78,18 @@ impl Tables {
         Ok(Self {
             root: Table::new()?,
             format,
+            counts: Counts::new(),
         })
     }
 
     /// The EPTP for them.
     pub(super) fn eptp(&self) -> u64 {
         self.format.eptp(self.root.phys())
+    }
+
+    /// How many there are.
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Installs a leaf, if that takes nothing away: where there is nothing yet, or a leaf of which
@@ -70,13 +101,13 @@ impl Tables {
             let word = words.at(level, want.gfn);
             let mut entry = word.get();
             if level == want.level {
-                return Self::install_leaf(word, entry, want);
+                return self.install_leaf(word, entry, want);
             }
             if entry.is_leaf(level) {
                 return if entry.allows(want.access) {
                     Outcome::Mapped
                 } else {
-                    Outcome::LeafInTheWay
+                    Outcome::LargeLeafInTheWay
                 };
             }
             if !entry.is_present() {
@@ -90,6 +121,7 @@ impl Tables {
                     *spare = Some(unsafe { Table::from_entry(new) });
                     continue;
                 }
+                self.counts.table_linked();
                 entry = new;
             }
             let Some(below) = level.below() else {
@@ -103,7 +135,7 @@ impl Tables {
         }
     }
 
-    fn install_leaf(word: Word<'_>, mut old: Entry, want: &Want) -> Outcome {
+    fn install_leaf(&self, word: Word<'_>, mut old: Entry, want: &Want) -> Outcome {
         loop {
             let new = if !old.is_present() {
                 want.entry
@@ -118,7 +150,12 @@ impl Tables {
                 }
             };
             match word.change(old, new) {
-                Ok(()) => return Outcome::Mapped,
+                Ok(()) => {
+                    if !old.is_present() {
+                        self.counts.leaf_made(want.level);
+                    }
+                    return Outcome::Mapped;
+                }
                 Err(now) => old = now,
             }
         }
@@ -176,6 +213,139 @@ impl Tables {
         if let (Some(below), false) = (level.below(), entry.is_leaf(level)) {
             // SAFETY: A table's entry that was linked until now, and here alone.
             detached.push(unsafe { Table::from_entry(entry) }, below);
+        } else {
+            detached.gone.add_leaves(level, 1);
+        }
+    }
+
+    fn small(&self, gfn: u64) -> Small<'_> {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        while let Some(below) = level.below() {
+            let entry = words.at(level, gfn).get();
+            if !entry.is_present() {
+                return Small::Absent(level);
+            }
+            if entry.is_leaf(level) {
+                return Small::Large;
+            }
+            // SAFETY: A table's entry, linked when it was read; it is not freed while `self` is
+            // borrowed.
+            words = unsafe { Table::peek(entry) };
+            level = below;
+        }
+        Small::Table(words)
+    }
+
+    /// Makes the next write to each of `gfns` be noticed, up to the first large leaf.
+    pub(super) fn watch_writes(&self, gfns: Range<u64>) -> Watched {
+        let mut gfn = gfns.start;
+        let mut changed = false;
+        while gfn < gfns.end {
+            match self.small(gfn) {
+                Small::Large => {
+                    let large = Some(gfn);
+                    return Watched { changed, large };
+                }
+                Small::Absent(level) => gfn = (gfn | level.mask()).saturating_add(1),
+                Small::Table(words) => {
+                    let next = (gfn | Level::Page2M.mask()).saturating_add(1).min(gfns.end);
+                    for gfn in gfn..next {
+                        changed |= words
+                            .at(Level::Page4K, gfn)
+                            .watch_writes(self.format.log_by);
+                    }
+                    gfn = next;
+                }
+            }
+        }
+        Watched {
+            changed,
+            large: None,
+        }
+    }
+
+    /// Makes the next write to anything that a large leaf maps, which `gfn` is in, be noticed, where
+    /// there is no memory to split it. Returns if anything changed.
+    pub(super) fn watch_large(&self, gfn: u64) -> bool {
+        let mut changed = false;
+        self.for_leaves(gfn..gfn.saturating_add(1), &mut |word, _| {
+            // The processor's log has room for one page of a leaf only.
+            changed |= word.watch_writes(LogBy::Protection);
+        });
+        changed
+    }
+
+    /// Replaces the large leaf that maps `gfn`, if there is one, by a table of leaves that map the
+    /// same and allow as much. `spare` becomes the table, and is still there if there was nothing to
+    /// split.
+    ///
+    /// Translations that processors have of the large leaf remain good until one of the new leaves
+    /// changes for the worse; the flush that this needs takes them along.
+    pub(super) fn split(&self, gfn: u64, spare: &mut Option<Table>) {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        while let Some(below) = level.below() {
+            let word = words.at(level, gfn);
+            let entry = word.get();
+            if !entry.is_present() {
+                return;
+            }
+            if !entry.is_leaf(level) {
+                // SAFETY: A table's entry, linked when it was read; it is not freed while `self` is
+                // borrowed.
+                words = unsafe { Table::peek(entry) };
+                level = below;
+                continue;
+            }
+            let Some(mut table) = spare.take() else {
+                return;
+            };
+            table.fill_with_parts(entry, below);
+            let new = table.into_entry();
+            if word.change(entry, new).is_ok() {
+                self.counts.leaf_split(level, below);
+                return;
+            }
+            // The processor has set a flag meanwhile, or someone was faster.
+            // SAFETY: `new` has just been made and was not linked.
+            *spare = Some(unsafe { Table::from_entry(new) });
+        }
+    }
+
+    /// Lets the guest write to `gfn` if only the dirty log kept it from that; returns if it may.
+    pub(super) fn write_again(&self, gfn: u64) -> bool {
+        let Small::Table(words) = self.small(gfn) else {
+            return false;
+        };
+        let word = words.at(Level::Page4K, gfn);
+        let mut entry = word.get();
+        while let Some(written) = entry.written(self.format.ad) {
+            match word.change(entry, written) {
+                Ok(()) => return true,
+                Err(now) => entry = now,
+            }
+        }
+        false
+    }
+
+    /// Removes the table of small leaves that maps `gfn`'s 2 MiB, if there is one.
+    pub(super) fn remove_small(&mut self, gfn: u64, detached: &mut Detached) {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        while let Some(below) = level.below() {
+            let word = words.at(level, gfn);
+            let entry = word.get();
+            if !entry.is_present() || entry.is_leaf(level) {
+                return;
+            }
+            if level == Level::Page2M {
+                Self::remove(word, level, detached);
+                return;
+            }
+            // SAFETY: A table's entry, linked; nobody else frees it during `&mut self`.
+            words = unsafe { Table::peek(entry) };
+            level = below;
         }
     }
 
@@ -247,6 +417,7 @@ impl Drop for Tables {
         let Some(below) = self.format.top.below() else {
             return;
         };
+        let mut gone = Tally::new();
         for word in self.root.iter() {
             let entry = word.clear();
             if entry.is_present() && !entry.is_leaf(self.format.top) {
@@ -254,7 +425,7 @@ impl Drop for Tables {
                 let table = unsafe { Table::from_entry(entry) };
                 // SAFETY: The VM goes: it has no vCPU that could walk them, and a CPU that cached
                 // something of it flushes before it runs a vCPU under this root again (see tlb.rs).
-                unsafe { table.free_tree(below, true) };
+                unsafe { table.free_tree(below, true, &mut gone) };
             }
         }
     }
@@ -269,6 +440,8 @@ pub(super) struct Detached {
     head: u64,
     /// Something was taken out: translations must be flushed.
     removed: bool,
+    /// Leaves that were taken out one by one; those of tables are counted when those are freed.
+    gone: Tally,
 }
 
 /// Where the level is in [`Detached`]'s links: entries of tables have nothing there.
@@ -281,6 +454,7 @@ impl Detached {
         Self {
             head: 0,
             removed: false,
+            gone: Tally::new(),
         }
     }
 
@@ -294,12 +468,12 @@ impl Detached {
         self.head = table.into_entry().bits() | u64::from(level.number()) << LEVEL_SHIFT;
     }
 
-    /// Frees the tables.
+    /// Frees the tables; returns all that is gone.
     ///
     /// # Safety
     ///
     /// If [`must_flush`](Self::must_flush), the vCPUs' translations were flushed since.
-    pub(super) unsafe fn free(self, may_sleep: bool) {
+    pub(super) unsafe fn free(mut self, may_sleep: bool) -> Tally {
         let mut head = self.head;
         while head != 0 {
             let level = Level::from_number((head >> LEVEL_SHIFT & 7) as u8);
@@ -308,7 +482,8 @@ impl Detached {
             head = table.link();
             // SAFETY: No software walk comes here since the table was taken out under `&mut
             // Tables`, and no processor's since the flush.
-            unsafe { table.free_tree(level, may_sleep) };
+            unsafe { table.free_tree(level, may_sleep, &mut self.gone) };
         }
+        self.gone
     }
 }

@@ -15,6 +15,7 @@ use crate::mem::devices::DeviceFrames;
 use crate::mem::fault::Fault as MemFault;
 use crate::mem::GuestMemory;
 use crate::mmu::ept::Access;
+use crate::tlb::VcpuShared;
 use crate::x86;
 use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
@@ -144,15 +145,25 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
 #[derive(Clone, Copy)]
 pub(super) struct Unbacked(u64);
 
-/// Guest memory as the emulator sees it, which never asks for more than one page at once.
+/// Guest memory as the emulator sees it, which never asks for more than one page at once, and the
+/// vCPU that it emulates.
 pub(super) struct EmuMemory<'a> {
     memory: &'a GuestMemory,
+    vcpu: &'a VcpuShared,
     devices: &'a DeviceFrames,
 }
 
 impl<'a> EmuMemory<'a> {
-    pub(super) fn new(memory: &'a GuestMemory, devices: &'a DeviceFrames) -> Self {
-        Self { memory, devices }
+    pub(super) fn new(
+        memory: &'a GuestMemory,
+        vcpu: &'a VcpuShared,
+        devices: &'a DeviceFrames,
+    ) -> Self {
+        Self {
+            memory,
+            vcpu,
+            devices,
+        }
     }
 
     /// An access that is one of a device if that is known, and else what `f` makes of it.
@@ -180,7 +191,7 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
     }
 
     fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<Unbacked>> {
-        self.access(gpa, |memory| memory.write(gpa, data))
+        self.access(gpa, |memory| memory.write(gpa, data, self.vcpu))
     }
 
     fn compare_exchange(
@@ -190,7 +201,7 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
         old: u64,
         new: u64,
     ) -> Result<bool, MemoryError<Unbacked>> {
-        self.access(gpa, |memory| memory.cmpxchg(gpa, len, old, new))
+        self.access(gpa, |memory| memory.cmpxchg(gpa, len, old, new, self.vcpu))
     }
 }
 
@@ -202,14 +213,20 @@ impl<L: Loaded> Run<'_, L> {
         access: Access,
         linear: Option<u64>,
     ) -> Result<Next> {
+        let stats = &self.shared.stats;
+        stats.pf_taken.bump();
         let fault = if self.arch.devices.contain(self.memory, gpa) {
             MemFault::Mmio
         } else {
-            self.memory.map(gpa, access)?
+            self.memory.map(gpa, access, self.shared)?
         };
         match fault {
-            MemFault::Mapped(_) => Ok(Next::Guest),
+            MemFault::Mapped(_) => {
+                stats.pf_fixed.bump();
+                Ok(Next::Guest)
+            }
             MemFault::Mmio => {
+                stats.pf_emulate.bump();
                 self.arch.devices.note(self.memory, gpa);
                 let hint = linear.map(|linear| Hint {
                     linear,
@@ -243,6 +260,7 @@ impl<L: Loaded> Run<'_, L> {
                 .set_internal_error(crate::abi::internal::DELIVERY_EVENT, &raw);
             return Ok(Next::User);
         }
+        self.shared.stats.insn_emulation.bump();
         self.arch.emulator.abort();
         if let Some(hint) = hint {
             self.arch.emulator.set_hint(hint);
@@ -255,7 +273,7 @@ impl<L: Loaded> Run<'_, L> {
         let outcome = loop {
             let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
             let arch = &mut *self.arch;
-            let mut memory = EmuMemory::new(self.memory, &arch.devices);
+            let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
             match arch.emulator.step(&mut cpu, &mut memory) {
                 Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
                 outcome => break outcome,
@@ -279,6 +297,7 @@ impl<L: Loaded> Run<'_, L> {
             }
             Outcome::Fault(fault) => self.raise(fault),
             Outcome::Unhandled => {
+                self.shared.stats.insn_emulation_fail.bump();
                 let raw = self.hw.raw_exit();
                 self.page
                     .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
@@ -295,6 +314,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     fn leave_for_mmio(&mut self, write: bool) -> Result<Next> {
+        self.shared.stats.mmio_exits.bump();
         let at = LinearRip::of(&mut self.hw);
         self.arch.pending = Pending::Mmio(PendingMmio { write, at });
         Ok(Next::User)
