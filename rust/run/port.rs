@@ -173,6 +173,12 @@ impl<L: Loaded> Run<'_, L> {
             return Ok(Next::Guest);
         };
 
+        // The VMM may have lowered RCX meanwhile: elements that the guest does not ask for any more
+        // must not be written, nor counted below zero.
+        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, self.arch)) else {
+            super::skip(&mut self.hw, pending.len);
+            return Ok(Next::Guest);
+        };
         if access.input {
             let mut buf = [0; CHUNK];
             let data = buf.get_mut(..transfer.bytes()).unwrap_or(&mut [0; 0]);
