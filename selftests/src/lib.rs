@@ -8,6 +8,7 @@
 //! that is not about the module's own name passes on `/dev/kvm` as well.
 
 pub mod check;
+pub mod dirty;
 pub mod guest;
 pub mod host;
 pub mod machine;
