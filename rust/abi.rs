@@ -8,10 +8,13 @@ pub(crate) mod ioctl;
 use crate::linux::user;
 use kernel::prelude::*;
 
+pub(crate) use crate::bindings::kvm_clear_dirty_log;
 pub(crate) use crate::bindings::kvm_cpuid2;
 pub(crate) use crate::bindings::kvm_cpuid_entry2;
 pub(crate) use crate::bindings::kvm_debugregs;
+pub(crate) use crate::bindings::kvm_dirty_log;
 pub(crate) use crate::bindings::kvm_dtable;
+pub(crate) use crate::bindings::kvm_enable_cap;
 pub(crate) use crate::bindings::kvm_fpu;
 pub(crate) use crate::bindings::kvm_interrupt;
 pub(crate) use crate::bindings::kvm_mp_state;
@@ -36,6 +39,9 @@ pub(crate) const MAX_VCPUS: usize = 64;
 /// Pages of a vCPU's mapping: `struct kvm_run`, and the data of port accesses.
 pub(crate) const RUN_PAGES: usize = 2;
 
+/// Where in a vCPU's mapping its dirty ring begins, in pages.
+pub(crate) const DIRTY_RING_PAGE: usize = crate::bindings::KVM_DIRTY_LOG_PAGE_OFFSET as usize;
+
 /// The most entries of KVM_GET_MSRS and KVM_SET_MSRS, as in KVM.
 pub(crate) const MAX_MSR_ENTRIES: usize = 256;
 
@@ -51,6 +57,7 @@ pub(crate) fn read_msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
 
 /// KVM_EXIT_*: why KVM_RUN returned (KVM API, 5).
 pub(crate) mod exit {
+    pub(crate) use crate::bindings::KVM_EXIT_DIRTY_RING_FULL as DIRTY_RING_FULL;
     pub(crate) use crate::bindings::KVM_EXIT_EXCEPTION as EXCEPTION;
     pub(crate) use crate::bindings::KVM_EXIT_FAIL_ENTRY as FAIL_ENTRY;
     pub(crate) use crate::bindings::KVM_EXIT_HLT as HLT;

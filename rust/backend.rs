@@ -231,6 +231,13 @@ pub(crate) trait Loaded {
     /// Drops what the TLB holds of guest-physical translations.
     fn flush_memory(&mut self);
 
+    /// Has the processor log the pages whose dirty flag it sets, if it can.
+    fn set_write_logging(&mut self, on: bool);
+    /// Returns if it has logged any.
+    fn has_logged_writes(&mut self) -> bool;
+    /// Takes them out of its log, by guest-physical address.
+    fn take_logged_writes(&mut self, f: impl FnMut(u64));
+
     /// Puts into the hardware what an entry needs and only leaves with the thread. Before the first
     /// [`Self::enter`] since interrupts were last on.
     fn prepare(&mut self, preempt: &PreemptOff);

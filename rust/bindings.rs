@@ -47,7 +47,7 @@ include!("bindings/bindings_generated.rs");
 
 macro_rules! abi_types {
     ($($ty:ident),* $(,)?) => { $(
-        // SAFETY: A structure of the KVM ABI: integers and arrays of them, whose padding is named.
+        // SAFETY: A structure of the KVM ABI: integers, user addresses and arrays of them, whose padding is named.
         unsafe impl kernel::transmute::FromBytes for $ty {}
         // SAFETY: As above: every byte of it is initialised.
         unsafe impl kernel::transmute::AsBytes for $ty {}
@@ -55,9 +55,12 @@ macro_rules! abi_types {
 }
 
 abi_types! {
+    kvm_clear_dirty_log,
     kvm_cpuid2,
     kvm_cpuid_entry2,
     kvm_debugregs,
+    kvm_dirty_log,
+    kvm_enable_cap,
     kvm_fpu,
     kvm_interrupt,
     kvm_mp_state,
@@ -70,4 +73,20 @@ abi_types! {
     kvm_userspace_memory_region,
     kvm_vcpu_events,
     kvm_xcrs,
+}
+
+impl kvm_dirty_log {
+    /// The user address of the bitmap.
+    pub(crate) fn bitmap_address(&self) -> usize {
+        // SAFETY: Any bytes make a `u64`, and both members are of its size.
+        unsafe { self.__bindgen_anon_1.padding2 as usize }
+    }
+}
+
+impl kvm_clear_dirty_log {
+    /// The user address of the bitmap.
+    pub(crate) fn bitmap_address(&self) -> usize {
+        // SAFETY: Any bytes make a `u64`, and both members are of its size.
+        unsafe { self.__bindgen_anon_1.padding2 as usize }
+    }
 }

@@ -11,12 +11,15 @@
 
 pub(crate) mod access;
 pub(crate) mod fault;
+pub(crate) mod log;
 mod notify;
+pub(crate) mod ring;
 mod slots;
 
 pub(crate) use slots::MAX_SLOTS;
 
 use crate::bindings::kvm_userspace_memory_region;
+use crate::bindings::KVM_MEM_LOG_DIRTY_PAGES;
 use crate::bindings::KVM_MEM_READONLY;
 use crate::linux::mm::user_range_ok;
 use crate::linux::mmu_notifier::Listening;
@@ -27,6 +30,7 @@ use crate::tlb::VcpuSet;
 use kernel::prelude::*;
 use kernel::sync::new_mutex;
 use kernel::sync::Mutex;
+use log::LogMode;
 use slots::Slot;
 use slots::Slots;
 
@@ -50,6 +54,7 @@ struct Inner {
     slots: SrcuCell<Slots>,
     #[pin]
     mmu: Mmu,
+    log: LogMode,
 }
 
 impl GuestMemory {
@@ -60,6 +65,7 @@ impl GuestMemory {
                 update <- new_mutex!((), "rkvm_memslots"),
                 slots <- SrcuCell::new(KBox::new(Slots::empty(), GFP_KERNEL_ACCOUNT)?),
                 mmu <- Mmu::new(caps),
+                log: LogMode::new(),
             }? Error)),
         }? Error)
     }
@@ -85,12 +91,12 @@ impl GuestMemory {
     /// KVM_SET_USER_MEMORY_REGION: makes, moves or, if the size is 0, deletes a memslot.
     ///
     /// EINVAL: misaligned or out of bounds; a flag that is not supported; a change of anything but
-    /// the place of a slot that is there; deletion of one that is not. EEXIST: another slot is in
-    /// the way. ENOMEM.
+    /// the place or the logging of a slot that is there; deletion of one that is not. EEXIST: another
+    /// slot is in the way. ENOMEM.
     ///
     /// When it returns, nothing uses what was there before.
     pub(crate) fn set_region(&self, region: &kvm_userspace_memory_region) -> Result {
-        let new = self.check_region(region)?;
+        let mut new = self.check_region(region)?;
         let inner = &*self.inner;
         let _update = inner.update.lock();
         let (old, next) = {
@@ -108,14 +114,19 @@ impl GuestMemory {
                 }
                 _ => {}
             }
-            if let Some(new) = &new {
+            if let Some(new) = &mut new {
                 if slots.occupied(&new.gfns, new.id) {
                     return Err(EEXIST);
                 }
+                new.log = inner.log_of(new, old.as_ref())?;
             }
-            (old, slots.with(region.slot, new)?)
+            (old, slots.with(region.slot, new.clone())?)
         };
-        inner.replace_slot(old, next)
+        match (old, new) {
+            (Some(old), Some(new)) if old.gfns == new.gfns => self.change_logging(&new, next),
+            (old, _) => inner.replace_slot(old, next)?,
+        }
+        Ok(())
     }
 
     /// The slot that the user describes, with what can be said without knowing the others; none if
@@ -124,7 +135,7 @@ impl GuestMemory {
         let size = region.memory_size;
         let gpa = region.guest_phys_addr;
         let hva = region.userspace_addr;
-        if region.flags & !KVM_MEM_READONLY != 0
+        if region.flags & !(KVM_MEM_READONLY | KVM_MEM_LOG_DIRTY_PAGES) != 0
             || (size | gpa | hva) & 0xfff != 0
             || !user_range_ok(hva, size)
             || region.slot >= MAX_SLOTS
@@ -159,7 +170,21 @@ impl Inner {
             drop(self.slots.replace(between));
             self.mmu.zap(core::iter::once(gfns), true);
         }
-        drop(self.slots.replace(next));
+        self.publish(next);
         Ok(())
+    }
+
+    /// Publishes a set of memslots. With `update` held, and as the last step of a change.
+    fn publish(&self, next: KBox<Slots>) {
+        // Whoever uses a logged slot must find the vCPUs logging; the other way round, it costs only
+        // time.
+        let logging = next.iter().any(|slot| slot.log.is_some());
+        if logging {
+            self.set_logging(true);
+        }
+        drop(self.slots.replace(next));
+        if !logging {
+            self.set_logging(false);
+        }
     }
 }

@@ -17,8 +17,9 @@
 //! 4. the host's: `mmap_lock`, and what mm/ holds when it calls the notifier (`i_mmap_rwsem`,
 //!    `anon_vma`, page-table locks). Faults and accesses take them inside 3, notifier callbacks
 //!    enter 3 inside them: no deadlock, as entering 3 never waits, and 2 is not taken inside 4;
-//! 5. the MMU lock (`Mmu::tables`), a rwlock: read to make entries, let them grow and age; write to
-//!    take them away. Nothing is allocated and nobody sleeps inside;
+//! 5. the MMU lock (`Mmu::tables`), a rwlock: read to make entries, let them grow and age, watch them
+//!    for writes and split them; write to take them away. Nothing is allocated and nobody sleeps
+//!    inside;
 //! 6. the invalidations' spinlock (`Invalidations::range`), and the vCPU set's (`VcpuSet::inner`),
 //!    which is held until the interrupted CPUs answer. Neither inside the other.
 //!
@@ -31,9 +32,12 @@
 //! only later: a second change of the same address would find nothing to zap, not flush, and let the
 //! page go while the first one's flush is on its way. Tables are freed after the flush, outside the
 //! lock: no walk of software can be in them, as those hold the lock, nor one of hardware.
+//!
+//! The dirty log's watch on writes is an exception: see [`log`].
 
 pub(crate) mod ept;
 pub(crate) mod invalidation;
+mod log;
 mod table;
 mod tables;
 
@@ -84,6 +88,8 @@ pub(crate) struct Mapping {
     pub(crate) noted: Sequence,
     /// What the guest wants.
     pub(crate) access: Access,
+    /// The memslot's writes are logged: `level` is the lowest then.
+    pub(crate) logged: bool,
 }
 
 /// How an attempt to map ended.
@@ -147,6 +153,7 @@ impl Mmu {
                 pfn: mapping.frame.pfn & !mask,
                 writable: mapping.frame.writable,
                 mmio: mapping.frame.mmio,
+                logged: mapping.logged,
             };
             let want = Want {
                 gfn: mapping.gfn,
@@ -178,6 +185,8 @@ impl Mmu {
                 Outcome::TableInTheWay if self.format.nx_huge => {
                     level = level.below().unwrap_or(Level::Page4K);
                 }
+                // What is mapped beside the frame need not go for it.
+                Outcome::LargeLeafInTheWay => self.split(mapping.gfn)?,
                 Outcome::TableInTheWay | Outcome::LeafInTheWay => {
                     self.remove(true, |tables, detached| tables.make_way(&want, detached));
                 }

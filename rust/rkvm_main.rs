@@ -48,6 +48,20 @@ module! {
     authors: ["The rkvm developers"],
     description: "Kernel-based virtual machines, in Rust",
     license: "GPL v2",
+    params: {
+        pml: u8 {
+            default: 1,
+            description: "Let the processor log the guest's writes, if it can (default 1)",
+        },
+    },
+}
+
+/// What the module was told when it was loaded.
+mod parameters {
+    /// Page-modification logging may be used.
+    pub(crate) fn pml() -> bool {
+        *crate::module_parameters::pml.value() != 0
+    }
 }
 
 /// The module, while it is loaded.

@@ -22,6 +22,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::linux::msr as host_msr;
 use crate::linux::task;
+use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
 use crate::run_page::RunPages;
 use crate::system::Host;
@@ -132,6 +133,10 @@ impl<L: Loaded> Run<'_, L> {
                 self.page.set_exit_reason(abi::exit::SHUTDOWN);
                 return Ok(());
             }
+            if self.shared.ring().is_some_and(DirtyRing::is_full) {
+                self.page.set_exit_reason(abi::exit::DIRTY_RING_FULL);
+                return Ok(());
+            }
             if self.window_is_open() {
                 self.page.set_exit_reason(abi::exit::IRQ_WINDOW_OPEN);
                 return Ok(());
@@ -206,6 +211,10 @@ impl<L: Loaded> Run<'_, L> {
         task::guest_time_ends(&irqs);
         drop(irqs);
         drop(preempt);
+        if self.hw.has_logged_writes() {
+            let marker = self.memory.marker(self.shared);
+            self.hw.take_logged_writes(|gpa| marker.mark(gpa >> 12));
+        }
 
         // An entry that failed has not touched the event.
         if !self.hw.entry_failed() {
@@ -235,6 +244,9 @@ impl<L: Loaded> Run<'_, L> {
     fn take_requests(&mut self) {
         if self.shared.take(Request::TlbFlush) {
             self.hw.flush_memory();
+        }
+        if self.shared.take(Request::WriteLogging) {
+            self.hw.set_write_logging(self.memory.is_logging());
         }
     }
 

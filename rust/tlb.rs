@@ -26,6 +26,7 @@
 //! freed by one VM and allocated by another.
 
 use crate::linux::ipi;
+use crate::mem::ring::DirtyRing;
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
@@ -46,6 +47,9 @@ use kernel::sync::SpinLock;
 pub(crate) enum Request {
     /// Drop cached translations of guest-physical addresses (INVEPT) before the next entry.
     TlbFlush = 1 << 0,
+    /// Look again if writes are logged. Also made to have a vCPU leave the guest, which empties its
+    /// processor's log.
+    WriteLogging = 1 << 1,
 }
 
 /// The vCPU executes host code, or is not loaded at all.
@@ -59,16 +63,25 @@ pub(crate) struct VcpuShared {
     mode: AtomicU32,
     /// Where the vCPU is or was last loaded; -1 if it never was.
     cpu: AtomicI32,
+    /// The dirty ring, if the VM has them.
+    ring: Option<DirtyRing>,
 }
 
 impl VcpuShared {
     /// That of a vCPU which never ran.
-    pub(crate) const fn new() -> Self {
+    pub(crate) const fn new(ring: Option<DirtyRing>) -> Self {
         Self {
-            requests: AtomicU32::new(0),
+            requests: AtomicU32::new(Request::WriteLogging as u32),
             mode: AtomicU32::new(OUTSIDE_GUEST),
             cpu: AtomicI32::new(-1),
+            ring,
         }
+    }
+
+    /// The dirty ring, if the VM has them.
+    #[inline]
+    pub(crate) fn ring(&self) -> Option<&DirtyRing> {
+        self.ring.as_ref()
     }
 
     /// Asks for `request` at the vCPU's next entry. Does not make it leave the guest: see
@@ -197,6 +210,11 @@ impl VcpuSet {
     pub(crate) fn remove(&self, vcpu: &Arc<VcpuShared>) {
         let mut members = self.inner.lock();
         members.vcpus.retain(|other| !Arc::ptr_eq(other, vcpu));
+    }
+
+    /// The vCPU at `index`, in an order that changes only as vCPUs come and go.
+    pub(crate) fn get(&self, index: usize) -> Option<Arc<VcpuShared>> {
+        self.inner.lock().vcpus.get(index).cloned()
     }
 
     /// Makes `request` of every vCPU and waits until those that were in the guest have left it.

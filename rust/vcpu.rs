@@ -27,6 +27,7 @@ use crate::linux::preempt::Followed;
 use crate::linux::task;
 use crate::linux::task::SignalMask;
 use crate::linux::user;
+use crate::mem::ring::DirtyRing;
 use crate::run::Run;
 use crate::run_page::RunPages;
 use crate::system::no_arg;
@@ -74,9 +75,9 @@ impl<B: Backend> State<B> {
 }
 
 impl<B: Backend> Vcpu<B> {
-    /// Makes a vCPU of `vm` and a file for it.
-    pub(crate) fn create(vm: Arc<Vm<B>>, id: u32) -> Result<isize> {
-        let shared = Arc::new(VcpuShared::new(), GFP_KERNEL_ACCOUNT)?;
+    /// Makes a vCPU of `vm`, with the dirty ring that it is to have, and a file for it.
+    pub(crate) fn create(vm: Arc<Vm<B>>, id: u32, ring: Option<DirtyRing>) -> Result<isize> {
+        let shared = Arc::new(VcpuShared::new(ring), GFP_KERNEL_ACCOUNT)?;
         let (vm, shared) = (&vm, &shared);
         let vcpu = Arc::pin_init(
             try_pin_init!(Self {
@@ -280,6 +281,12 @@ impl<B: Backend> FileObject for Vcpu<B> {
     }
 
     fn mmap(this: ArcBorrow<'_, Self>, vma: &NewVma) -> Result {
-        this.pages.mmap(vma)
+        match (
+            vma.first_page().checked_sub(abi::DIRTY_RING_PAGE),
+            this.shared.ring(),
+        ) {
+            (Some(first), Some(ring)) => ring.mmap(vma, first),
+            _ => this.pages.mmap(vma),
+        }
     }
 }

@@ -7,11 +7,16 @@
 
 use crate::abi;
 use crate::abi::ioctl;
+use crate::abi::kvm_enable_cap;
 use crate::abi::kvm_userspace_memory_region;
 use crate::backend::Backend;
+use crate::bindings::KVM_CAP_DIRTY_LOG_RING;
+use crate::bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
+use crate::bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
+use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
 use crate::system::no_arg;
 use crate::system::Machine;
@@ -30,9 +35,17 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) memory: GuestMemory,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
-    /// Which vCPUs exist, a bit each. Held while one is made.
+    /// Held while a vCPU is made.
     #[pin]
-    vcpus: Mutex<u64>,
+    vcpus: Mutex<Vcpus>,
+}
+
+/// The vCPUs of a VM.
+struct Vcpus {
+    /// Which exist, a bit each.
+    ids: u64,
+    /// How large a dirty ring each has, in bytes; 0 for none.
+    ring: u32,
 }
 
 const _: () = assert!(abi::MAX_VCPUS <= 64);
@@ -49,7 +62,7 @@ impl<B: Backend> Vm<B> {
                 machine,
                 memory <- GuestMemory::new(caps),
                 notifiers: NotifiersOn::new(),
-                vcpus <- new_mutex!(0),
+                vcpus <- new_mutex!(Vcpus { ids: 0, ring: 0 }),
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -61,12 +74,43 @@ impl<B: Backend> Vm<B> {
             return Err(EINVAL);
         }
         let mut vcpus = this.vcpus.lock();
-        if *vcpus & 1 << id != 0 {
+        if vcpus.ids & 1 << id != 0 {
             return Err(EEXIST);
         }
-        let fd = Vcpu::create(this.into(), id as u32)?;
-        *vcpus |= 1 << id;
+        let ring = match vcpus.ring {
+            0 => None,
+            bytes => Some(DirtyRing::new(bytes)?),
+        };
+        let fd = Vcpu::create(this.into(), id as u32, ring)?;
+        vcpus.ids |= 1 << id;
         Ok(fd)
+    }
+
+    /// KVM_ENABLE_CAP: EINVAL for what cannot be enabled, or not so.
+    fn enable_cap(&self, cap: &kvm_enable_cap) -> Result<isize> {
+        match cap.cap {
+            KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 if cap.flags == 0 => {
+                self.memory.set_manual_log(cap.args[0])?;
+            }
+            KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+                self.set_dirty_ring(cap.args[0] as u32)?;
+            }
+            _ => return Err(EINVAL),
+        }
+        Ok(0)
+    }
+
+    /// Gives each vCPU that is made from now on a dirty ring: EINVAL for a size that does not do, if
+    /// there are rings or vCPUs already; E2BIG.
+    fn set_dirty_ring(&self, bytes: u32) -> Result {
+        DirtyRing::check_size(bytes)?;
+        let mut vcpus = self.vcpus.lock();
+        if vcpus.ring != 0 || vcpus.ids != 0 {
+            return Err(EINVAL);
+        }
+        vcpus.ring = bytes;
+        self.memory.use_rings();
+        Ok(())
     }
 
     /// KVM_SET_TSS_ADDR. An unrestricted guest needs no TSS in its memory: the address is checked and
@@ -81,7 +125,7 @@ impl<B: Backend> Vm<B> {
     /// KVM_SET_IDENTITY_MAP_ADDR. As above; it must come before the first vCPU.
     fn set_identity_map_addr(&self, arg: usize) -> Result<isize> {
         user::read::<u64>(arg)?;
-        if *self.vcpus.lock() != 0 {
+        if self.vcpus.lock().ids != 0 {
             return Err(EINVAL);
         }
         Ok(0)
@@ -100,6 +144,16 @@ impl<B: Backend> FileObject for Vm<B> {
                 this.memory.set_region(&region)?;
                 Ok(0)
             }
+            ioctl::GET_DIRTY_LOG => {
+                this.memory.get_dirty_log(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::CLEAR_DIRTY_LOG => {
+                this.memory.clear_dirty_log(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),
+            ioctl::ENABLE_CAP => this.enable_cap(&user::read(arg)?),
             ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
             ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),

@@ -11,6 +11,7 @@ mod fields;
 mod load;
 mod vcpu;
 mod vmcs;
+mod write_log;
 
 use crate::backend::Backend;
 use crate::backend::Features;
@@ -282,6 +283,7 @@ impl Backend for Vmx {
             five_level: false,
             walk_wb: true,
             phys_bits: self.host.phys_bits,
+            pml: self.caps.pml,
             nx_huge: self.host.multihit,
         }
     }
@@ -303,7 +305,7 @@ impl Backend for Vmx {
         let vpid = Vpid::register(&vmcs)?;
         let rdtscp = self.caps.secondary.has(SecondaryControls::RDTSCP);
         Ok((
-            VmxVcpu::new(self, eptp, vpid),
+            VmxVcpu::new(self, eptp, vpid)?,
             Loadable::new(vmcs, self.host.msrs, rdtscp),
         ))
     }

@@ -30,7 +30,12 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_IMMEDIATE_EXIT
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
-        | b::KVM_CAP_CHECK_EXTENSION_VM => 1,
+        | b::KVM_CAP_CHECK_EXTENSION_VM
+        | b::KVM_CAP_ENABLE_CAP_VM => 1,
+        b::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => crate::mem::log::MANUAL_CAPS as isize,
+        b::KVM_CAP_DIRTY_LOG_RING | b::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
+            crate::mem::ring::MAX_BYTES as isize
+        }
         // Only if the host switches such state.
         b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),
         b::KVM_CAP_XSAVE2 => fpu::uabi_max_size() as isize,

@@ -288,6 +288,7 @@ int rkvm_vma_insert_page(struct vm_area_struct *vma, u64 offset, void *va)
 
 unsigned long rkvm_vma_pages(struct vm_area_struct *vma) { return vma_pages(vma); }
 unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma) { return vma->vm_pgoff; }
+u64 rkvm_vma_flags(struct vm_area_struct *vma) { return vma->vm_flags; }
 
 struct mm_struct *rkvm_current_mm(void) { return current->mm; }
 

@@ -144,6 +144,7 @@ u64 rkvm_virt_to_phys(const void *va);
 int rkvm_vma_insert_page(struct vm_area_struct *vma, u64 offset, void *va);
 unsigned long rkvm_vma_pages(struct vm_area_struct *vma);
 unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma);
+u64 rkvm_vma_flags(struct vm_area_struct *vma);
 
 struct mm_struct *rkvm_current_mm(void);
 

@@ -48,6 +48,18 @@ impl NewVma {
         unsafe { bindings::rkvm_vma_pgoff(self.0.get()) as usize }
     }
 
+    /// Writes to it are seen by all who map the file.
+    pub(crate) fn is_shared(&self) -> bool {
+        // SAFETY: As above.
+        unsafe { bindings::rkvm_vma_flags(self.0.get()) & kb::VM_SHARED as u64 != 0 }
+    }
+
+    /// Code in it may be executed.
+    pub(crate) fn is_executable(&self) -> bool {
+        // SAFETY: As above.
+        unsafe { bindings::rkvm_vma_flags(self.0.get()) & kb::VM_EXEC as u64 != 0 }
+    }
+
     /// Maps a page at the index-th page of the mapping. The mapping takes a reference to it.
     pub(crate) fn insert(&self, index: usize, page: &super::page::KernelPage) -> Result {
         // SAFETY: As above; the page is one of the kernel's allocator and lives during the call.

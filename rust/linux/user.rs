@@ -55,3 +55,13 @@ pub(crate) fn write_array<T: AsBytes>(addr: usize, values: &[T]) -> Result {
     }
     Ok(())
 }
+
+/// Reads words: EFAULT.
+pub(crate) fn read_words(addr: usize, out: &mut [u64]) -> Result {
+    read_bytes(addr, AsBytes::as_bytes_mut(out))
+}
+
+/// Writes words: EFAULT.
+pub(crate) fn write_words(addr: usize, data: &[u64]) -> Result {
+    write_bytes(addr, AsBytes::as_bytes(data))
+}

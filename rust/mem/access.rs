@@ -3,8 +3,10 @@
 //! The host's accesses to guest memory: through the user mappings, as the user's own would be, so
 //! that every rule of the host's (copy-on-write, userfaultfd, write-back) holds for them.
 
+use super::slots::Slot;
 use super::GuestMemory;
 use crate::linux::mm;
+use crate::tlb::VcpuShared;
 use kernel::prelude::*;
 
 /// Why guest memory cannot be accessed.
@@ -18,13 +20,13 @@ pub(crate) enum MemError {
 }
 
 impl GuestMemory {
-    /// The user address of `gpa`, and how many bytes the memslot has from there on.
+    /// The memslot of `gpa`, its user address, and how many bytes the memslot has from there on.
     #[inline]
     fn with_hva<R>(
         &self,
         gpa: u64,
         write: bool,
-        f: impl FnOnce(u64, u64) -> Result<R, MemError>,
+        f: impl FnOnce(&Slot, u64, u64) -> Result<R, MemError>,
     ) -> Result<R, MemError> {
         // The section lasts until the access is over: a memslot that has been deleted is not used.
         let slots = self.inner.slots.read();
@@ -35,7 +37,7 @@ impl GuestMemory {
         }
         let offset = gpa & 0xfff;
         let hva = slot.hva_of(gfn) | offset;
-        f(hva, slot.hvas.end.wrapping_sub(hva))
+        f(slot, hva, slot.hvas.end.wrapping_sub(hva))
     }
 
     /// Reads guest memory, across pages and memslots. What could not be read leaves `buf` undefined.
@@ -44,7 +46,7 @@ impl GuestMemory {
         let mut gpa = gpa;
         let mut rest = buf;
         while !rest.is_empty() {
-            let done = self.with_hva(gpa, false, |hva, left| {
+            let done = self.with_hva(gpa, false, |_, hva, left| {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
                 let part = rest.get_mut(..n).ok_or(MemError::Fault)?;
                 mm::read_user(hva, part).map_err(|_| MemError::Fault)?;
@@ -56,17 +58,22 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Writes guest memory, across pages and memslots. If it fails, some of it may be written. 1, 2,
+    /// Writes guest memory for `vcpu`, across pages and memslots. If it fails, some of it may be written. 1, 2,
     /// 4 and 8 bytes, if aligned, are written at once. Sleeps.
-    pub(crate) fn write(&self, gpa: u64, data: &[u8]) -> Result<(), MemError> {
+    pub(crate) fn write(&self, gpa: u64, data: &[u8], vcpu: &VcpuShared) -> Result<(), MemError> {
         let mut gpa = gpa;
         let mut rest = data;
         while !rest.is_empty() {
-            let done = self.with_hva(gpa, true, |hva, left| {
+            let done = self.with_hva(gpa, true, |slot, hva, left| {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
                 let part = rest.get(..n).ok_or(MemError::Fault)?;
-                mm::write_user(hva, part).map_err(|_| MemError::Fault)?;
-                Ok(n)
+                let result = mm::write_user(hva, part);
+                // Some of it may have been written even so. `n` is not 0.
+                let last = gpa.wrapping_add(n as u64).wrapping_sub(1);
+                for gfn in gpa >> 12..=last >> 12 {
+                    slot.mark_dirty(gfn, vcpu);
+                }
+                result.map(|()| n).map_err(|_| MemError::Fault)
             })?;
             rest = rest.get(done..).ok_or(MemError::Fault)?;
             gpa = gpa.wrapping_add(done as u64);
@@ -74,15 +81,27 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Makes the `len` bytes (1, 2, 4 or 8) at `gpa` be `new` if they are `old`, atomically; returns
-    /// if they were. Other lengths and misaligned addresses are a [`MemError::Fault`]. Sleeps.
-    pub(crate) fn cmpxchg(&self, gpa: u64, len: u8, old: u64, new: u64) -> Result<bool, MemError> {
+    /// Makes the `len` bytes (1, 2, 4 or 8) at `gpa` be `new` if they are `old`, atomically, for
+    /// `vcpu`; returns if they were. Other lengths and misaligned addresses are a
+    /// [`MemError::Fault`]. Sleeps.
+    pub(crate) fn cmpxchg(
+        &self,
+        gpa: u64,
+        len: u8,
+        old: u64,
+        new: u64,
+        vcpu: &VcpuShared,
+    ) -> Result<bool, MemError> {
         let aligned = matches!(len, 1 | 2 | 4 | 8) && gpa & u64::from(len).wrapping_sub(1) == 0;
-        self.with_hva(gpa, true, |hva, _| {
+        self.with_hva(gpa, true, |slot, hva, _| {
             if !aligned {
                 return Err(MemError::Fault);
             }
-            mm::cmpxchg_user(hva, len, old, new).map_err(|_| MemError::Fault)
+            let done = mm::cmpxchg_user(hva, len, old, new).map_err(|_| MemError::Fault)?;
+            if done {
+                slot.mark_dirty(gpa >> 12, vcpu);
+            }
+            Ok(done)
         })
     }
 }

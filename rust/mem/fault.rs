@@ -13,6 +13,7 @@ use crate::mmu::ept::Level;
 use crate::mmu::page_of;
 use crate::mmu::Mapped;
 use crate::mmu::Mapping;
+use crate::tlb::VcpuShared;
 use kernel::prelude::*;
 
 /// What an EPT violation comes to.
@@ -32,12 +33,12 @@ pub(crate) enum Fault {
 }
 
 impl GuestMemory {
-    /// Resolves an EPT violation at `gpa`: ENOMEM. Sleeps. The current task runs in this memory's
+    /// Resolves an EPT violation of `vcpu` at `gpa`: ENOMEM. Sleeps. The current task runs in this memory's
     /// address space, or the answer is [`Fault::BadHva`].
-    pub(crate) fn map(&self, gpa: u64, access: Access) -> Result<Fault> {
+    pub(crate) fn map(&self, gpa: u64, access: Access, vcpu: &VcpuShared) -> Result<Fault> {
         let gfn = gpa >> 12;
         loop {
-            if let Some(fault) = self.try_map(gfn, access)? {
+            if let Some(fault) = self.try_map(gfn, access, vcpu)? {
                 return Ok(fault);
             }
             // The memslot is being moved, or the host is changing its mappings. It would be of no
@@ -50,7 +51,7 @@ impl GuestMemory {
     }
 
     /// One attempt; `None` if something changed meanwhile.
-    fn try_map(&self, gfn: u64, access: Access) -> Result<Option<Fault>> {
+    fn try_map(&self, gfn: u64, access: Access, vcpu: &VcpuShared) -> Result<Option<Fault>> {
         let slots = self.inner.slots.read();
         let Some(slot) = slots.find(gfn) else {
             return Ok(Some(Fault::Mmio));
@@ -62,6 +63,11 @@ impl GuestMemory {
             return Ok(Some(Fault::Mmio));
         }
         let mmu = &self.inner.mmu;
+        let logged = slot.log.is_some();
+        if logged && access.write && mmu.write_again(gfn) {
+            slot.mark_dirty(gfn, vcpu);
+            return Ok(Some(Fault::Mapped));
+        }
         let hva = slot.hva_of(gfn);
         // Before the look-up: see mmu/invalidation.rs.
         let noted = mmu.changes().sequence();
@@ -86,7 +92,11 @@ impl GuestMemory {
             hva,
             noted,
             access,
+            logged,
         })?;
+        if logged && access.write && mapped == Mapped::Done {
+            slot.mark_dirty(gfn, vcpu);
+        }
         Ok((mapped == Mapped::Done).then_some(Fault::Mapped))
     }
 
@@ -94,7 +104,8 @@ impl GuestMemory {
     /// one entry, in the same place of the leaf.
     fn leaf_level(&self, slot: &Slot, gfn: u64, frame: &HostFrame, access: Access) -> Level {
         let format = self.inner.mmu.format();
-        if frame.page.is_none() || access.exec && format.nx_huge {
+        // Writes are logged by the small page.
+        if frame.page.is_none() || slot.log.is_some() || access.exec && format.nx_huge {
             return Level::Page4K;
         }
         let hva = slot.hva_of(gfn);

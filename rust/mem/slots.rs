@@ -4,6 +4,7 @@
 //!
 //! A set of them does not change: an update makes a new set and publishes it as a whole.
 
+use super::log::DirtyLog;
 use crate::bindings::kvm_userspace_memory_region;
 use crate::bindings::KVM_MEM_READONLY;
 use crate::linux::mmu_notifier::HvaRange;
@@ -30,6 +31,8 @@ pub(crate) struct Slot {
     pub(crate) hvas: HvaRange,
     /// The guest must not write: writes are MMIO.
     pub(crate) read_only: bool,
+    /// Where the guest's writes are logged, if they are.
+    pub(crate) log: Option<DirtyLog>,
     /// It is about to be deleted or moved: the guest's accesses wait.
     pub(crate) leaving: bool,
 }
@@ -53,6 +56,7 @@ impl Slot {
             gfns: gpa >> 12..(last >> 12).wrapping_add(1),
             hvas: hva..hva.checked_add(size)?,
             read_only: region.flags & KVM_MEM_READONLY != 0,
+            log: None,
             leaving: false,
         })
     }
@@ -104,6 +108,11 @@ impl Slots {
         let after = self.list.partition_point(|slot| slot.gfns.start <= gfn);
         let slot = self.list.get(after.checked_sub(1)?)?;
         (gfn < slot.gfns.end).then_some(slot)
+    }
+
+    /// All slots, by guest frame.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.list.iter()
     }
 
     /// The slot with a number.

@@ -18,6 +18,8 @@ pub(crate) struct EptCaps {
     /// The host's physical-address width (CPUID 0x8000_0008 EAX bits 7:0): the guest's addresses end
     /// there too.
     pub(crate) phys_bits: u8,
+    /// Pages whose dirty flag the processor sets are logged (page-modification logging).
+    pub(crate) pml: bool,
     /// Large pages must not be executable (the iTLB-multihit erratum).
     pub(crate) nx_huge: bool,
 }
@@ -31,6 +33,15 @@ pub(crate) struct Access {
     pub(crate) write: bool,
     /// An instruction fetch.
     pub(crate) exec: bool,
+}
+
+/// How the next write to a page is noticed while its slot's writes are logged.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum LogBy {
+    /// The leaf is clean; the processor logs the page when it sets the dirty flag.
+    DirtyFlag,
+    /// The leaf is read-only; the write is an EPT violation.
+    Protection,
 }
 
 /// A level of the tables: 1 has leaves of 4 KiB, and each next level's entries span 512 times as
@@ -123,6 +134,8 @@ pub(crate) struct Format {
     pub(crate) ad: bool,
     /// Large leaves are not executable.
     pub(crate) nx_huge: bool,
+    /// How writes are noticed for the dirty log.
+    pub(crate) log_by: LogBy,
     /// EPTP without the root's address.
     eptp_flags: u64,
     /// The number of guest frames: gfns are below.
@@ -153,6 +166,11 @@ impl Format {
             max_leaf,
             ad: caps.ad_bits,
             nx_huge: caps.nx_huge,
+            log_by: if caps.pml && caps.ad_bits {
+                LogBy::DirtyFlag
+            } else {
+                LogBy::Protection
+            },
             eptp_flags,
             gfn_limit: 1 << (bits - 12),
         }
@@ -163,12 +181,17 @@ impl Format {
         phys | self.eptp_flags
     }
 
-    /// A leaf.
+    /// A leaf, made for `access`.
     pub(crate) fn leaf(&self, level: Level, frame: &Frame, access: Access) -> Entry {
         let large = level > Level::Page4K;
         let mut bits = (frame.pfn << 12) & Entry::ADDRESS | Entry::READ;
+        // A write that is to be logged, and is not the one that this is made for, must be noticed.
+        let silent = !frame.logged || access.write;
         if frame.writable {
-            bits |= Entry::WRITE;
+            bits |= Entry::HOST_WRITABLE;
+            if silent || self.log_by == LogBy::DirtyFlag {
+                bits |= Entry::WRITE;
+            }
         }
         if !(large && self.nx_huge) {
             bits |= Entry::EXECUTE;
@@ -183,10 +206,11 @@ impl Format {
         } else {
             Entry::TYPE_WB | Entry::IGNORE_PAT
         };
-        // The access that it is made for follows at once: spare the processor the update.
+        // The access that it is made for follows at once: spare the processor the update, and, where
+        // nobody wants to know of writes, the log.
         if self.ad {
             bits |= Entry::ACCESSED;
-            if access.write && frame.writable {
+            if silent && frame.writable {
                 bits |= Entry::DIRTY;
             }
         }
@@ -203,6 +227,8 @@ pub(crate) struct Frame {
     pub(crate) writable: bool,
     /// It is a device's memory.
     pub(crate) mmio: bool,
+    /// The guest's writes are logged.
+    pub(crate) logged: bool,
 }
 
 /// An entry of a table of any level. Zero is "not present", and nothing else is.
@@ -223,8 +249,16 @@ impl Entry {
     const ACCESSED: u64 = 1 << 8;
     const DIRTY: u64 = 1 << 9;
     const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+    /// Ignored by the processor. The host lets the frame be written: a leaf that has it and is
+    /// read-only is so for the dirty log's sake alone.
+    const HOST_WRITABLE: u64 = 1 << 52;
     /// What may be added to a leaf without anybody's noticing that the old one was there.
-    const GROWABLE: u64 = Self::READ | Self::WRITE | Self::EXECUTE | Self::ACCESSED | Self::DIRTY;
+    const GROWABLE: u64 = Self::READ
+        | Self::WRITE
+        | Self::EXECUTE
+        | Self::ACCESSED
+        | Self::DIRTY
+        | Self::HOST_WRITABLE;
 
     /// The entry that this word is.
     #[inline]
@@ -280,6 +314,26 @@ impl Entry {
         }
     }
 
+    /// The leaf with what a write needs, if only the dirty log kept that away.
+    #[inline]
+    pub(crate) const fn written(self, ad: bool) -> Option<Self> {
+        if self.0 & Self::HOST_WRITABLE == 0 {
+            return None;
+        }
+        let flags = if ad { Self::ACCESSED | Self::DIRTY } else { 0 };
+        Some(Self(self.0 | Self::WRITE | flags))
+    }
+
+    /// The leaf of `level` that maps the `index`-th part of what this leaf of the level above maps.
+    pub(crate) const fn part(self, level: Level, index: u64) -> Self {
+        let mut bits = self.0;
+        if matches!(level, Level::Page4K) {
+            bits &= !Self::LARGE;
+        }
+        // The address is aligned to the large leaf's size.
+        Self(bits | index << (12 + level.shift()))
+    }
+
     /// The leaf has been used since the mark was cleared. Without accessed flags: it may have been.
     #[inline]
     pub(crate) const fn is_young(self, ad: bool) -> bool {
@@ -288,4 +342,13 @@ impl Entry {
 
     /// The bits to keep so that the leaf is not young.
     pub(crate) const OLD: u64 = !Self::ACCESSED;
+
+    /// The bit whose absence makes the next write be noticed.
+    #[inline]
+    pub(crate) const fn write_mark(by: LogBy) -> u64 {
+        match by {
+            LogBy::DirtyFlag => Self::DIRTY,
+            LogBy::Protection => Self::WRITE,
+        }
+    }
 }

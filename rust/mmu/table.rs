@@ -5,6 +5,7 @@
 
 use super::ept::Entry;
 use super::ept::Level;
+use super::ept::LogBy;
 use crate::bindings;
 use core::ops::Deref;
 use core::ptr::NonNull;
@@ -59,6 +60,17 @@ impl<'a> Word<'a> {
     #[inline]
     pub(super) fn age(self) -> Entry {
         Entry::from_bits(self.0.fetch_and(Entry::OLD, Ordering::SeqCst))
+    }
+}
+
+impl Word<'_> {
+    /// Makes the next write through a leaf be noticed; returns if it would not have been. It is only
+    /// sure to be once the vCPUs' translations have been flushed.
+    #[inline]
+    pub(super) fn watch_writes(self, by: LogBy) -> bool {
+        let mark = Entry::write_mark(by);
+        // Most are watched already when the same pages are collected again and again.
+        self.get().bits() & mark != 0 && self.0.fetch_and(!mark, Ordering::SeqCst) & mark != 0
     }
 }
 
@@ -153,6 +165,14 @@ impl Table {
         drop(self);
         if may_sleep {
             crate::linux::mm::cond_resched();
+        }
+    }
+
+    /// Fills the table, which is of `level`, with leaves that map what `leaf` of the level above maps.
+    pub(super) fn fill_with_parts(&mut self, leaf: Entry, level: Level) {
+        for (index, word) in (0..).zip(&self.0) {
+            // Linking publishes them.
+            word.store(leaf.part(level, index).bits(), Ordering::Relaxed);
         }
     }
 

@@ -3,13 +3,15 @@
 //! The tables of a VM as one structure.
 //!
 //! Who may do what is in the types: with `&Tables` (the MMU lock held for reading) entries appear,
-//! grow and age, atomically and in parallel; with `&mut Tables` (held for writing) they go. A table
-//! that is linked therefore stays as long as anybody has a `&Tables`.
+//! grow, age and are watched for writes, atomically and in parallel, and large leaves are split into
+//! small ones that map the same; with `&mut Tables` (held for writing) they go. A table that is linked
+//! therefore stays as long as anybody has a `&Tables`.
 
 use super::ept::Access;
 use super::ept::Entry;
 use super::ept::Format;
 use super::ept::Level;
+use super::ept::LogBy;
 use super::table::Table;
 use super::table::Word;
 use super::table::Words;
@@ -39,6 +41,26 @@ pub(super) enum Outcome {
     TableInTheWay,
     /// There is another leaf, which does not allow the access.
     LeafInTheWay,
+    /// There is a larger leaf, which does not allow the access.
+    LargeLeafInTheWay,
+}
+
+/// What [`Tables::watch_writes`] came to.
+pub(super) struct Watched {
+    /// A leaf has changed: the vCPUs' translations must be flushed before anybody relies on it.
+    pub(super) changed: bool,
+    /// The first frame that is not done, if there is one: a large leaf maps it, and is to be split.
+    pub(super) large: Option<u64>,
+}
+
+/// Where a frame's small leaf is.
+enum Small<'a> {
+    /// In this table.
+    Table(&'a Words),
+    /// A large leaf maps the frame.
+    Large,
+    /// Nothing of what an entry of this level spans is mapped.
+    Absent(Level),
 }
 
 /// The tables under one root.
@@ -76,7 +98,7 @@ impl Tables {
                 return if entry.allows(want.access) {
                     Outcome::Mapped
                 } else {
-                    Outcome::LeafInTheWay
+                    Outcome::LargeLeafInTheWay
                 };
             }
             if !entry.is_present() {
@@ -176,6 +198,136 @@ impl Tables {
         if let (Some(below), false) = (level.below(), entry.is_leaf(level)) {
             // SAFETY: A table's entry that was linked until now, and here alone.
             detached.push(unsafe { Table::from_entry(entry) }, below);
+        }
+    }
+
+    fn small(&self, gfn: u64) -> Small<'_> {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        while let Some(below) = level.below() {
+            let entry = words.at(level, gfn).get();
+            if !entry.is_present() {
+                return Small::Absent(level);
+            }
+            if entry.is_leaf(level) {
+                return Small::Large;
+            }
+            // SAFETY: A table's entry, linked when it was read; it is not freed while `self` is
+            // borrowed.
+            words = unsafe { Table::peek(entry) };
+            level = below;
+        }
+        Small::Table(words)
+    }
+
+    /// Makes the next write to each of `gfns` be noticed, up to the first large leaf.
+    pub(super) fn watch_writes(&self, gfns: Range<u64>) -> Watched {
+        let mut gfn = gfns.start;
+        let mut changed = false;
+        while gfn < gfns.end {
+            match self.small(gfn) {
+                Small::Large => {
+                    let large = Some(gfn);
+                    return Watched { changed, large };
+                }
+                Small::Absent(level) => gfn = (gfn | level.mask()).saturating_add(1),
+                Small::Table(words) => {
+                    let next = (gfn | Level::Page2M.mask()).saturating_add(1).min(gfns.end);
+                    for gfn in gfn..next {
+                        changed |= words
+                            .at(Level::Page4K, gfn)
+                            .watch_writes(self.format.log_by);
+                    }
+                    gfn = next;
+                }
+            }
+        }
+        Watched {
+            changed,
+            large: None,
+        }
+    }
+
+    /// Makes the next write to anything that a large leaf maps, which `gfn` is in, be noticed, where
+    /// there is no memory to split it. Returns if anything changed.
+    pub(super) fn watch_large(&self, gfn: u64) -> bool {
+        let mut changed = false;
+        self.for_leaves(gfn..gfn.saturating_add(1), &mut |word, _| {
+            // The processor's log has room for one page of a leaf only.
+            changed |= word.watch_writes(LogBy::Protection);
+        });
+        changed
+    }
+
+    /// Replaces the large leaf that maps `gfn`, if there is one, by a table of leaves that map the
+    /// same and allow as much. `spare` becomes the table, and is still there if there was nothing to
+    /// split.
+    ///
+    /// Translations that processors have of the large leaf remain good until one of the new leaves
+    /// changes for the worse; the flush that this needs takes them along.
+    pub(super) fn split(&self, gfn: u64, spare: &mut Option<Table>) {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        while let Some(below) = level.below() {
+            let word = words.at(level, gfn);
+            let entry = word.get();
+            if !entry.is_present() {
+                return;
+            }
+            if !entry.is_leaf(level) {
+                // SAFETY: A table's entry, linked when it was read; it is not freed while `self` is
+                // borrowed.
+                words = unsafe { Table::peek(entry) };
+                level = below;
+                continue;
+            }
+            let Some(mut table) = spare.take() else {
+                return;
+            };
+            table.fill_with_parts(entry, below);
+            let new = table.into_entry();
+            if word.change(entry, new).is_ok() {
+                return;
+            }
+            // The processor has set a flag meanwhile, or someone was faster.
+            // SAFETY: `new` has just been made and was not linked.
+            *spare = Some(unsafe { Table::from_entry(new) });
+        }
+    }
+
+    /// Lets the guest write to `gfn` if only the dirty log kept it from that; returns if it may.
+    pub(super) fn write_again(&self, gfn: u64) -> bool {
+        let Small::Table(words) = self.small(gfn) else {
+            return false;
+        };
+        let word = words.at(Level::Page4K, gfn);
+        let mut entry = word.get();
+        while let Some(written) = entry.written(self.format.ad) {
+            match word.change(entry, written) {
+                Ok(()) => return true,
+                Err(now) => entry = now,
+            }
+        }
+        false
+    }
+
+    /// Removes the table of small leaves that maps `gfn`'s 2 MiB, if there is one.
+    pub(super) fn remove_small(&mut self, gfn: u64, detached: &mut Detached) {
+        let mut level = self.format.top;
+        let mut words: &Words = &self.root;
+        while let Some(below) = level.below() {
+            let word = words.at(level, gfn);
+            let entry = word.get();
+            if !entry.is_present() || entry.is_leaf(level) {
+                return;
+            }
+            if level == Level::Page2M {
+                Self::remove(word, level, detached);
+                return;
+            }
+            // SAFETY: A table's entry, linked; nobody else frees it during `&mut self`.
+            words = unsafe { Table::peek(entry) };
+            level = below;
         }
     }
 

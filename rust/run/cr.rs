@@ -2,7 +2,6 @@
 
 //! Exits by control and debug registers, and XSETBV. The checks are [`crate::x86::cr`]'s.
 
-use super::memory::EmuMemory;
 use super::Next;
 use super::Run;
 use crate::abi;
@@ -13,7 +12,6 @@ use crate::x86::cr::DebugReg;
 use crate::x86::event::Exception;
 use crate::x86::exception::Fault;
 use crate::x86::exception::Vector;
-use crate::x86::paging::GuestMemory;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr3;
 use crate::x86::regs::Cr4;
@@ -216,10 +214,7 @@ pub(crate) fn load_pdptes(
     features: &crate::x86::cpuid::features::GuestFeatures,
 ) -> Result<(), Fault> {
     let mut bytes = [0; 32];
-    if EmuMemory(memory)
-        .read(Cr3::new(cr3).pae_root(), &mut bytes)
-        .is_err()
-    {
+    if memory.read(Cr3::new(cr3).pae_root(), &mut bytes).is_err() {
         return Err(Fault::gp(0));
     }
     let mut entries = [0; 4];

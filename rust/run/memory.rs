@@ -13,6 +13,7 @@ use crate::mem::access::MemError;
 use crate::mem::fault::Fault as MemFault;
 use crate::mem::GuestMemory;
 use crate::mmu::ept::Access;
+use crate::tlb::VcpuShared;
 use crate::x86;
 use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
@@ -137,9 +138,9 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     }
 }
 
-/// Guest memory as the emulator sees it. The error is that of memory which the VMM has promised and
+/// Guest memory as the emulator sees it, and the vCPU that it emulates. The error is that of memory which the VMM has promised and
 /// the host cannot reach: KVM_RUN returns EFAULT for it.
-pub(super) struct EmuMemory<'a>(pub(super) &'a GuestMemory);
+pub(super) struct EmuMemory<'a>(pub(super) &'a GuestMemory, pub(super) &'a VcpuShared);
 
 impl From<MemError> for MemoryError<()> {
     fn from(e: MemError) -> Self {
@@ -158,7 +159,7 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
     }
 
     fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<()>> {
-        Ok(self.0.write(gpa, data)?)
+        Ok(self.0.write(gpa, data, self.1)?)
     }
 
     fn compare_exchange(
@@ -168,7 +169,7 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
         old: u64,
         new: u64,
     ) -> Result<bool, MemoryError<()>> {
-        Ok(self.0.cmpxchg(gpa, len, old, new)?)
+        Ok(self.0.cmpxchg(gpa, len, old, new, self.1)?)
     }
 }
 
@@ -180,7 +181,7 @@ impl<L: Loaded> Run<'_, L> {
         access: Access,
         linear: Option<u64>,
     ) -> Result<Next> {
-        match self.memory.map(gpa, access)? {
+        match self.memory.map(gpa, access, self.shared)? {
             MemFault::Mapped => Ok(Next::Guest),
             MemFault::Mmio => {
                 let hint = linear.map(|linear| Hint {
@@ -222,7 +223,7 @@ impl<L: Loaded> Run<'_, L> {
         let outcome = self
             .arch
             .emulator
-            .step(&mut cpu, &mut EmuMemory(self.memory));
+            .step(&mut cpu, &mut EmuMemory(self.memory, self.shared));
 
         match outcome {
             Outcome::Done(done) => {

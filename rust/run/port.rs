@@ -83,7 +83,7 @@ impl<L: Loaded> Run<'_, L> {
             seg,
         };
         let mut buf = [0; CHUNK];
-        let mut memory = EmuMemory(self.memory);
+        let mut memory = EmuMemory(self.memory, self.shared);
         let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
         let begun = io
             .prepare(&mut cpu, &mut memory, CHUNK as u32)
@@ -161,7 +161,7 @@ impl<L: Loaded> Run<'_, L> {
             let mut buf = [0; CHUNK];
             let data = buf.get_mut(..transfer.bytes()).unwrap_or(&mut [0; 0]);
             self.page.port_data(data);
-            if let Err(error) = transfer.scatter(&mut EmuMemory(self.memory), data) {
+            if let Err(error) = transfer.scatter(&mut EmuMemory(self.memory, self.shared), data) {
                 return self.string_error(error);
             }
         }

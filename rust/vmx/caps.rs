@@ -46,6 +46,8 @@ pub(crate) struct VmxCaps {
     pub(crate) ept_1g: bool,
     /// EPT keeps accessed and dirty bits.
     pub(crate) ept_ad: bool,
+    /// The processor logs pages whose dirty bit it sets, and is to.
+    pub(crate) pml: bool,
     /// INVEPT of a single context exists; else all contexts are invalidated.
     pub(crate) invept_single: bool,
     /// INVVPID of a single context exists.
@@ -144,7 +146,8 @@ impl VmxCaps {
                 | SecondaryControls::WBINVD
                 | SecondaryControls::RDTSCP
                 | SecondaryControls::INVPCID
-                | SecondaryControls::ENCLS)
+                | SecondaryControls::ENCLS
+                | SecondaryControls::PML)
                 .with_if(
                     // IA32_XSS is not switched: a guest that saved by it would see the host's state.
                     SecondaryControls::XSAVES,
@@ -186,6 +189,10 @@ impl VmxCaps {
             secondary = secondary.without(SecondaryControls::VPID);
         }
 
+        // On only while a guest's writes are logged.
+        let pml = secondary.has(SecondaryControls::PML) && has(21) && crate::parameters::pml();
+        let secondary = secondary.without(SecondaryControls::PML);
+
         Ok(Self {
             revision: basic as u32 & 0x7fff_ffff,
             pin: PinControls::new(pin),
@@ -199,6 +206,7 @@ impl VmxCaps {
             ept_2m: has(16),
             ept_1g: has(17),
             ept_ad: has(21),
+            pml,
             invept_single: has(25),
             invvpid_single: has(41),
             io_info: basic & 1 << 54 != 0,

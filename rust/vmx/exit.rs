@@ -68,6 +68,7 @@ mod reason {
     pub(super) const WBINVD: u32 = 54;
     pub(super) const XSETBV: u32 = 55;
     pub(super) const ENCLS: u32 = 60;
+    pub(super) const PML_FULL: u32 = 62;
     /// The entry failed after the host state was loaded.
     pub(super) const FAILED: u32 = 1 << 31;
 }
@@ -213,6 +214,12 @@ impl LoadedVcpu<'_> {
             reason::MONITOR => Exit::Monitor,
             reason::PAUSE => Exit::Pause,
             reason::EPT_VIOLATION => self.decode_ept_violation(),
+            reason::PML_FULL => {
+                // Every exit empties the log.
+                let qualification = self.read(f::EXIT_QUALIFICATION);
+                self.restore_nmi_blocking(qualification & 1 << 12 != 0);
+                Exit::Handled
+            }
             reason::WBINVD => Exit::Wbinvd,
             reason::XSETBV => Exit::Xsetbv,
             // The guest has neither VMX nor SMX.
@@ -538,6 +545,19 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn flush_memory(&mut self) {
         self.v.flush_memory = true;
+    }
+
+    fn set_write_logging(&mut self, on: bool) {
+        LoadedVcpu::set_write_logging(self, on);
+    }
+
+    #[inline]
+    fn has_logged_writes(&mut self) -> bool {
+        LoadedVcpu::has_logged_writes(self)
+    }
+
+    fn take_logged_writes(&mut self, f: impl FnMut(u64)) {
+        LoadedVcpu::take_logged_writes(self, f);
     }
 
     #[inline]

@@ -57,6 +57,7 @@ macro_rules! fields {
 // Natural-width fields are u64 here: the host is always in 64-bit mode.
 fields! {
     VPID: u16 = 0x0000;
+    PML_INDEX: u16 = 0x0812;
     HOST_ES: u16 = 0x0c00;
     HOST_CS: u16 = 0x0c02;
     HOST_SS: u16 = 0x0c04;
@@ -66,6 +67,7 @@ fields! {
     HOST_TR: u16 = 0x0c0c;
 
     MSR_BITMAP: u64 = 0x2004;
+    PML_ADDRESS: u64 = 0x200e;
     TSC_OFFSET: u64 = 0x2010;
     EPT_POINTER: u64 = 0x201a;
     XSS_EXITING_BITMAP: u64 = 0x202c;
@@ -246,6 +248,8 @@ bit_flags! {
         ENCLS = 1 << 15;
         /// RDSEED exits.
         RDSEED = 1 << 16;
+        /// Pages whose EPT dirty flag is set are logged.
+        PML = 1 << 17;
         /// XSAVES and XRSTORS do not fault.
         XSAVES = 1 << 20;
         /// TPAUSE, UMONITOR and UMWAIT do not fault.

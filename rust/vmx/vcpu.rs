@@ -15,6 +15,7 @@ use super::fields::SegmentFields;
 use super::load::Loadable;
 use super::vmcs::vmread;
 use super::vmcs::vmwrite;
+use super::write_log::WriteLog;
 use super::Vmx;
 use crate::backend::TableReg;
 use crate::bindings;
@@ -30,6 +31,7 @@ use crate::x86::regs::Rflags;
 use crate::x86::segment::SegAttr;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
+use kernel::prelude::*;
 
 /// IA32_PAT after reset (SDM vol. 3, table 12-12).
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -75,7 +77,7 @@ pub(crate) struct VmxVcpu {
     cr4: u64,
     efer: Efer,
     pub(super) primary: PrimaryControls,
-    secondary: SecondaryControls,
+    pub(super) secondary: SecondaryControls,
     entry_controls: EntryControls,
     tsc_offset: u64,
     pat: u64,
@@ -88,6 +90,8 @@ pub(crate) struct VmxVcpu {
     /// The TLB is flushed before the next entry.
     pub(super) flush_memory: bool,
     pub(super) flush_guest: bool,
+    /// Where the processor logs writes, if it can.
+    pub(super) write_log: Option<WriteLog>,
     /// The fields of the VMCS that never change have been written.
     initialised: bool,
 }
@@ -105,8 +109,12 @@ pub(crate) struct LoadedVcpu<'a> {
 
 impl VmxVcpu {
     /// The state after power-up, but for what the VMCS holds.
-    pub(super) fn new(vmx: &Vmx, eptp: u64, vpid: super::Vpid) -> Self {
-        Self {
+    pub(super) fn new(vmx: &Vmx, eptp: u64, vpid: super::Vpid) -> Result<Self> {
+        let write_log = match vmx.caps.pml {
+            true => Some(WriteLog::new()?),
+            false => None,
+        };
+        Ok(Self {
             entry: bindings::rkvm_vmx_entry::default(),
             valid: Cached::default(),
             dirty: Cached::default(),
@@ -129,8 +137,9 @@ impl VmxVcpu {
             vpid,
             flush_memory: true,
             flush_guest: true,
+            write_log,
             initialised: false,
-        }
+        })
     }
 }
 
@@ -190,6 +199,7 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.secondary.has(SecondaryControls::ENCLS) {
             self.write(f::ENCLS_EXITING_BITMAP, u64::MAX);
         }
+        self.initialise_write_log();
         self.write(f::CR0_MASK, !CR0_GUEST_OWNED);
         self.write(f::CR4_MASK, !(CR4_GUEST_OWNED));
         self.write(f::GUEST_DEBUGCTL, 0);
