@@ -9,6 +9,9 @@ use crate::linux::user;
 use kernel::prelude::*;
 
 pub(crate) use crate::bindings::kvm_clear_dirty_log;
+pub(crate) use crate::bindings::kvm_coalesced_mmio;
+pub(crate) use crate::bindings::kvm_coalesced_mmio_ring;
+pub(crate) use crate::bindings::kvm_coalesced_mmio_zone;
 pub(crate) use crate::bindings::kvm_cpuid2;
 pub(crate) use crate::bindings::kvm_cpuid_entry2;
 pub(crate) use crate::bindings::kvm_debugregs;
@@ -21,11 +24,13 @@ pub(crate) use crate::bindings::kvm_mp_state;
 pub(crate) use crate::bindings::kvm_msr_entry;
 pub(crate) use crate::bindings::kvm_msr_list;
 pub(crate) use crate::bindings::kvm_msrs;
+pub(crate) use crate::bindings::kvm_pre_fault_memory;
 pub(crate) use crate::bindings::kvm_regs;
 pub(crate) use crate::bindings::kvm_segment;
 pub(crate) use crate::bindings::kvm_signal_mask;
 pub(crate) use crate::bindings::kvm_sregs;
 pub(crate) use crate::bindings::kvm_userspace_memory_region;
+pub(crate) use crate::bindings::kvm_userspace_memory_region2;
 pub(crate) use crate::bindings::kvm_vcpu_events;
 pub(crate) use crate::bindings::kvm_xcrs;
 
@@ -36,8 +41,9 @@ pub(crate) const API_VERSION: isize = 12;
 /// (KVM_CAP_MAX_VCPU_ID).
 pub(crate) const MAX_VCPUS: usize = 64;
 
-/// Pages of a vCPU's mapping: `struct kvm_run`, and the data of port accesses.
-pub(crate) const RUN_PAGES: usize = 2;
+/// Pages of a vCPU's mapping: `struct kvm_run`, the data of port accesses, and the VM's ring of
+/// coalesced writes.
+pub(crate) const RUN_PAGES: usize = 3;
 
 /// Where in a vCPU's mapping its dirty ring begins, in pages.
 pub(crate) const DIRTY_RING_PAGE: usize = crate::bindings::KVM_DIRTY_LOG_PAGE_OFFSET as usize;
@@ -65,6 +71,7 @@ pub(crate) mod exit {
     pub(crate) use crate::bindings::KVM_EXIT_INTR as INTR;
     pub(crate) use crate::bindings::KVM_EXIT_IO as IO;
     pub(crate) use crate::bindings::KVM_EXIT_IRQ_WINDOW_OPEN as IRQ_WINDOW_OPEN;
+    pub(crate) use crate::bindings::KVM_EXIT_MEMORY_FAULT as MEMORY_FAULT;
     pub(crate) use crate::bindings::KVM_EXIT_MMIO as MMIO;
     pub(crate) use crate::bindings::KVM_EXIT_SET_TPR as SET_TPR;
     pub(crate) use crate::bindings::KVM_EXIT_SHUTDOWN as SHUTDOWN;

@@ -56,6 +56,7 @@ macro_rules! abi_types {
 
 abi_types! {
     kvm_clear_dirty_log,
+    kvm_coalesced_mmio_zone,
     kvm_cpuid2,
     kvm_cpuid_entry2,
     kvm_debugregs,
@@ -67,10 +68,12 @@ abi_types! {
     kvm_msr_entry,
     kvm_msr_list,
     kvm_msrs,
+    kvm_pre_fault_memory,
     kvm_regs,
     kvm_signal_mask,
     kvm_sregs,
     kvm_userspace_memory_region,
+    kvm_userspace_memory_region2,
     kvm_vcpu_events,
     kvm_xcrs,
 }
@@ -88,5 +91,13 @@ impl kvm_clear_dirty_log {
     pub(crate) fn bitmap_address(&self) -> usize {
         // SAFETY: Any bytes make a `u64`, and both members are of its size.
         unsafe { self.__bindgen_anon_1.padding2 as usize }
+    }
+}
+
+impl kvm_coalesced_mmio_zone {
+    /// Whether it is of ports: 1, or 0 if it is of memory.
+    pub(crate) fn pio(&self) -> u32 {
+        // SAFETY: The union is of one integer under two names.
+        unsafe { self.__bindgen_anon_1.pio }
     }
 }

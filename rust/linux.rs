@@ -22,6 +22,11 @@ pub(crate) mod srcu;
 pub(crate) mod task;
 pub(crate) mod user;
 
+/// ENOSPC, which the kernel crate does not name.
+pub(crate) fn no_space() -> kernel::error::Error {
+    kernel::error::Error::from_errno(-(kernel::bindings::ENOSPC as i32))
+}
+
 /// EOPNOTSUPP, which the kernel crate does not name.
 pub(crate) fn unsupported() -> kernel::error::Error {
     kernel::error::Error::from_errno(-(kernel::bindings::EOPNOTSUPP as i32))

@@ -95,8 +95,8 @@ pub(crate) struct Mapping {
 /// How an attempt to map ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mapped {
-    /// The guest may go on.
-    Done,
+    /// The guest may go on. The leaf is at least of this level.
+    Done(Level),
     /// The host has changed something: look up again.
     Stale,
 }
@@ -179,7 +179,7 @@ impl Mmu {
                 outcome
             };
             match outcome {
-                Outcome::Mapped => return Ok(Mapped::Done),
+                Outcome::Mapped => return Ok(Mapped::Done(level)),
                 Outcome::NeedTable => spare = Some(Table::new()?),
                 // Once some of a large page had to be executable, all of it stays small.
                 Outcome::TableInTheWay if self.format.nx_huge => {

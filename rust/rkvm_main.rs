@@ -9,6 +9,7 @@
 //! | [`abi`] | the numbers and structures that user space sees |
 //! | [`system`], [`vm`], [`vcpu`] | the three kinds of file and their ioctls |
 //! | [`run`] | KVM_RUN: enter, exit, dispatch |
+//! | [`bus`], [`coalesced`] | what of a guest's I/O stays in the kernel |
 //! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
@@ -29,6 +30,8 @@ mod abi;
 mod arch;
 mod backend;
 mod bindings;
+mod bus;
+mod coalesced;
 mod events;
 mod linux;
 mod mem;

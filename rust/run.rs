@@ -15,6 +15,7 @@ use crate::abi;
 use crate::arch::Arch;
 use crate::backend::Exit;
 use crate::backend::Loaded;
+use crate::bus::Bus;
 use crate::events;
 use crate::linux::debug;
 use crate::linux::fpu::Swapped;
@@ -83,6 +84,7 @@ pub(crate) struct Run<'a, L: Loaded> {
     pub(crate) arch: &'a mut Arch,
     pub(crate) fpu: Swapped<'a>,
     pub(crate) memory: &'a GuestMemory,
+    pub(crate) bus: &'a Bus,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) page: &'a RunPages,
     pub(crate) host: &'a Host,

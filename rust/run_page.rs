@@ -28,9 +28,9 @@ impl RunPages {
         })
     }
 
-    /// Maps as many of them as the mapping spans: EINVAL if it goes beyond.
-    pub(crate) fn mmap(&self, vma: &NewVma) -> Result {
-        let pages = [&self.run, &self.port_data];
+    /// Maps as many of them, and of `ring` after them, as the mapping spans: EINVAL if it goes beyond.
+    pub(crate) fn mmap(&self, vma: &NewVma, ring: &KernelPage) -> Result {
+        let pages: [_; abi::RUN_PAGES] = [&self.run, &self.port_data, ring];
         let first = vma.first_page();
         for index in 0..vma.pages() {
             let page = first
@@ -136,6 +136,22 @@ impl RunPages {
         self.run
             .read::<u64>(offset_of!(kvm_run, __bindgen_anon_1.mmio.data))
             .to_le_bytes()
+    }
+
+    /// KVM_EXIT_MEMORY_FAULT, which comes with EFAULT: a guest-physical address and a size in bytes.
+    pub(crate) fn set_memory_fault(&self, gpa: u64, size: u64) {
+        self.set_exit_reason(abi::exit::MEMORY_FAULT);
+        let run = &self.run;
+        // There is no private memory, and how the guest accessed it has no flag.
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.memory_fault.flags),
+            0u64,
+        );
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.memory_fault.gpa), gpa);
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.memory_fault.size),
+            size,
+        );
     }
 
     /// KVM_EXIT_INTERNAL_ERROR with up to 16 words.

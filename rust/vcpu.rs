@@ -143,6 +143,25 @@ impl<B: Backend> Vcpu<B> {
         })
     }
 
+    /// KVM_PRE_FAULT_MEMORY: what is left of the range is written back, also with an error. EINVAL
+    /// for flags, what is not whole pages, nothing, and what does not end below 2^64.
+    fn pre_fault_memory(&self, arg: usize) -> Result {
+        let mut given: abi::kvm_pre_fault_memory = user::read(arg)?;
+        let end = given.gpa.checked_add(given.size).ok_or(EINVAL)?;
+        if given.flags != 0 || (given.gpa | given.size) & 0xfff != 0 || given.size == 0 {
+            return Err(EINVAL);
+        }
+        let mut range = given.gpa..end;
+        let result = {
+            let _state = self.state.lock_killable()?;
+            self.vm.memory.map_ahead(&mut range, &self.shared)
+        };
+        given.gpa = range.start;
+        given.size = end.wrapping_sub(range.start);
+        user::write(arg, &given)?;
+        result
+    }
+
     /// KVM_RUN.
     fn run(&self, arg: usize) -> Result<isize> {
         no_arg(arg, 0)?;
@@ -160,6 +179,7 @@ impl<B: Backend> Vcpu<B> {
             fpu: fpu.swap_in(),
             arch: state.arch,
             memory: &self.vm.memory,
+            bus: &self.vm.bus,
             shared: &self.shared,
             page: &self.pages,
             host: &self.vm.machine.host,
@@ -274,6 +294,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
             ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.tsc_khz as isize)),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
+            ioctl::PRE_FAULT_MEMORY => this.pre_fault_memory(arg)?,
             ioctl::SET_TSC_KHZ => this.with_loaded(|cpu| cpu.set_tsc_khz(arg))?,
             _ => return Err(EINVAL),
         }
@@ -286,7 +307,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
             this.shared.ring(),
         ) {
             (Some(first), Some(ring)) => ring.mmap(vma, first),
-            _ => this.pages.mmap(vma),
+            _ => this.pages.mmap(vma, this.vm.bus.coalesced.ring()),
         }
     }
 }

@@ -9,10 +9,12 @@ use crate::abi;
 use crate::abi::ioctl;
 use crate::abi::kvm_enable_cap;
 use crate::abi::kvm_userspace_memory_region;
+use crate::abi::kvm_userspace_memory_region2;
 use crate::backend::Backend;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
 use crate::bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+use crate::bus::Bus;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
@@ -33,6 +35,8 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) machine: Arc<Machine<B>>,
     #[pin]
     pub(crate) memory: GuestMemory,
+    #[pin]
+    pub(crate) bus: Bus,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Held while a vCPU is made.
@@ -61,6 +65,7 @@ impl<B: Backend> Vm<B> {
             try_pin_init!(Self {
                 machine,
                 memory <- GuestMemory::new(caps),
+                bus <- Bus::new(),
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus { ids: 0, ring: 0 }),
             }),
@@ -154,6 +159,27 @@ impl<B: Backend> FileObject for Vm<B> {
             }
             ioctl::RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),
             ioctl::ENABLE_CAP => this.enable_cap(&user::read(arg)?),
+            ioctl::SET_USER_MEMORY_REGION2 => {
+                let region = user::read::<kvm_userspace_memory_region2>(arg)?;
+                // What it has beyond the smaller structure is for KVM_MEM_GUEST_MEMFD, which is
+                // refused with the other flags that are not known.
+                this.memory.set_region(&kvm_userspace_memory_region {
+                    slot: region.slot,
+                    flags: region.flags,
+                    guest_phys_addr: region.guest_phys_addr,
+                    memory_size: region.memory_size,
+                    userspace_addr: region.userspace_addr,
+                })?;
+                Ok(0)
+            }
+            ioctl::REGISTER_COALESCED_MMIO => {
+                this.bus.coalesced.register(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::UNREGISTER_COALESCED_MMIO => {
+                this.bus.coalesced.unregister(&user::read(arg)?)?;
+                Ok(0)
+            }
             ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
             ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),

@@ -14,6 +14,7 @@ pub(crate) fn check(cap: usize) -> isize {
     };
     match cap {
         b::KVM_CAP_USER_MEMORY
+        | b::KVM_CAP_USER_MEMORY2
         | b::KVM_CAP_SET_TSS_ADDR
         | b::KVM_CAP_EXT_CPUID
         | b::KVM_CAP_NOP_IO_DELAY
@@ -30,6 +31,9 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_IMMEDIATE_EXIT
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
+        | b::KVM_CAP_COALESCED_PIO
+        | b::KVM_CAP_MEMORY_FAULT_INFO
+        | b::KVM_CAP_PRE_FAULT_MEMORY
         | b::KVM_CAP_CHECK_EXTENSION_VM
         | b::KVM_CAP_ENABLE_CAP_VM => 1,
         b::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => crate::mem::log::MANUAL_CAPS as isize,
@@ -39,8 +43,12 @@ pub(crate) fn check(cap: usize) -> isize {
         // Only if the host switches such state.
         b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),
         b::KVM_CAP_XSAVE2 => fpu::uabi_max_size() as isize,
+        // Where the ring is in a vCPU's mapping, in pages.
+        b::KVM_CAP_COALESCED_MMIO => b::KVM_COALESCED_MMIO_PAGE_OFFSET as isize,
         b::KVM_CAP_NR_VCPUS => task::online_cpus().min(MAX_VCPUS as u32) as isize,
         b::KVM_CAP_MAX_VCPUS | b::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
+        // The number of address spaces: there is no SMM, which would have another.
+        b::KVM_CAP_MULTI_ADDRESS_SPACE => 1,
         b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_SLOTS as isize,
         _ => 0,
     }

@@ -30,6 +30,9 @@ pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
 pub(crate) const ENABLE_CAP: u32 = _IOW::<kvm_enable_cap>(KVMIO, 0xa3);
 pub(crate) const CLEAR_DIRTY_LOG: u32 = _IOWR::<kvm_clear_dirty_log>(KVMIO, 0xc0);
 pub(crate) const RESET_DIRTY_RINGS: u32 = _IO(KVMIO, 0xc7);
+pub(crate) const SET_USER_MEMORY_REGION2: u32 = _IOW::<kvm_userspace_memory_region2>(KVMIO, 0x49);
+pub(crate) const REGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x67);
+pub(crate) const UNREGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x68);
 
 // A vCPU.
 pub(crate) const RUN: u32 = _IO(KVMIO, 0x80);
@@ -61,3 +64,4 @@ pub(crate) const SET_XSAVE: u32 = _IOW::<b::kvm_xsave>(KVMIO, 0xa5);
 pub(crate) const GET_XSAVE2: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xcf);
 pub(crate) const GET_XCRS: u32 = _IOR::<kvm_xcrs>(KVMIO, 0xa6);
 pub(crate) const SET_XCRS: u32 = _IOW::<kvm_xcrs>(KVMIO, 0xa7);
+pub(crate) const PRE_FAULT_MEMORY: u32 = _IOWR::<kvm_pre_fault_memory>(KVMIO, 0xd5);

@@ -14,13 +14,14 @@ use crate::mmu::page_of;
 use crate::mmu::Mapped;
 use crate::mmu::Mapping;
 use crate::tlb::VcpuShared;
+use core::ops::Range;
 use kernel::prelude::*;
 
 /// What an EPT violation comes to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Fault {
-    /// It is mapped: the guest may go on.
-    Mapped,
+    /// It is mapped, by a leaf of at least this level: the guest may go on.
+    Mapped(Level),
     /// There is no memslot, or a read-only one is to be written.
     Mmio,
     /// A signal is pending: KVM_RUN ends with EINTR.
@@ -66,7 +67,7 @@ impl GuestMemory {
         let logged = slot.log.is_some();
         if logged && access.write && mmu.write_again(gfn) {
             slot.mark_dirty(gfn, vcpu);
-            return Ok(Some(Fault::Mapped));
+            return Ok(Some(Fault::Mapped(Level::Page4K)));
         }
         let hva = slot.hva_of(gfn);
         // Before the look-up: see mmu/invalidation.rs.
@@ -94,10 +95,51 @@ impl GuestMemory {
             access,
             logged,
         })?;
-        if logged && access.write && mapped == Mapped::Done {
+        if logged && access.write && matches!(mapped, Mapped::Done(_)) {
             slot.mark_dirty(gfn, vcpu);
         }
-        Ok((mapped == Mapped::Done).then_some(Fault::Mapped))
+        Ok(match mapped {
+            Mapped::Done(level) => Some(Fault::Mapped(level)),
+            Mapped::Stale => None,
+        })
+    }
+
+    /// Maps what backs the guest-physical addresses `range`, whole pages, as a read of the guest's
+    /// would, but does not mark it accessed. What is done is taken off the start of `range`.
+    ///
+    /// If nothing could be done: EINTR; ENOENT if there is no memslot; EFAULT if the user has nothing
+    /// mapped there; ENOMEM. Sleeps. The current task runs in this memory's address space.
+    pub(crate) fn map_ahead(&self, range: &mut Range<u64>, vcpu: &VcpuShared) -> Result {
+        let first = range.start;
+        while range.start < range.end {
+            if let Err(e) = self.map_leaf_ahead(range, vcpu) {
+                return if range.start == first { Err(e) } else { Ok(()) };
+            }
+            mm::cond_resched();
+        }
+        Ok(())
+    }
+
+    /// One leaf of [`Self::map_ahead`].
+    fn map_leaf_ahead(&self, range: &mut Range<u64>, vcpu: &VcpuShared) -> Result {
+        if signal_pending() {
+            return Err(EINTR);
+        }
+        match self.map(range.start, Access::NONE, vcpu)? {
+            Fault::Mapped(level) => {
+                // The leaf may begin before the range and end after it.
+                let last = range.start | level.mask() << 12 | 0xfff;
+                range.start = last.saturating_add(1).min(range.end);
+                Ok(())
+            }
+            Fault::Mmio => Err(ENOENT),
+            Fault::Interrupted => Err(EINTR),
+            Fault::HwPoison(hva) => {
+                mm::send_hwpoison(hva);
+                Err(EINTR)
+            }
+            Fault::BadHva(_) => Err(EFAULT),
+        }
     }
 
     /// The largest leaf for `gfn` all of whose frames are in the slot and are mapped by the host with

@@ -35,6 +35,15 @@ pub(crate) struct Access {
     pub(crate) exec: bool,
 }
 
+impl Access {
+    /// None yet: a page is mapped ahead of its use, as for a read.
+    pub(crate) const NONE: Self = Self {
+        read: false,
+        write: false,
+        exec: false,
+    };
+}
+
 /// How the next write to a page is noticed while its slot's writes are logged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum LogBy {
@@ -209,7 +218,9 @@ impl Format {
         // The access that it is made for follows at once: spare the processor the update, and, where
         // nobody wants to know of writes, the log.
         if self.ad {
-            bits |= Entry::ACCESSED;
+            if access != Access::NONE {
+                bits |= Entry::ACCESSED;
+            }
             if silent && frame.writable {
                 bits |= Entry::DIRTY;
             }

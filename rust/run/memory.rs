@@ -9,6 +9,7 @@ use super::Pending;
 use super::Run;
 use crate::arch::Arch;
 use crate::backend::Loaded;
+use crate::bus::Space;
 use crate::mem::access::MemError;
 use crate::mem::fault::Fault as MemFault;
 use crate::mem::GuestMemory;
@@ -138,28 +139,34 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     }
 }
 
-/// Guest memory as the emulator sees it, and the vCPU that it emulates. The error is that of memory which the VMM has promised and
-/// the host cannot reach: KVM_RUN returns EFAULT for it.
+/// Guest memory that the VMM has promised and the host cannot reach, by a guest-physical address in
+/// it: KVM_RUN returns EFAULT.
+#[derive(Clone, Copy)]
+pub(super) struct Unbacked(u64);
+
+/// Guest memory as the emulator sees it, which never asks for more than one page at once, and the
+/// vCPU that it emulates.
 pub(super) struct EmuMemory<'a>(pub(super) &'a GuestMemory, pub(super) &'a VcpuShared);
 
-impl From<MemError> for MemoryError<()> {
-    fn from(e: MemError) -> Self {
-        match e {
-            MemError::NoSlot => Self::Mmio,
-            MemError::Fault => Self::Host(()),
-        }
+/// What an access at `gpa` that failed comes to.
+fn emu_error(error: MemError, gpa: u64) -> MemoryError<Unbacked> {
+    match error {
+        MemError::NoSlot => MemoryError::Mmio,
+        MemError::Fault => MemoryError::Host(Unbacked(gpa)),
     }
 }
 
 impl x86::paging::GuestMemory for EmuMemory<'_> {
-    type Error = ();
+    type Error = Unbacked;
 
-    fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<()>> {
-        Ok(self.0.read(gpa, buf)?)
+    fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<Unbacked>> {
+        self.0.read(gpa, buf).map_err(|e| emu_error(e, gpa))
     }
 
-    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<()>> {
-        Ok(self.0.write(gpa, data, self.1)?)
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<Unbacked>> {
+        self.0
+            .write(gpa, data, self.1)
+            .map_err(|e| emu_error(e, gpa))
     }
 
     fn compare_exchange(
@@ -168,8 +175,10 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
         len: u8,
         old: u64,
         new: u64,
-    ) -> Result<bool, MemoryError<()>> {
-        Ok(self.0.cmpxchg(gpa, len, old, new, self.1)?)
+    ) -> Result<bool, MemoryError<Unbacked>> {
+        self.0
+            .cmpxchg(gpa, len, old, new, self.1)
+            .map_err(|e| emu_error(e, gpa))
     }
 }
 
@@ -182,7 +191,7 @@ impl<L: Loaded> Run<'_, L> {
         linear: Option<u64>,
     ) -> Result<Next> {
         match self.memory.map(gpa, access, self.shared)? {
-            MemFault::Mapped => Ok(Next::Guest),
+            MemFault::Mapped(_) => Ok(Next::Guest),
             MemFault::Mmio => {
                 let hint = linear.map(|linear| Hint {
                     linear,
@@ -197,8 +206,14 @@ impl<L: Loaded> Run<'_, L> {
                 crate::linux::mm::send_hwpoison(hva);
                 Ok(Next::Guest)
             }
-            MemFault::BadHva(_) => Err(EFAULT),
+            MemFault::BadHva(_) => Err(self.unbacked(Unbacked(gpa))),
         }
+    }
+
+    /// Tells the VMM which page the host cannot reach; the error is for KVM_RUN to return.
+    pub(super) fn unbacked(&mut self, at: Unbacked) -> Error {
+        self.page.set_memory_fault(at.0 & !0xfff, 0x1000);
+        EFAULT
     }
 
     /// Emulates the instruction at RIP, which accessed a device.
@@ -219,11 +234,14 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Goes on with the instruction until the VMM is needed or it is done.
     fn step_emulator(&mut self) -> Result<Next> {
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
-        let outcome = self
-            .arch
-            .emulator
-            .step(&mut cpu, &mut EmuMemory(self.memory, self.shared));
+        let outcome = loop {
+            let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+            let mut memory = EmuMemory(self.memory, self.shared);
+            match self.arch.emulator.step(&mut cpu, &mut memory) {
+                Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
+                outcome => break outcome,
+            }
+        };
 
         match outcome {
             Outcome::Done(done) => {
@@ -247,8 +265,14 @@ impl<L: Loaded> Run<'_, L> {
                     .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
                 Ok(Next::User)
             }
-            Outcome::Host(()) => Err(EFAULT),
+            Outcome::Host(at) => Err(self.unbacked(at)),
         }
+    }
+
+    /// Offers a device write to the devices in the kernel; returns if one took it.
+    fn device_write(&self, gpa: u64, data: &[u8; 8], len: u8) -> bool {
+        let data = data.get(..usize::from(len)).unwrap_or(data);
+        self.bus.write(Space::Memory, gpa, data)
     }
 
     fn leave_for_mmio(&mut self, write: bool) -> Result<Next> {

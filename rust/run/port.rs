@@ -1,18 +1,21 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Port I/O: IN, OUT, INS and OUTS all leave to user space (KVM API, KVM_EXIT_IO).
+//! Port I/O: IN, OUT, INS and OUTS leave to user space (KVM API, KVM_EXIT_IO), but for outputs that a
+//! device in the kernel takes.
 //!
 //! An instruction stays where it is until the VMM comes back: RIP, and the registers of a string
 //! instruction, move when KVM_RUN completes it.
 
 use super::memory::EmuCpu;
 use super::memory::EmuMemory;
+use super::memory::Unbacked;
 use super::LinearRip;
 use super::Next;
 use super::Pending;
 use super::Run;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
+use crate::bus::Space;
 use crate::x86::insn::Size;
 use crate::x86::io::IoError;
 use crate::x86::io::StringIo;
@@ -46,7 +49,12 @@ impl<L: Loaded> Run<'_, L> {
         if !access.input {
             let value = (self.hw.gpr(Gpr::Rax) as u32).to_le_bytes();
             let size = usize::from(access.size).min(4);
-            self.page.set_port_data(value.get(..size).unwrap_or(&value));
+            let data = value.get(..size).unwrap_or(&value);
+            if self.bus.write(Space::Ports, access.port.into(), data) {
+                super::skip(&mut self.hw, len);
+                return Ok(Next::Guest);
+            }
+            self.page.set_port_data(data);
         }
         let at = LinearRip::of(&mut self.hw);
         let pending = PendingPort {
@@ -103,8 +111,16 @@ impl<L: Loaded> Run<'_, L> {
             Err(error) => return self.string_error(error),
         };
         if !access.input {
-            self.page
-                .set_port_data(buf.get(..transfer.bytes()).unwrap_or(&buf));
+            let data = buf.get(..transfer.bytes()).unwrap_or(&buf);
+            let taken = data
+                .chunks_exact(usize::from(access.size).max(1))
+                .take_while(|element| self.bus.write(Space::Ports, access.port.into(), element))
+                .count();
+            if let Some(done) = transfer.first(taken) {
+                self.finish_string(&done, len);
+                return Ok(Next::Guest);
+            }
+            self.page.set_port_data(data);
         }
         let count = transfer.count();
         let at = LinearRip::of(&mut self.hw);
@@ -117,7 +133,7 @@ impl<L: Loaded> Run<'_, L> {
         self.leave_for_port(pending, count)
     }
 
-    fn string_error(&mut self, error: IoError<()>) -> Result<Next> {
+    fn string_error(&mut self, error: IoError<Unbacked>) -> Result<Next> {
         match error {
             IoError::Fault(fault) => self.raise(fault),
             IoError::Contended => Ok(Next::Guest),
@@ -127,7 +143,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.page.set_emulation_error(&[], &raw);
                 Ok(Next::User)
             }
-            IoError::Host(()) => Err(EFAULT),
+            IoError::Host(at) => Err(self.unbacked(at)),
         }
     }
 
@@ -165,11 +181,15 @@ impl<L: Loaded> Run<'_, L> {
                 return self.string_error(error);
             }
         }
-        let over = transfer.finish(&mut EmuCpu::new(&mut self.hw, self.arch));
-        if over {
-            super::skip(&mut self.hw, pending.len);
-        }
-        // Else the guest executes the instruction again, for the rest.
+        self.finish_string(&transfer, pending.len);
         Ok(Next::Guest)
+    }
+
+    /// Goes past the elements of a string instruction of `len` bytes, and past it if there are no
+    /// more. Else the guest executes it again, for the rest.
+    fn finish_string(&mut self, transfer: &Transfer, len: u8) {
+        if transfer.finish(&mut EmuCpu::new(&mut self.hw, self.arch)) {
+            super::skip(&mut self.hw, len);
+        }
     }
 }

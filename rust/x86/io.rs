@@ -176,6 +176,15 @@ impl Transfer {
         (self.count as usize).saturating_mul(self.io.size.bytes() as usize)
     }
 
+    /// As many elements from the first on, if that is at least one and no more than there are.
+    #[must_use]
+    pub fn first(&self, count: usize) -> Option<Self> {
+        let count = u32::try_from(count).ok()?;
+        (1..=self.count)
+            .contains(&count)
+            .then_some(Self { count, ..*self })
+    }
+
     /// Where the bytes before the `head`-th and those after are.
     fn split(&self, len: usize) -> usize {
         len.min(self.head as usize)

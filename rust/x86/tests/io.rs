@@ -105,6 +105,25 @@ fn chunks() {
 }
 
 #[test]
+fn some_of_the_elements() {
+    let mut cpu = TestCpu::long().with(Rsi, 0x8000).with(Rcx, 5);
+    let words = StringIo {
+        size: Size::Word,
+        ..OUTS
+    };
+    let t = words
+        .prepare(&mut cpu, &mut TestMemory::default(), 1024)
+        .unwrap()
+        .unwrap();
+    assert_eq!((t.first(0), t.first(6)), (None, None));
+    assert_eq!(t.first(5), Some(t));
+    let some = t.first(2).unwrap();
+    assert_eq!((some.count(), some.bytes()), (2, 4));
+    assert!(!some.finish(&mut cpu));
+    assert_eq!((cpu.get(Rsi), cpu.get(Rcx)), (0x8004, 3));
+}
+
+#[test]
 fn an_element_across_pages() {
     let mut memory = TestMemory::default();
     let mut cpu = TestCpu::long()
