@@ -7,15 +7,14 @@
 
 use crate::check::{Outcome, Verdict};
 use crate::guest::{at, usize_of};
-use crate::host::{gettid, interrupting_handler, kick, sleep_ms};
+use crate::host::{gettid, interrupting_handler, kick, patient, sleep_ms};
 use crate::machine::{decode, set_special_pages, start_vcpu, Exit, Mode};
 use crate::mem::{Mapping, HUGE, PAGE};
 use crate::sys::{self, Error};
 use crate::vm::{Kvm, Vcpu, Vm};
 use crate::{ensure, ensure_eq, fail, guest_code, skip, Env};
 use kvm_bindings as kb;
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
 /// Where the logged slot begins.
 pub const GPA: u64 = 0x100_0000;
@@ -416,10 +415,6 @@ impl Guest {
     /// The pages that a vCPU wrote to since the last call.
     pub fn trace(&mut self, vcpu: usize) -> Vec<usize> {
         let count = self.count(vcpu);
-        self.trace_to(vcpu, count)
-    }
-
-    fn trace_to(&mut self, vcpu: usize, count: u32) -> Vec<usize> {
         let from = usize_of(block(vcpu)) + PAGE;
         let out = (self.read[vcpu]..count)
             .map(|i| self.low.read::<u32>(from + (i % TRACE) as usize * 4) as usize)
@@ -480,43 +475,65 @@ fn panicked() -> Verdict {
 }
 
 /// A vCPU's thread while [`chase`] runs.
-#[derive(Debug)]
-pub struct Runner {
+#[derive(Debug, Default)]
+struct Runner {
     tid: AtomicI32,
     stop: AtomicBool,
+    /// How often the vCPU was found halted.
+    halts: AtomicU32,
+}
+
+impl Runner {
+    fn run(&self, v: &Vcpu, exit: impl Fn(&Vcpu) -> bool) -> Outcome {
+        self.tid.store(gettid(), Ordering::SeqCst);
+        let r = self.loops(v, exit);
+        self.stop.store(true, Ordering::SeqCst);
+        r
+    }
+
+    fn loops(&self, v: &Vcpu, exit: impl Fn(&Vcpu) -> bool) -> Outcome {
+        while !self.stop.load(Ordering::SeqCst) {
+            match v.run() {
+                Err(e) if e.errno == libc::EINTR => continue,
+                // Memory that the host made inaccessible for a while.
+                Err(e) if e.errno == libc::EFAULT => std::thread::yield_now(),
+                Err(e) => return Err(e.into()),
+                Ok(_) if decode(v) == Exit::Hlt => {
+                    self.halts.fetch_add(1, Ordering::SeqCst);
+                    sleep_ms(1);
+                }
+                // Without room in a ring, for one.
+                Ok(_) if exit(v) => sleep_ms(1),
+                Ok(_) => fail!("exit {:x?}", decode(v)),
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Copies memory by the log while the vCPUs write: the way of live migration.
 ///
-/// What a vCPU's trace shows is in the log at the latest when the trace has moved again: a vCPU that was
-/// preempted on its way out of the guest may owe the log its last writes (kvm-intel's does, with page
-/// modification logging) until it goes on. And in the end the copy is the memory.
+/// In each phase the vCPUs write some pages, and the log is read time and again. Not every log must
+/// have all that was written before it was read: a vCPU that was preempted on its way out of the guest
+/// may owe it some (kvm-intel's does, with page modification logging). But when all vCPUs have halted,
+/// and the log was read once more, the copy is the memory.
 ///
-/// `harvest` is the log of one round; `disturb` is called in each.
+/// `exit` tells which exits beside HLT are right, `harvest` is the log of one round, and `disturb` is
+/// called in each.
 ///
 /// # Errors
 ///
-/// A write that no log had, an exit that is none of HLT and those that `exit` takes.
+/// A page that differs, an exit that is not right, what `harvest` and `disturb` say.
 pub fn chase(
     g: &mut Guest,
-    rounds: u64,
+    phases: u64,
     exit: impl Fn(&Vcpu) -> bool + Sync,
     mut harvest: impl FnMut(&Guest) -> Result<Bitmap, Verdict>,
     mut disturb: impl FnMut(&Guest, u64) -> Outcome,
 ) -> Outcome {
     interrupting_handler(SIG)?;
-    let n = g.vcpus.len();
     let vcpus = std::mem::take(&mut g.vcpus);
-    let runners: Vec<_> = (0..n)
-        .map(|_| Runner {
-            tid: AtomicI32::new(0),
-            stop: AtomicBool::new(false),
-        })
-        .collect();
-    let mut copy = Copy {
-        words: (0..g.pages).map(|p| g.words(p)).collect(),
-        owed: vec![Owed::default(); n],
-    };
+    let runners: Vec<_> = vcpus.iter().map(|_| Runner::default()).collect();
     let outcome = std::thread::scope(|scope| -> Outcome {
         let exit = &exit;
         let threads: Vec<_> = vcpus
@@ -524,23 +541,26 @@ pub fn chase(
             .zip(&runners)
             .map(|(v, r)| scope.spawn(move || r.run(v, exit)))
             .collect();
+        let mut copy: Vec<_> = (0..g.pages).map(|p| g.words(p)).collect();
+        let mut rounds = 0;
         let mut body = || -> Outcome {
-            for round in 0..rounds {
-                (0..n).for_each(|i| g.allow(i, TRACE / 8));
-                if runners.iter().any(|r| r.stop.load(Ordering::SeqCst)) {
-                    break;
+            for phase in 0..phases {
+                rounds += phase_of(g, &runners, &mut copy, &mut harvest, &mut disturb)?;
+                for (page, words) in copy.iter().enumerate() {
+                    let want = g.words(page);
+                    ensure_eq!(
+                        *words,
+                        want,
+                        "the copy of page {page:#x} after phase {phase}"
+                    );
                 }
-                copy.round(g, &mut harvest, &format!("round {round}"))?;
-                disturb(g, round)?;
-                sleep_ms(1);
             }
+            println!("{phases} phases, {rounds} logs");
             Ok(())
         };
         let r = body();
-        runners
-            .iter()
-            .for_each(|r| r.stop.store(true, Ordering::SeqCst));
         for (t, r) in threads.iter().zip(&runners) {
+            r.stop.store(true, Ordering::SeqCst);
             while !t.is_finished() {
                 kick(r.tid.load(Ordering::SeqCst), SIG);
                 sleep_ms(1);
@@ -552,91 +572,48 @@ pub fn chase(
         r
     });
     g.vcpus = vcpus;
-    outcome?;
-    copy.round(g, &mut harvest, "at the end")?;
-    for page in 0..g.pages {
-        ensure_eq!(
-            copy.words[page],
-            g.words(page),
-            "the copy of page {page:#x}"
-        );
-    }
-    let writes: Vec<_> = (0..n).map(|i| g.count(i)).collect();
-    println!("writes {writes:?} in {rounds} rounds");
-    ensure!(writes.iter().all(|w| *w > 100), "a vCPU hardly wrote");
-    Ok(())
+    outcome
 }
 
-impl Runner {
-    fn run(&self, v: &Vcpu, exit: impl Fn(&Vcpu) -> bool) -> Outcome {
-        self.tid.store(gettid(), Ordering::SeqCst);
-        while !self.stop.load(Ordering::SeqCst) {
-            match v.run() {
-                Err(e) if e.errno == libc::EINTR => {}
-                // Memory that the host made inaccessible for a while.
-                Err(e) if e.errno == libc::EFAULT => std::thread::yield_now(),
-                Err(e) => {
-                    self.stop.store(true, Ordering::SeqCst);
-                    return Err(e.into());
-                }
-                // At the limit, or without room in a ring: the host has to come first.
-                Ok(_) if decode(v) == Exit::Hlt || exit(v) => sleep_ms(1),
-                Ok(_) => {
-                    self.stop.store(true, Ordering::SeqCst);
-                    fail!("exit {:x?}", decode(v));
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What a vCPU's trace showed when it moved last, and the logs that may have it.
-#[derive(Debug, Clone, Default)]
-struct Owed {
-    pages: Vec<usize>,
-    /// The logs since each of the last three moves. The first of a move's writes may have been done,
-    /// and not yet noted, when the trace was read twice before.
-    logs: VecDeque<Bitmap>,
-}
-
-/// The copy of a guest's memory.
-struct Copy {
-    words: Vec<[u64; 4]>,
-    owed: Vec<Owed>,
-}
-
-impl Copy {
-    fn round(
-        &mut self,
-        g: &mut Guest,
-        harvest: &mut impl FnMut(&Guest) -> Result<Bitmap, Verdict>,
-        what: &str,
-    ) -> Outcome {
-        let counts: Vec<_> = (0..self.owed.len()).map(|i| g.count(i)).collect();
+/// One phase; how often the log was read in it.
+fn phase_of(
+    g: &mut Guest,
+    runners: &[Runner],
+    copy: &mut [[u64; 4]],
+    harvest: &mut impl FnMut(&Guest) -> Result<Bitmap, Verdict>,
+    disturb: &mut impl FnMut(&Guest, u64) -> Outcome,
+) -> Result<u64, Verdict> {
+    const WRITES: u32 = 200;
+    let mut take = |g: &Guest| -> Outcome {
         let log = harvest(g)?;
-        for page in log.pages() {
-            self.words[page] = g.words(page);
-        }
-        for (vcpu, (owed, count)) in self.owed.iter_mut().zip(counts).enumerate() {
-            if let Some(last) = owed.logs.back_mut() {
-                last.add(&log);
-            }
-            let trace = g.trace_to(vcpu, count);
-            if trace.is_empty() {
-                continue;
-            }
-            for page in std::mem::replace(&mut owed.pages, trace) {
-                ensure!(
-                    owed.logs.iter().any(|l| l.has(page)),
-                    "{what}: vCPU {vcpu} wrote to page {page:#x}, which no log had"
-                );
-            }
-            owed.logs.push_back(log.clone());
-            if owed.logs.len() > 3 {
-                owed.logs.pop_front();
-            }
-        }
+        // A write that came after the log, and that the next need not have, is copied all the same.
+        log.pages().for_each(|p| copy[p] = g.words(p));
         Ok(())
+    };
+    (0..runners.len()).for_each(|i| g.allow(i, WRITES));
+    let mut halted = vec![None; runners.len()];
+    for round in 0..patient(3000) {
+        take(g)?;
+        disturb(g, round)?;
+        if runners.iter().any(|r| r.stop.load(Ordering::SeqCst)) {
+            // The thread's own outcome tells why.
+            return Ok(round);
+        }
+        // A vCPU that was seen to have written all, and then to halt once more, owes nothing.
+        for (i, (since, r)) in halted.iter_mut().zip(runners).enumerate() {
+            if since.is_none() && g.count(i) == g.read[i] + WRITES {
+                *since = Some(r.halts.load(Ordering::SeqCst));
+            }
+        }
+        let owes_nothing = |(since, r): (&Option<u32>, &Runner)| {
+            since.is_some_and(|n| r.halts.load(Ordering::SeqCst) != n)
+        };
+        if halted.iter().zip(runners).all(owes_nothing) {
+            take(g)?;
+            (0..runners.len()).for_each(|i| drop(g.trace(i)));
+            return Ok(round + 2);
+        }
+        sleep_ms(1);
     }
+    fail!("the vCPUs did not write {WRITES} pages each")
 }

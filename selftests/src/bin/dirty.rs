@@ -20,7 +20,7 @@ use std::process::ExitCode;
 const LOG: u32 = kb::KVM_MEM_LOG_DIRTY_PAGES;
 /// Memory of guests that run while the log is read: so much that few pages are written twice, and what
 /// is lost stays lost.
-const RUNNING: usize = 8 * HUGE;
+const RUNNING: usize = 4 * HUGE;
 
 /// A VM with a logged slot of `pages` pages, with no vCPU.
 fn logged(env: &Env, pages: usize, protect: Protect) -> Result<(Vm, Mapping), Verdict> {
@@ -313,7 +313,7 @@ fn exact(env: &Env, memory: Memory) -> Outcome {
                 _ => Bitmap::new(g.pages),
             };
             first.expect(&want, &format!("{what}: the first log"))?;
-            for round in 0..env.fewer(15) {
+            for round in 0..env.fewer(10) {
                 let n = 1 + rng.below(200) as u32;
                 let written = g.burst(n)?;
                 let what = format!("{what}: round {round}");
@@ -388,7 +388,7 @@ fn running(env: &Env, memory: Memory) -> Outcome {
             g.log(true)?;
             chase(
                 &mut g,
-                env.fewer(20).max(5),
+                env.fewer(6).max(2),
                 |_| false,
                 |g| Ok(g.harvest(protect)?),
                 |_, _| Ok(()),
@@ -506,7 +506,7 @@ fn pressure_running(env: &Env) -> Outcome {
         g.log(true)?;
         chase(
             &mut g,
-            env.fewer(30).max(10),
+            env.fewer(10).max(4),
             |_| false,
             |g| Ok(g.harvest(protect)?),
             |g, round| {
@@ -799,7 +799,7 @@ fn toggled_while_running(env: &Env) -> Outcome {
         let mut phase = 0;
         chase(
             &mut g,
-            env.fewer(40).max(12),
+            env.fewer(10).max(4),
             |_| false,
             |g| {
                 phase += 1;
