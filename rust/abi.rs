@@ -29,6 +29,8 @@ pub(crate) use crate::bindings::kvm_regs;
 pub(crate) use crate::bindings::kvm_segment;
 pub(crate) use crate::bindings::kvm_signal_mask;
 pub(crate) use crate::bindings::kvm_sregs;
+pub(crate) use crate::bindings::kvm_stats_desc;
+pub(crate) use crate::bindings::kvm_stats_header;
 pub(crate) use crate::bindings::kvm_userspace_memory_region;
 pub(crate) use crate::bindings::kvm_userspace_memory_region2;
 pub(crate) use crate::bindings::kvm_vcpu_events;

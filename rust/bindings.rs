@@ -72,6 +72,8 @@ abi_types! {
     kvm_regs,
     kvm_signal_mask,
     kvm_sregs,
+    kvm_stats_desc,
+    kvm_stats_header,
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
     kvm_vcpu_events,

@@ -3,6 +3,7 @@
 //! Between the model of a vCPU's events ([`crate::x86::event`]) and the hardware that delivers them.
 
 use crate::backend::Loaded;
+use crate::stats::VcpuStats;
 use crate::x86::event::Exception;
 use crate::x86::event::Gate;
 use crate::x86::event::Injection;
@@ -44,6 +45,7 @@ pub(crate) fn deliver(
     events: &mut PendingEvents,
     dr6: &mut u64,
     window_wanted: bool,
+    stats: &VcpuStats,
 ) -> Delivery {
     if events.is_idle() {
         hw.set_interrupt_window(window_wanted);
@@ -55,8 +57,10 @@ pub(crate) fn deliver(
     hw.set_interrupt_window(selection.interrupt_window || window_wanted);
     hw.set_nmi_window(selection.nmi_window);
     if let Some(injection) = &selection.inject {
-        if let Injection::Exception(exception) = injection {
-            apply_effects(hw, exception, dr6);
+        match injection {
+            Injection::Exception(exception) => apply_effects(hw, exception, dr6),
+            Injection::Nmi => stats.nmi_injections.bump(),
+            Injection::Interrupt(_) => stats.irq_injections.bump(),
         }
         hw.inject(injection);
     }

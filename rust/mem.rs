@@ -15,6 +15,7 @@ pub(crate) mod log;
 mod notify;
 pub(crate) mod ring;
 mod slots;
+mod tree;
 
 pub(crate) use slots::MAX_SLOTS;
 
@@ -25,6 +26,7 @@ use crate::linux::mm::user_range_ok;
 use crate::linux::mmu_notifier::Listening;
 use crate::linux::srcu::SrcuCell;
 use crate::mmu::ept::EptCaps;
+use crate::mmu::ept::Level;
 use crate::mmu::Mmu;
 use crate::tlb::VcpuSet;
 use kernel::prelude::*;
@@ -80,6 +82,14 @@ impl GuestMemory {
     #[inline]
     pub(crate) fn vcpus(&self) -> &VcpuSet {
         self.inner.mmu.vcpus()
+    }
+
+    /// How many leaves of 4 KiB, 2 MiB and 1 GiB there are, and how many tables.
+    pub(crate) fn mapped(&self) -> ([u64; 3], u64) {
+        const SIZES: [Level; 3] = [Level::Page4K, Level::Page2M, Level::Page1G];
+        self.inner
+            .mmu
+            .with_counts(|counts| (SIZES.map(|size| counts.leaves(size)), counts.tables()))
     }
 
     /// Returns if the current task runs in this memory's address space.
@@ -178,7 +188,7 @@ impl Inner {
     fn publish(&self, next: KBox<Slots>) {
         // Whoever uses a logged slot must find the vCPUs logging; the other way round, it costs only
         // time.
-        let logging = next.iter().any(|slot| slot.log.is_some());
+        let logging = next.are_logged();
         if logging {
             self.set_logging(true);
         }

@@ -35,6 +35,7 @@
 //!
 //! The dirty log's watch on writes is an exception: see [`log`].
 
+pub(crate) mod counts;
 pub(crate) mod ept;
 pub(crate) mod invalidation;
 mod log;
@@ -47,6 +48,7 @@ use crate::linux::rwlock::RwLock;
 use crate::tlb::Request;
 use crate::tlb::VcpuSet;
 use core::ops::Range;
+use counts::Counts;
 use ept::Access;
 use ept::EptCaps;
 use ept::Format;
@@ -142,6 +144,11 @@ impl Mmu {
         &self.changes
     }
 
+    /// Calls `f` with the counts of tables and leaves.
+    pub(crate) fn with_counts<R>(&self, f: impl FnOnce(&Counts) -> R) -> R {
+        f(self.tables.read().counts())
+    }
+
     /// Maps a frame, if it still is what it was: ENOMEM.
     pub(crate) fn map(&self, mapping: Mapping) -> Result<Mapped> {
         let Mapping { mut level, .. } = mapping;
@@ -219,10 +226,13 @@ impl Mmu {
                 self.vcpus.request_all_and_wait(Request::TlbFlush);
             }
         }
-        let removed = detached.must_flush();
-        // SAFETY: Flushed above, if there was anything to flush.
-        unsafe { detached.free(may_sleep) };
-        removed
+        if !detached.must_flush() {
+            return false;
+        }
+        // SAFETY: Flushed above.
+        let gone = unsafe { detached.free(may_sleep) };
+        self.tables.read().counts().gone(&gone);
+        true
     }
 
     /// Clears accessed marks; returns if any was set. With `flush`, cached translations go too, so

@@ -13,6 +13,7 @@
 //! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
+//! | [`stats`] | what is counted, and the files to read it |
 //! | [`linux`] | kernel services that the `kernel` crate lacks |
 
 #![crate_name = "rkvm"]
@@ -38,6 +39,7 @@ mod mem;
 mod mmu;
 mod run;
 mod run_page;
+mod stats;
 mod system;
 mod tlb;
 mod vcpu;

@@ -141,6 +141,7 @@ impl<L: Loaded> Run<'_, L> {
             }
             if self.window_is_open() {
                 self.page.set_exit_reason(abi::exit::IRQ_WINDOW_OPEN);
+                self.shared.stats.request_irq_exits.bump();
                 return Ok(());
             }
             if let Some(exit) = self.enter_once() {
@@ -152,6 +153,7 @@ impl<L: Loaded> Run<'_, L> {
                 // A signal, before it came or while the rest was done.
                 if task::signal_pending() || task::guest_entry_work().is_err() {
                     self.page.set_exit_reason(abi::exit::INTR);
+                    self.shared.stats.signal_exits.bump();
                     return Err(EINTR);
                 }
             }
@@ -168,7 +170,13 @@ impl<L: Loaded> Run<'_, L> {
     fn enter_once(&mut self) -> Option<Exit> {
         let wanted = self.page.request_interrupt_window();
         let arch = &mut *self.arch;
-        let delivery = events::deliver(&mut self.hw, &mut arch.events, &mut arch.dr6, wanted);
+        let delivery = events::deliver(
+            &mut self.hw,
+            &mut arch.events,
+            &mut arch.dr6,
+            wanted,
+            &self.shared.stats,
+        );
 
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
@@ -201,6 +209,7 @@ impl<L: Loaded> Run<'_, L> {
         let exit = match exit {
             Exit::Interrupt => {
                 self.hw.host_interrupt(&irqs);
+                self.shared.stats.irq_exits.bump();
                 None
             }
             Exit::Nmi | Exit::Handled => None,
@@ -230,6 +239,7 @@ impl<L: Loaded> Run<'_, L> {
     fn inner_loop(&mut self, irqs: &IrqsOff) -> Exit {
         loop {
             let exit = self.hw.enter(irqs);
+            self.shared.stats.exits.bump();
             match exit {
                 Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
                 // Reading changes nothing that an entry prepares; writing may. Nor may an
@@ -246,6 +256,7 @@ impl<L: Loaded> Run<'_, L> {
     fn take_requests(&mut self) {
         if self.shared.take(Request::TlbFlush) {
             self.hw.flush_memory();
+            self.shared.stats.tlb_flush.bump();
         }
         if self.shared.take(Request::WriteLogging) {
             self.hw.set_write_logging(self.memory.is_logging());
@@ -294,7 +305,14 @@ impl<L: Loaded> Run<'_, L> {
         match exit {
             Exit::Interrupt | Exit::Nmi | Exit::MachineCheck | Exit::Handled => Ok(Next::Guest),
             // The loop looks for what is to be injected anyway.
-            Exit::InterruptWindow | Exit::NmiWindow => Ok(Next::Guest),
+            Exit::InterruptWindow => {
+                self.shared.stats.irq_window_exits.bump();
+                Ok(Next::Guest)
+            }
+            Exit::NmiWindow => {
+                self.shared.stats.nmi_window_exits.bump();
+                Ok(Next::Guest)
+            }
             Exit::Cpuid => {
                 let cpl = crate::arch::cpl(&mut self.hw);
                 if self.arch.msrs.cpuid_faults(cpl) {
@@ -303,13 +321,17 @@ impl<L: Loaded> Run<'_, L> {
                 self.cpuid();
                 Ok(Next::Guest)
             }
-            Exit::Port(access) => self.port_access(access),
+            Exit::Port(access) => {
+                self.shared.stats.io_exits.bump();
+                self.port_access(access)
+            }
             Exit::PageFault {
                 gpa,
                 access,
                 linear,
             } => self.page_fault(gpa, access, linear),
             Exit::Hlt => {
+                self.shared.stats.halt_exits.bump();
                 self.skip();
                 // Without a local APIC in the kernel, only the VMM knows what may wake the vCPU.
                 self.page.set_exit_reason(abi::exit::HLT);
@@ -335,6 +357,7 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             Exit::Vmcall => {
+                self.shared.stats.hypercalls.bump();
                 self.hypercall();
                 self.skip();
                 Ok(Next::Guest)

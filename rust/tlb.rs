@@ -27,6 +27,7 @@
 
 use crate::linux::ipi;
 use crate::mem::ring::DirtyRing;
+use crate::stats::VcpuStats;
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
@@ -65,6 +66,8 @@ pub(crate) struct VcpuShared {
     cpu: AtomicI32,
     /// The dirty ring, if the VM has them.
     ring: Option<DirtyRing>,
+    /// Counted by who holds the vCPU's mutex, read by anyone.
+    pub(crate) stats: VcpuStats,
 }
 
 impl VcpuShared {
@@ -75,6 +78,7 @@ impl VcpuShared {
             mode: AtomicU32::new(OUTSIDE_GUEST),
             cpu: AtomicI32::new(-1),
             ring,
+            stats: VcpuStats::new(),
         }
     }
 
@@ -162,6 +166,16 @@ struct Members {
     vcpus: KVec<Arc<VcpuShared>>,
     /// Whom to interrupt: used while the lock is held, here because it may be large.
     targets: KBox<CpumaskVar>,
+    flushes: Flushes,
+}
+
+/// How often all vCPUs were to drop their translations.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Flushes {
+    /// It was asked for.
+    pub(crate) requested: u64,
+    /// A vCPU was in the guest and had to be interrupted.
+    pub(crate) interrupted: u64,
 }
 
 impl VcpuSet {
@@ -175,6 +189,7 @@ impl VcpuSet {
                         CpumaskVar::new_zero(GFP_KERNEL_ACCOUNT)?,
                         GFP_KERNEL_ACCOUNT
                     )?,
+                    flushes: Flushes::default(),
                 },
                 "rkvm_vcpu_set"
             ),
@@ -217,13 +232,22 @@ impl VcpuSet {
         self.inner.lock().vcpus.get(index).cloned()
     }
 
+    /// How often [`Request::TlbFlush`] was made of all.
+    pub(crate) fn flushes(&self) -> Flushes {
+        self.inner.lock().flushes
+    }
+
     /// Makes `request` of every vCPU and waits until those that were in the guest have left it.
     ///
     /// When it returns, no vCPU runs the guest without having seen the request. Does not sleep, but
     /// wants interrupts on.
     pub(crate) fn request_all_and_wait(&self, request: Request) {
         let mut members = self.inner.lock();
-        let Members { vcpus, targets } = &mut *members;
+        let Members {
+            vcpus,
+            targets,
+            flushes,
+        } = &mut *members;
         let mut any = false;
         for vcpu in vcpus.iter() {
             vcpu.request(request);
@@ -231,6 +255,10 @@ impl VcpuSet {
                 targets.set(cpu);
                 any = true;
             }
+        }
+        if request == Request::TlbFlush {
+            flushes.requested = flushes.requested.wrapping_add(1);
+            flushes.interrupted = flushes.interrupted.wrapping_add(any.into());
         }
         if !any {
             return;

@@ -30,6 +30,9 @@ use crate::linux::user;
 use crate::mem::ring::DirtyRing;
 use crate::run::Run;
 use crate::run_page::RunPages;
+use crate::stats;
+use crate::stats::Description;
+use crate::stats::VcpuStats;
 use crate::system::no_arg;
 use crate::tlb::VcpuShared;
 use crate::vm::Vm;
@@ -45,6 +48,9 @@ pub(crate) struct Vcpu<B: Backend> {
     vm: Arc<Vm<B>>,
     shared: Arc<VcpuShared>,
     pages: RunPages,
+    id: u32,
+    /// What statistics call it.
+    stats_id: CString,
     #[pin]
     state: KillableMutex<State<B>>,
 }
@@ -79,6 +85,8 @@ impl<B: Backend> Vcpu<B> {
     pub(crate) fn create(vm: Arc<Vm<B>>, id: u32, ring: Option<DirtyRing>) -> Result<isize> {
         let shared = Arc::new(VcpuShared::new(ring), GFP_KERNEL_ACCOUNT)?;
         let (vm, shared) = (&vm, &shared);
+        let pid = current!().pid();
+        let stats_id = CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}/vcpu-{id}"))?;
         let vcpu = Arc::pin_init(
             try_pin_init!(Self {
                 pages: RunPages::new()?,
@@ -89,6 +97,8 @@ impl<B: Backend> Vcpu<B> {
                     static_lock_class!(),
                 ),
                 vm: vm.clone(),
+                id,
+                stats_id,
             }),
             GFP_KERNEL_ACCOUNT,
         )?;
@@ -162,6 +172,12 @@ impl<B: Backend> Vcpu<B> {
         result
     }
 
+    /// KVM_GET_STATS_FD.
+    fn stats_fd(this: ArcBorrow<'_, Self>) -> Result<isize> {
+        let name = CString::try_from_fmt(kernel::prelude::fmt!("kvm-vcpu-stats:{}", this.id))?;
+        stats::new_fd(&name, &this.stats_id, this.into())
+    }
+
     /// KVM_RUN.
     fn run(&self, arg: usize) -> Result<isize> {
         no_arg(arg, 0)?;
@@ -169,6 +185,7 @@ impl<B: Backend> Vcpu<B> {
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
+        self.shared.stats.fpu_reload.bump();
         let _masked = state.arch.signal_mask.as_ref().map(task::mask_signals);
         let mut run = Run {
             hw: self
@@ -293,6 +310,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::GET_MSRS => return this.with_loaded(|cpu| cpu.get_msrs(arg)),
             ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
             ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.tsc_khz as isize)),
+            ioctl::GET_STATS_FD => return Self::stats_fd(this),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
             ioctl::PRE_FAULT_MEMORY => this.pre_fault_memory(arg)?,
             ioctl::SET_TSC_KHZ => this.with_loaded(|cpu| cpu.set_tsc_khz(arg))?,
@@ -309,5 +327,13 @@ impl<B: Backend> FileObject for Vcpu<B> {
             (Some(first), Some(ring)) => ring.mmap(vma, first),
             _ => this.pages.mmap(vma, this.vm.bus.coalesced.ring()),
         }
+    }
+}
+
+impl<B: Backend> stats::Source for Vcpu<B> {
+    const DESCRIPTIONS: &'static [Description] = VcpuStats::DESCRIPTIONS;
+
+    fn values(&self, f: &mut dyn FnMut(u64) -> Result) -> Result {
+        self.shared.stats.values(f)
     }
 }

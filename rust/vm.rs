@@ -20,11 +20,14 @@ use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
+use crate::stats;
+use crate::stats::Description;
 use crate::system::no_arg;
 use crate::system::Machine;
 use crate::vcpu::Vcpu;
 use kernel::new_mutex;
 use kernel::prelude::*;
+use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 use kernel::sync::Mutex;
@@ -42,6 +45,8 @@ pub(crate) struct Vm<B: Backend> {
     /// Held while a vCPU is made.
     #[pin]
     vcpus: Mutex<Vcpus>,
+    /// What statistics call it.
+    stats_id: CString,
 }
 
 /// The vCPUs of a VM.
@@ -61,6 +66,7 @@ impl<B: Backend> Vm<B> {
     /// A VM without memory or vCPUs, for the current process.
     pub(crate) fn new(machine: Arc<Machine<B>>) -> Result<Arc<Self>> {
         let caps = machine.backend.ept_caps();
+        let pid = current!().pid();
         Arc::pin_init(
             try_pin_init!(Self {
                 machine,
@@ -68,6 +74,7 @@ impl<B: Backend> Vm<B> {
                 bus <- Bus::new(),
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus { ids: 0, ring: 0 }),
+                stats_id: CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}"))?,
             }),
             GFP_KERNEL_ACCOUNT,
         )
@@ -180,11 +187,37 @@ impl<B: Backend> FileObject for Vm<B> {
                 this.bus.coalesced.unregister(&user::read(arg)?)?;
                 Ok(0)
             }
+            ioctl::GET_STATS_FD => stats::new_fd(c"kvm-vm-stats", &this.stats_id, this.into()),
             ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
             ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),
             ioctl::GET_TSC_KHZ => no_arg(0, crate::linux::msr::tsc_khz() as isize),
             _ => Err(ENOTTY),
         }
+    }
+}
+
+impl<B: Backend> stats::Source for Vm<B> {
+    const DESCRIPTIONS: &'static [Description] = &[
+        // All vCPUs were to drop their translations, and some had to be interrupted for it.
+        Description::cumulative("remote_tlb_flush_requests"),
+        Description::cumulative("remote_tlb_flush"),
+        // What is mapped for the guest now, by the size of the mapping.
+        Description::instant("pages_4k"),
+        Description::instant("pages_2m"),
+        Description::instant("pages_1g"),
+        // Pages of memory that the EPT tables take.
+        Description::instant("page_table_pages"),
+    ];
+
+    fn values(&self, f: &mut dyn FnMut(u64) -> Result) -> Result {
+        let flushes = self.memory.vcpus().flushes();
+        f(flushes.requested)?;
+        f(flushes.interrupted)?;
+        let (leaves, tables) = self.memory.mapped();
+        for n in leaves {
+            f(n)?;
+        }
+        f(tables)
     }
 }

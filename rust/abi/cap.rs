@@ -31,6 +31,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_IMMEDIATE_EXIT
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
+        | b::KVM_CAP_BINARY_STATS_FD
         | b::KVM_CAP_COALESCED_PIO
         | b::KVM_CAP_MEMORY_FAULT_INFO
         | b::KVM_CAP_PRE_FAULT_MEMORY

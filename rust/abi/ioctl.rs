@@ -61,6 +61,8 @@ pub(crate) const SET_TSC_KHZ: u32 = _IO(KVMIO, 0xa2);
 pub(crate) const GET_TSC_KHZ: u32 = _IO(KVMIO, 0xa3);
 pub(crate) const GET_XSAVE: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xa4);
 pub(crate) const SET_XSAVE: u32 = _IOW::<b::kvm_xsave>(KVMIO, 0xa5);
+/// Of a VM and of a vCPU.
+pub(crate) const GET_STATS_FD: u32 = _IO(KVMIO, 0xce);
 pub(crate) const GET_XSAVE2: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xcf);
 pub(crate) const GET_XCRS: u32 = _IOR::<kvm_xcrs>(KVMIO, 0xa6);
 pub(crate) const SET_XCRS: u32 = _IOW::<kvm_xcrs>(KVMIO, 0xa7);

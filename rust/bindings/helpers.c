@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 /* C helpers: see helpers.h for what and why. */
+#include <linux/anon_inodes.h>
 #include <linux/cpu.h>
 #include <linux/cpuhotplug.h>
 #include <linux/entry-common.h>
 #include <linux/entry-virt.h>
+#include <linux/fs.h>
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>
@@ -289,6 +291,11 @@ int rkvm_vma_insert_page(struct vm_area_struct *vma, u64 offset, void *va)
 unsigned long rkvm_vma_pages(struct vm_area_struct *vma) { return vma_pages(vma); }
 unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma) { return vma->vm_pgoff; }
 u64 rkvm_vma_flags(struct vm_area_struct *vma) { return vma->vm_flags; }
+
+struct file *rkvm_readable_file(const char *name, const struct file_operations *ops, void *priv)
+{
+	return anon_inode_getfile_fmode(name, ops, priv, O_RDONLY, FMODE_PREAD);
+}
 
 struct mm_struct *rkvm_current_mm(void) { return current->mm; }
 

@@ -146,6 +146,11 @@ unsigned long rkvm_vma_pages(struct vm_area_struct *vma);
 unsigned long rkvm_vma_pgoff(struct vm_area_struct *vma);
 u64 rkvm_vma_flags(struct vm_area_struct *vma);
 
+struct file;
+struct file_operations;
+/* A new file to be read only, at any position; or an error pointer. */
+struct file *rkvm_readable_file(const char *name, const struct file_operations *ops, void *priv);
+
 struct mm_struct *rkvm_current_mm(void);
 
 #endif

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Files of our own: the character device and the anonymous inodes of VMs and vCPUs.
+//! Files of our own: the character device, and the anonymous inodes of VMs, vCPUs and statistics.
 //!
 //! The kernel crate's `MiscDeviceRegistration` leaves `fops.owner` empty, so that an open device
 //! would not hold the module. Here every `file_operations` names the module as its owner.
@@ -8,10 +8,15 @@
 use crate::bindings;
 use core::ffi::c_void;
 use core::marker::PhantomData;
+use core::ptr::NonNull;
 use kernel::bindings as kb;
+use kernel::error::from_err_ptr;
 use kernel::error::to_result;
+use kernel::fs::file::FileDescriptorReservation;
+use kernel::fs::File;
 use kernel::prelude::*;
 use kernel::str::CStr;
+use kernel::sync::aref::ARef;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 use kernel::types::ForeignOwnable;
@@ -21,6 +26,15 @@ use kernel::types::Opaque;
 pub(crate) trait FileObject: Send + Sync + Sized + 'static {
     /// An ioctl: the command and its argument as user space gave them.
     fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize>;
+
+    /// [`read`](Self::read) is there.
+    const READABLE: bool = false;
+
+    /// Reads `len` bytes of the file, or as many as there are, from `from` on to the user's address
+    /// `to`: how many were read; EFAULT.
+    fn read(_this: ArcBorrow<'_, Self>, _to: usize, _len: usize, _from: u64) -> Result<usize> {
+        Err(EINVAL)
+    }
 
     /// Mapping the file: ENODEV unless the object has something to map.
     fn mmap(_this: ArcBorrow<'_, Self>, _vma: &NewVma) -> Result {
@@ -85,6 +99,7 @@ impl<T: FileObject> Vtable<T> {
         #[cfg(CONFIG_COMPAT)]
         compat_ioctl: Some(kb::compat_ptr_ioctl),
         mmap: Some(Self::mmap),
+        read: if T::READABLE { Some(Self::read) } else { None },
         llseek: Some(kb::noop_llseek),
         ..pin_init::zeroed()
     };
@@ -97,6 +112,30 @@ impl<T: FileObject> Vtable<T> {
         let this = unsafe { <Arc<T> as ForeignOwnable>::borrow((*file).private_data) };
         match T::ioctl(this, cmd, arg) {
             Ok(value) => value,
+            Err(e) => e.to_errno() as isize,
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As [`Self::ioctl`]; `position` is valid for reads and writes.
+    unsafe extern "C" fn read(
+        file: *mut kb::file,
+        to: *mut u8,
+        len: usize,
+        position: *mut kb::loff_t,
+    ) -> isize {
+        // SAFETY: As in `ioctl`.
+        let this = unsafe { <Arc<T> as ForeignOwnable>::borrow((*file).private_data) };
+        // SAFETY: By the above.
+        let position = unsafe { &mut *position };
+        // Negative positions do not come this far.
+        let from = u64::try_from(*position).unwrap_or(u64::MAX);
+        match T::read(this, to as usize, len, from) {
+            Ok(done) => {
+                *position = position.wrapping_add(done as kb::loff_t);
+                done as isize
+            }
             Err(e) => e.to_errno() as isize,
         }
     }
@@ -148,6 +187,32 @@ pub(crate) fn anon_fd<T: FileObject>(name: &CStr, object: Arc<T>) -> Result<isiz
         return Err(Error::from_errno(fd));
     }
     Ok(fd as isize)
+}
+
+/// Makes a read-only file for `object`, to be read at any position, and returns its descriptor,
+/// close-on-exec: EMFILE, ENOMEM.
+pub(crate) fn readable_fd<T: FileObject>(name: &CStr, object: Arc<T>) -> Result<isize> {
+    let fd = FileDescriptorReservation::get_unused_fd_flags(kb::O_CLOEXEC)?;
+    let private = object.into_foreign();
+    // SAFETY: The operations are static and take the private data for an `Arc<T>`, which it is.
+    let file = from_err_ptr(unsafe {
+        bindings::rkvm_readable_file(name.as_char_ptr(), OpsOf::<T>::STATIC, private.cast())
+    });
+    let file = file.and_then(|file| NonNull::new(file).ok_or(ENOMEM));
+    match file {
+        Ok(file) => {
+            let number = fd.reserved_fd();
+            // SAFETY: The file is new, so the one reference is ours, and nobody else uses its
+            // position.
+            fd.fd_install(unsafe { ARef::from_raw(file.cast::<File>()) });
+            Ok(number as isize)
+        }
+        Err(e) => {
+            // SAFETY: No file was made, so the reference is still ours.
+            drop(unsafe { <Arc<T> as ForeignOwnable>::from_foreign(private) });
+            Err(e)
+        }
+    }
 }
 
 /// A character device under `/dev`, of dynamic minor number, whose files are all `T`.

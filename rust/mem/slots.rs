@@ -2,17 +2,21 @@
 
 //! Memslots: which guest frames are backed by which user memory.
 //!
-//! A set of them does not change: an update makes a new set and publishes it as a whole.
+//! A set of them does not change: an update makes a new set, which shares what it can with the old,
+//! and publishes it as a whole.
 
 use super::log::DirtyLog;
+use super::tree::Tree;
 use crate::bindings::kvm_userspace_memory_region;
 use crate::bindings::KVM_MEM_READONLY;
 use crate::linux::mmu_notifier::HvaRange;
 use core::ops::Range;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
-/// How many memslots a VM can have; their numbers are below (KVM_CAP_NR_MEMSLOTS).
-pub(crate) const MAX_SLOTS: u32 = 1024;
+/// How many memslots a VM can have; their numbers are below (KVM_CAP_NR_MEMSLOTS). As many as in KVM:
+/// numbers there are 16-bit and signed, and three are KVM's own.
+pub(crate) const MAX_SLOTS: u32 = 32764;
 
 /// A memslot.
 ///
@@ -82,49 +86,52 @@ impl Slot {
     }
 }
 
-/// All memslots of a VM at some moment.
+/// All memslots of a VM at some moment, found by each of the things that one knows of them.
 ///
 /// # Invariants
 ///
-/// `list` is sorted by `gfns`, and no two slots overlap.
+/// Each slot is in all three, by its frames, its user addresses and its number; no two have the same
+/// number or a frame in common. `logged` of them have a log.
 pub(crate) struct Slots {
-    list: KVVec<Slot>,
-    /// Counts the sets.
-    pub(crate) generation: u64,
+    by_gfn: Tree,
+    /// Several slots may map the same addresses.
+    by_hva: Tree,
+    by_id: Tree,
+    logged: u32,
 }
 
 impl Slots {
     /// No memslot.
     pub(crate) const fn empty() -> Self {
         Self {
-            list: KVVec::new(),
-            generation: 0,
+            by_gfn: Tree::empty(),
+            by_hva: Tree::empty(),
+            by_id: Tree::empty(),
+            logged: 0,
         }
     }
 
     /// The slot that has `gfn`.
     #[inline]
     pub(crate) fn find(&self, gfn: u64) -> Option<&Slot> {
-        let after = self.list.partition_point(|slot| slot.gfns.start <= gfn);
-        let slot = self.list.get(after.checked_sub(1)?)?;
-        (gfn < slot.gfns.end).then_some(slot)
+        self.by_gfn.find(gfn).map(|slot| &**slot)
     }
 
-    /// All slots, by guest frame.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Slot> {
-        self.list.iter()
+    /// Returns if the guest's writes to any of them are logged.
+    pub(crate) fn are_logged(&self) -> bool {
+        self.logged != 0
     }
 
     /// The slot with a number.
     pub(crate) fn by_id(&self, id: u32) -> Option<&Slot> {
-        self.list.iter().find(|slot| slot.id == id)
+        self.by_id.find(u64::from(id)).map(|slot| &**slot)
     }
 
     /// Returns if a slot other than `id` has any of `gfns`.
     pub(crate) fn occupied(&self, gfns: &Range<u64>, id: u32) -> bool {
-        self.list
-            .iter()
-            .any(|slot| slot.id != id && slot.gfns.start < gfns.end && gfns.start < slot.gfns.end)
+        self.by_gfn
+            .overlapping(gfns.clone())
+            .any(|slot| slot.id != id)
     }
 
     /// The frames that any of `hvas` back: a range for each slot that has some.
@@ -132,34 +139,36 @@ impl Slots {
         &'a self,
         hvas: &'a HvaRange,
     ) -> impl Iterator<Item = Range<u64>> + Clone + 'a {
-        self.list.iter().filter_map(|slot| slot.gfns_of(hvas))
+        self.by_hva
+            .overlapping(hvas.clone())
+            .filter_map(|slot| slot.gfns_of(hvas))
     }
 
-    /// A copy where slot `id`, if there is one, is `new`, or is not. ENOMEM.
+    /// A set where slot `id`, if there is one, is `new`, or is not. ENOMEM.
     ///
     /// `new` overlaps none of the others.
     pub(crate) fn with(&self, id: u32, new: Option<Slot>) -> Result<KBox<Self>> {
-        let room = self.list.len().saturating_add(1);
-        let mut list = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
-        // There is room for all, so this does not fail.
-        let mut push = |slot| list.push_within_capacity(slot).map_err(|_| ENOMEM);
-        let mut new = new;
-        for slot in self.list.iter().filter(|slot| slot.id != id) {
-            if let Some(before) = new.take_if(|new| new.gfns.start < slot.gfns.start) {
-                push(before)?;
-            }
-            push(slot.clone())?;
+        let number = u64::from(id)..u64::from(id).wrapping_add(1);
+        let mut next = Self {
+            by_gfn: self.by_gfn.share(),
+            by_hva: self.by_hva.share(),
+            by_id: self.by_id.share(),
+            logged: self.logged,
+        };
+        if let Some(old) = self.by_id.find(number.start) {
+            next.by_gfn = next.by_gfn.without(old.gfns.clone(), old)?;
+            next.by_hva = next.by_hva.without(old.hvas.clone(), old)?;
+            next.by_id = next.by_id.without(number.clone(), old)?;
+            next.logged = next.logged.saturating_sub(old.log.is_some().into());
         }
-        if let Some(last) = new {
-            push(last)?;
+        if let Some(new) = new {
+            let new = Arc::new(new, GFP_KERNEL_ACCOUNT)?;
+            next.by_gfn = next.by_gfn.with(new.gfns.clone(), &new)?;
+            next.by_hva = next.by_hva.with(new.hvas.clone(), &new)?;
+            next.by_id = next.by_id.with(number, &new)?;
+            next.logged = next.logged.saturating_add(new.log.is_some().into());
         }
-        // INVARIANT: `self.list` was sorted, and `new` was put before the first that comes after.
-        Ok(KBox::new(
-            Self {
-                list,
-                generation: self.generation.wrapping_add(1),
-            },
-            GFP_KERNEL_ACCOUNT,
-        )?)
+        // INVARIANT: What was taken out and put in was so in all three, and counted.
+        Ok(KBox::new(next, GFP_KERNEL_ACCOUNT)?)
     }
 }

@@ -3,6 +3,7 @@
 //! A page of 512 entries, and how one finds the next: the only place that makes references out of
 //! physical addresses.
 
+use super::counts::Tally;
 use super::ept::Entry;
 use super::ept::Level;
 use super::ept::LogBy;
@@ -145,23 +146,28 @@ impl Table {
         unsafe { &*bindings::rkvm_table_virt(entry.phys()).cast::<Words>() }
     }
 
-    /// Frees this table of `level` and all that it leads to.
+    /// Frees this table of `level` and all that it leads to, and adds it to `gone`.
     ///
     /// # Safety
     ///
     /// No walk, of software or of a processor, can be in these tables or come into them.
-    pub(super) unsafe fn free_tree(self, level: Level, may_sleep: bool) {
-        if let Some(below) = level.below() {
-            for word in self.iter() {
-                let entry = word.get();
-                if entry.is_present() && !entry.is_leaf(level) {
+    pub(super) unsafe fn free_tree(self, level: Level, may_sleep: bool, gone: &mut Tally) {
+        let mut leaves = 0u64;
+        for word in self.iter() {
+            let entry = word.get();
+            if let (Some(below), false) = (level.below(), entry.is_leaf(level)) {
+                if entry.is_present() {
                     // SAFETY: The entry is a table's, and goes with `self`.
                     let child = unsafe { Self::from_entry(entry) };
                     // SAFETY: As for `self`. The recursion ends: each level is one lower.
-                    unsafe { child.free_tree(below, may_sleep) };
+                    unsafe { child.free_tree(below, may_sleep, gone) };
                 }
+            } else {
+                leaves = leaves.wrapping_add(entry.is_present().into());
             }
         }
+        gone.add_leaves(level, leaves);
+        gone.add_table();
         drop(self);
         if may_sleep {
             crate::linux::mm::cond_resched();

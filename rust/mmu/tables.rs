@@ -7,6 +7,8 @@
 //! small ones that map the same; with `&mut Tables` (held for writing) they go. A table that is linked
 //! therefore stays as long as anybody has a `&Tables`.
 
+use super::counts::Counts;
+use super::counts::Tally;
 use super::ept::Access;
 use super::ept::Entry;
 use super::ept::Format;
@@ -67,6 +69,7 @@ enum Small<'a> {
 pub(super) struct Tables {
     root: Table,
     format: Format,
+    counts: Counts,
 }
 
 impl Tables {
@@ -75,12 +78,18 @@ impl Tables {
         Ok(Self {
             root: Table::new()?,
             format,
+            counts: Counts::new(),
         })
     }
 
     /// The EPTP for them.
     pub(super) fn eptp(&self) -> u64 {
         self.format.eptp(self.root.phys())
+    }
+
+    /// How many there are.
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
     }
 
     /// Installs a leaf, if that takes nothing away: where there is nothing yet, or a leaf of which
@@ -92,7 +101,7 @@ impl Tables {
             let word = words.at(level, want.gfn);
             let mut entry = word.get();
             if level == want.level {
-                return Self::install_leaf(word, entry, want);
+                return self.install_leaf(word, entry, want);
             }
             if entry.is_leaf(level) {
                 return if entry.allows(want.access) {
@@ -112,6 +121,7 @@ impl Tables {
                     *spare = Some(unsafe { Table::from_entry(new) });
                     continue;
                 }
+                self.counts.table_linked();
                 entry = new;
             }
             let Some(below) = level.below() else {
@@ -125,7 +135,7 @@ impl Tables {
         }
     }
 
-    fn install_leaf(word: Word<'_>, mut old: Entry, want: &Want) -> Outcome {
+    fn install_leaf(&self, word: Word<'_>, mut old: Entry, want: &Want) -> Outcome {
         loop {
             let new = if !old.is_present() {
                 want.entry
@@ -140,7 +150,12 @@ impl Tables {
                 }
             };
             match word.change(old, new) {
-                Ok(()) => return Outcome::Mapped,
+                Ok(()) => {
+                    if !old.is_present() {
+                        self.counts.leaf_made(want.level);
+                    }
+                    return Outcome::Mapped;
+                }
                 Err(now) => old = now,
             }
         }
@@ -198,6 +213,8 @@ impl Tables {
         if let (Some(below), false) = (level.below(), entry.is_leaf(level)) {
             // SAFETY: A table's entry that was linked until now, and here alone.
             detached.push(unsafe { Table::from_entry(entry) }, below);
+        } else {
+            detached.gone.add_leaves(level, 1);
         }
     }
 
@@ -287,6 +304,7 @@ impl Tables {
             table.fill_with_parts(entry, below);
             let new = table.into_entry();
             if word.change(entry, new).is_ok() {
+                self.counts.leaf_split(level, below);
                 return;
             }
             // The processor has set a flag meanwhile, or someone was faster.
@@ -399,6 +417,7 @@ impl Drop for Tables {
         let Some(below) = self.format.top.below() else {
             return;
         };
+        let mut gone = Tally::new();
         for word in self.root.iter() {
             let entry = word.clear();
             if entry.is_present() && !entry.is_leaf(self.format.top) {
@@ -406,7 +425,7 @@ impl Drop for Tables {
                 let table = unsafe { Table::from_entry(entry) };
                 // SAFETY: The VM goes: it has no vCPU that could walk them, and a CPU that cached
                 // something of it flushes before it runs a vCPU under this root again (see tlb.rs).
-                unsafe { table.free_tree(below, true) };
+                unsafe { table.free_tree(below, true, &mut gone) };
             }
         }
     }
@@ -421,6 +440,8 @@ pub(super) struct Detached {
     head: u64,
     /// Something was taken out: translations must be flushed.
     removed: bool,
+    /// Leaves that were taken out one by one; those of tables are counted when those are freed.
+    gone: Tally,
 }
 
 /// Where the level is in [`Detached`]'s links: entries of tables have nothing there.
@@ -433,6 +454,7 @@ impl Detached {
         Self {
             head: 0,
             removed: false,
+            gone: Tally::new(),
         }
     }
 
@@ -446,12 +468,12 @@ impl Detached {
         self.head = table.into_entry().bits() | u64::from(level.number()) << LEVEL_SHIFT;
     }
 
-    /// Frees the tables.
+    /// Frees the tables; returns all that is gone.
     ///
     /// # Safety
     ///
     /// If [`must_flush`](Self::must_flush), the vCPUs' translations were flushed since.
-    pub(super) unsafe fn free(self, may_sleep: bool) {
+    pub(super) unsafe fn free(mut self, may_sleep: bool) -> Tally {
         let mut head = self.head;
         while head != 0 {
             let level = Level::from_number((head >> LEVEL_SHIFT & 7) as u8);
@@ -460,7 +482,8 @@ impl Detached {
             head = table.link();
             // SAFETY: No software walk comes here since the table was taken out under `&mut
             // Tables`, and no processor's since the flush.
-            unsafe { table.free_tree(level, may_sleep) };
+            unsafe { table.free_tree(level, may_sleep, &mut self.gone) };
         }
+        self.gone
     }
 }

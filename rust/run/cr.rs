@@ -84,6 +84,7 @@ impl<L: Loaded> Run<'_, L> {
         self.hw.set_cr0(change.cr0);
         if change.consequences.flush_tlb {
             self.hw.flush_guest_tlb();
+            self.shared.stats.tlb_flush.bump();
         }
         Ok(())
     }
@@ -108,6 +109,7 @@ impl<L: Loaded> Run<'_, L> {
         self.hw.set_cr4(new);
         if then.flush_tlb {
             self.hw.flush_guest_tlb();
+            self.shared.stats.tlb_flush.bump();
         }
         if then.update_cpuid {
             self.arch.refresh_cpuid(self.host, new);

@@ -190,9 +190,15 @@ impl<L: Loaded> Run<'_, L> {
         access: Access,
         linear: Option<u64>,
     ) -> Result<Next> {
+        let stats = &self.shared.stats;
+        stats.pf_taken.bump();
         match self.memory.map(gpa, access, self.shared)? {
-            MemFault::Mapped(_) => Ok(Next::Guest),
+            MemFault::Mapped(_) => {
+                stats.pf_fixed.bump();
+                Ok(Next::Guest)
+            }
             MemFault::Mmio => {
+                stats.pf_emulate.bump();
                 let hint = linear.map(|linear| Hint {
                     linear,
                     gpa,
@@ -225,6 +231,7 @@ impl<L: Loaded> Run<'_, L> {
                 .set_internal_error(crate::abi::internal::DELIVERY_EVENT, &raw);
             return Ok(Next::User);
         }
+        self.shared.stats.insn_emulation.bump();
         self.arch.emulator.abort();
         if let Some(hint) = hint {
             self.arch.emulator.set_hint(hint);
@@ -260,6 +267,7 @@ impl<L: Loaded> Run<'_, L> {
             }
             Outcome::Fault(fault) => self.raise(fault),
             Outcome::Unhandled => {
+                self.shared.stats.insn_emulation_fail.bump();
                 let raw = self.hw.raw_exit();
                 self.page
                     .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
@@ -276,6 +284,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     fn leave_for_mmio(&mut self, write: bool) -> Result<Next> {
+        self.shared.stats.mmio_exits.bump();
         let at = LinearRip::of(&mut self.hw);
         self.arch.pending = Pending::Mmio(PendingMmio { write, at });
         Ok(Next::User)
