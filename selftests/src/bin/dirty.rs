@@ -20,7 +20,7 @@ use std::process::ExitCode;
 const LOG: u32 = kb::KVM_MEM_LOG_DIRTY_PAGES;
 /// Memory of guests that run while the log is read: so much that few pages are written twice, and what
 /// is lost stays lost.
-const RUNNING: usize = 4 * HUGE;
+const RUNNING: usize = 2 * HUGE;
 
 /// A VM with a logged slot of `pages` pages, with no vCPU.
 fn logged(env: &Env, pages: usize, protect: Protect) -> Result<(Vm, Mapping), Verdict> {
