@@ -13,6 +13,7 @@ pub mod guest;
 pub mod host;
 pub mod machine;
 pub mod mem;
+pub mod stats;
 pub mod sys;
 pub mod tap;
 pub mod vm;

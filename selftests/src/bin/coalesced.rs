@@ -541,6 +541,7 @@ fn two_vcpus(env: &Env) -> Outcome {
     let other = Ring::in_mapping(&second, page)?;
     register(&m.vm, at::MMIO, 0x10, 0)?;
     let vcpus = [&m.vcpu, &second];
+    second.set_cpuid(&*m.kvm.supported_cpuid()?)?;
     for (i, v) in vcpus.iter().enumerate() {
         start_vcpu(v, Mode::Long, at::CODE)?;
         let mut r = v.regs()?;
