@@ -178,7 +178,7 @@ impl Inner {
             };
             let between = self.slots.read().with(leaving.id, Some(leaving))?;
             drop(self.slots.replace(between));
-            self.mmu.zap(core::iter::once(gfns), true);
+            self.mmu.zap_slot(gfns);
         }
         self.publish(next);
         Ok(())
