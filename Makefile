@@ -5,10 +5,12 @@
 # A kernel's build tree. Without one: the testbed's kernel, if there, or the
 # running one's.
 KDIR ?=
-# make test T=PATTERN runs only the tests whose name matches.
+# make test T=PATTERN runs only the tests whose name matches; so does make selftests.
 T ?=
+# make selftests RECORD=1 writes down what came of them.
+RECORD ?=
 
-.PHONY: all run test bench shell check clean distclean
+.PHONY: all run test selftests bench shell check clean distclean
 
 all:
 	@scripts/build $(KDIR)
@@ -18,6 +20,9 @@ run:
 
 test:
 	@scripts/test $(if $(T),'$(T)')
+
+selftests:
+	@scripts/selftests $(if $(RECORD),--record) $(if $(T),'$(T)')
 
 bench:
 	@scripts/bench

@@ -91,9 +91,10 @@ pub(crate) struct Run<'a, L: Loaded> {
 }
 
 impl<L: Loaded> Run<'_, L> {
-    /// KVM_RUN, from the completion of what the last one left to the outputs of this one.
-    pub(crate) fn run(&mut self) -> Result {
-        let result = self.run_inner();
+    /// KVM_RUN, from the completion of what the last one left to the outputs of this one. `prepared` is
+    /// how what comes before went: the outputs come after a failure too.
+    pub(crate) fn run(&mut self, prepared: Result) -> Result {
+        let result = prepared.and_then(|()| self.run_inner());
         let ready = events::ready_for_interrupt(&mut self.hw, &self.arch.events);
         let interrupts_on = self.hw.rflags().has(Rflags::IF);
         self.page.set_outputs(
@@ -106,7 +107,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     fn run_inner(&mut self) -> Result {
-        if self.page.syncs_regs() || self.page.cr8() > 15 {
+        if self.page.cr8() > 15 {
             return Err(EINVAL);
         }
         self.arch.cr8 = self.page.cr8();

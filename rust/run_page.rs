@@ -61,10 +61,50 @@ impl RunPages {
         self.run.read(offset_of!(kvm_run, cr8))
     }
 
-    /// `kvm_valid_regs` or `kvm_dirty_regs` is not zero; both belong to a capability that is absent.
-    pub(crate) fn syncs_regs(&self) -> bool {
-        self.run.read::<u64>(offset_of!(kvm_run, kvm_valid_regs)) != 0
-            || self.run.read::<u64>(offset_of!(kvm_run, kvm_dirty_regs)) != 0
+    /// `kvm_valid_regs`: the sets of registers that the VMM wants to find here.
+    pub(crate) fn valid_regs(&self) -> u64 {
+        self.run.read(offset_of!(kvm_run, kvm_valid_regs))
+    }
+
+    /// `kvm_dirty_regs`: those that it has changed here.
+    pub(crate) fn dirty_regs(&self) -> u64 {
+        self.run.read(offset_of!(kvm_run, kvm_dirty_regs))
+    }
+
+    /// Strikes a set off `kvm_dirty_regs`.
+    pub(crate) fn strike_dirty_regs(&self, set: u32) {
+        let left = self.dirty_regs() & !u64::from(set);
+        self.run.write(offset_of!(kvm_run, kvm_dirty_regs), left);
+    }
+
+    /// The general registers that the VMM left.
+    pub(crate) fn synced_regs(&self) -> abi::kvm_regs {
+        self.run.read(offset_of!(kvm_run, s.regs.regs))
+    }
+
+    /// The system registers that the VMM left.
+    pub(crate) fn synced_sregs(&self) -> abi::kvm_sregs {
+        self.run.read(offset_of!(kvm_run, s.regs.sregs))
+    }
+
+    /// The events that the VMM left.
+    pub(crate) fn synced_events(&self) -> abi::kvm_vcpu_events {
+        self.run.read(offset_of!(kvm_run, s.regs.events))
+    }
+
+    /// Leaves general registers for the VMM.
+    pub(crate) fn set_synced_regs(&self, regs: abi::kvm_regs) {
+        self.run.write(offset_of!(kvm_run, s.regs.regs), regs);
+    }
+
+    /// Leaves system registers for the VMM.
+    pub(crate) fn set_synced_sregs(&self, sregs: abi::kvm_sregs) {
+        self.run.write(offset_of!(kvm_run, s.regs.sregs), sregs);
+    }
+
+    /// Leaves events for the VMM.
+    pub(crate) fn set_synced_events(&self, events: abi::kvm_vcpu_events) {
+        self.run.write(offset_of!(kvm_run, s.regs.events), events);
     }
 
     /// Why KVM_RUN returns.

@@ -11,6 +11,7 @@ mod events;
 mod fpu;
 mod msrs;
 mod regs;
+pub(crate) mod sync;
 
 use crate::abi;
 use crate::abi::ioctl;
@@ -187,21 +188,40 @@ impl<B: Backend> Vcpu<B> {
         let fpu = state.fpu.into_ref().get_ref();
         self.shared.stats.fpu_reload.bump();
         let _masked = state.arch.signal_mask.as_ref().map(task::mask_signals);
+        let (memory, host) = (&self.vm.memory, &self.vm.machine.host);
+        let mut hw = self
+            .vm
+            .machine
+            .backend
+            .load(state.hw, follows, &self.vm.notifiers);
+        let prepared = Locked {
+            hw: &mut hw,
+            arch: &mut *state.arch,
+            fpu,
+            vm: memory,
+            host,
+        }
+        .take_synced(&self.pages);
         let mut run = Run {
-            hw: self
-                .vm
-                .machine
-                .backend
-                .load(state.hw, follows, &self.vm.notifiers),
+            hw,
             fpu: fpu.swap_in(),
             arch: state.arch,
-            memory: &self.vm.memory,
+            memory,
             bus: &self.vm.bus,
             shared: &self.shared,
             page: &self.pages,
-            host: &self.vm.machine.host,
+            host,
         };
-        run.run()?;
+        let result = run.run(prepared);
+        Locked {
+            hw: &mut run.hw,
+            arch: &mut *run.arch,
+            fpu,
+            vm: memory,
+            host,
+        }
+        .leave_synced(&self.pages);
+        result?;
         Ok(0)
     }
 }

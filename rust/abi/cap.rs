@@ -42,6 +42,7 @@ pub(crate) fn check(cap: usize) -> isize {
         b::KVM_CAP_DIRTY_LOG_RING | b::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
             crate::mem::ring::MAX_BYTES as isize
         }
+        b::KVM_CAP_SYNC_REGS => crate::vcpu::sync::FIELDS as isize,
         // Only if the host switches such state.
         b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),
         b::KVM_CAP_XSAVE2 => fpu::uabi_max_size() as isize,

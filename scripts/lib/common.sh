@@ -50,6 +50,12 @@ kernel_key() {
 
 guest_key() { KEY_EXTRA=$DEBIAN_SUITE key guest scripts/lib/guest.sh; }
 
+kselftests_key() {
+	local KEY_EXTRA
+	KEY_EXTRA="$(source_key) $DEBIAN_SUITE"
+	key kselftests scripts/lib/kselftests.sh 'scripts/kselftests/*.patch'
+}
+
 # kernel_dir FLAVOUR: where modules for that kernel are built against.
 kernel_dir() { printf '%s\n' "$CACHE/$(kernel_key "$1")/build"; }
 
@@ -58,5 +64,6 @@ testbed_env() {
 	RKVM_ENV="RKVM_BOCHS=$CACHE/$(bochs_key) RKVM_KERNEL_PLAIN=$CACHE/$(kernel_key plain)"
 	RKVM_ENV+=" RKVM_KERNEL_DEBUG=$CACHE/$(kernel_key debug) RKVM_GUEST=$CACHE/$(guest_key)"
 	RKVM_ENV+=" RKVM_BOCHS_DEBUG=$CACHE/$(bochs_key bochs-debug)"
+	RKVM_ENV+=" RKVM_KSELFTESTS=$CACHE/$(kselftests_key)"
 	export RKVM_ENV
 }

@@ -4,8 +4,9 @@
 Usage: test.py TREE [PATTERN]
 
 A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
-JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine, and
-guest/KERNEL/DEVICE for Linux in the sample VMM. PATTERN is a regular
+JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine,
+guest/KERNEL/DEVICE for Linux in the sample VMM, and kselftests/PROGRAM ARGUMENTS
+for the kernel's own KVM selftests on rkvm. PATTERN is a regular
 expression searched in it. testbed/TEST is about the testbed itself. Every job adds JOB/machine: its kernel complained of
 nothing and powered off. RKVM_NOT_BUILT names what did not build.
 """
@@ -22,6 +23,7 @@ import time
 import unittest
 
 import guests
+import kselftests
 import tap
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -155,13 +157,13 @@ class Check:
 class Job:
     """One boot of the machine, with the steps to run in it."""
 
-    def __init__(self, suite, name, *, kernel="plain", cpus=1, timeout=600,
+    def __init__(self, suite, name, *, kernel="plain", cpus=1, memory=1024, timeout=600,
                  insmod=("kvm-intel", "rkvm"), append=""):
         self.suite = suite
         self.name = name
         self.kernel = kernel
-        self.options = ["--kernel", kernel, "--cpus", str(cpus), "--timeout", str(timeout),
-                        f"--append={append}"]
+        self.options = ["--kernel", kernel, "--cpus", str(cpus), "--memory", str(memory),
+                        "--timeout", str(timeout), f"--append={append}"]
         self.insmod = insmod
         self.steps = []
         self.data = []
@@ -300,6 +302,19 @@ def guest_job(suite, work, name, image, devices, **options):
     return job
 
 
+def kernel_selftests(suite):
+    """A boot with the kernel's own tests of memory which both KVM and rkvm are known to pass."""
+    job = Job(suite, "kselftests", memory=kselftests.MEMORY, timeout=1800, insmod=kselftests.INSMOD)
+    job.data += kselftests.payload()
+    expected = kselftests.read_expected(suite.tree)
+    for case in kselftests.read_list(suite.tree):
+        if case.group == "memory" and case.cpus == 1:
+            if expected.get(case.name, ())[:2] == ("pass", "pass"):
+                job.check(case.name, shlex.join(case.command("rkvm")),
+                          lambda text: not kselftests.NOT_RUN.search(text))
+    return job
+
+
 def testbed_tests(suite):
     """The testbed judged: what must fail a run does, and what it passes on is right."""
     cases = {
@@ -336,6 +351,7 @@ def jobs(suite, work):
         life_cycle(job)
         out.append(job)
     out += [
+        kernel_selftests(suite),
         guest_job(suite, work, "guest/debian", debian, ["rkvm"], timeout=1200),
         guest_job(suite, work, "guest/test-kernel-debug", test_kernel, ["rkvm"], kernel="debug",
                   timeout=1200),

@@ -21,11 +21,11 @@ const APIC_BASE_ENABLE: u64 = 1 << 11;
 /// Where an APIC is after reset.
 const APIC_DEFAULT_BASE: u64 = 0xfee0_0000;
 
-/// MISC_ENABLE: performance monitoring is there, read-only.
+/// MISC_ENABLE: performance monitoring is there; what guests write to it is ignored.
 const MISC_ENABLE_EMON: u64 = 1 << 7;
-/// MISC_ENABLE: branch traces are not there, read-only.
+/// MISC_ENABLE: branch traces are not there; a guest that clears it gets a #GP.
 const MISC_ENABLE_BTS_UNAVAILABLE: u64 = 1 << 11;
-/// MISC_ENABLE: precise events are not there, read-only.
+/// MISC_ENABLE: precise events are not there, as above.
 const MISC_ENABLE_PEBS_UNAVAILABLE: u64 = 1 << 12;
 
 /// PLATFORM_INFO: CPUID can be made to fault.
@@ -230,12 +230,14 @@ impl MsrState {
         match msr {
             Msr::APIC_BASE => return self.write_apic_base(value, features, host),
             Msr::MISC_ENABLE => {
-                let fixed =
-                    MISC_ENABLE_EMON | MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE;
+                const FIXED: u64 = MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE;
+                let changed = value ^ self.misc_enable;
                 self.misc_enable = if host {
                     value
+                } else if changed & FIXED != 0 {
+                    return Err(MsrError::Refused);
                 } else {
-                    value & !fixed | self.misc_enable & fixed
+                    value ^ changed & MISC_ENABLE_EMON
                 };
             }
             // Guests write zero before they ask CPUID for the revision.

@@ -515,9 +515,18 @@ fn emulated_registers() {
     let mut s = MsrState::new(true);
     // Read-only bits of MISC_ENABLE stay.
     assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x1800));
-    s.write(Msr::MISC_ENABLE, (1 << 18) | (1 << 7), &f, false)
+    s.write(Msr::MISC_ENABLE, 0x1800 | (1 << 18) | (1 << 7), &f, false)
         .unwrap();
     assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x1800 | (1 << 18)));
+    for value in [0, 0x800, 0x1000] {
+        let r = s.write(Msr::MISC_ENABLE, value, &f, false);
+        assert_eq!(r, Err(MsrError::Refused));
+    }
+    s.write(Msr::MISC_ENABLE, 0x81, &f, true).unwrap();
+    assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x81));
+    s.write(Msr::MISC_ENABLE, 0, &f, false).unwrap();
+    assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x80));
+    s.write(Msr::MISC_ENABLE, 0x1801, &f, true).unwrap();
     // AMD's HWCR takes some bits, forgets some of those, and refuses the rest.
     s.write(Msr::K7_HWCR, 1 << 24 | 1 << 6, &f, false).unwrap();
     assert_eq!(s.read(Msr::K7_HWCR, &f, false), Ok(1 << 24));
