@@ -5,6 +5,7 @@
 use crate::abi;
 use crate::backend::Loaded;
 use crate::linux::task::SignalMask;
+use crate::mem::devices::DeviceFrames;
 use crate::run::Pending;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
@@ -48,6 +49,8 @@ pub(crate) struct Arch {
     /// IA32_TSC_ADJUST.
     pub(crate) tsc_adjust: u64,
     pub(crate) emulator: Emulator,
+    /// Where devices are known to be.
+    pub(crate) devices: DeviceFrames,
     /// What the next KVM_RUN completes.
     pub(crate) pending: Pending,
     /// Signals blocked during KVM_RUN, if not those that the thread blocks anyway.
@@ -74,6 +77,7 @@ impl Arch {
             tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,
             emulator: Emulator::new(),
+            devices: DeviceFrames::new(),
             pending: Pending::Nothing,
             signal_mask: None,
             has_run: false,
@@ -124,13 +128,13 @@ pub(crate) fn reset(hw: &mut impl Loaded) {
 
 /// The mode that the vCPU is in.
 pub(crate) fn mode(hw: &mut impl Loaded) -> CpuMode {
-    let cs = hw.segment(SegReg::Cs).attr;
+    let cs = hw.segment_attr(SegReg::Cs);
     CpuMode::of(hw.cr0(), hw.rflags(), hw.efer(), cs)
 }
 
 /// Whether the guest executes 64-bit code.
 pub(crate) fn in_64bit_mode(hw: &mut impl Loaded) -> bool {
-    hw.efer().has(Efer::LMA) && hw.segment(SegReg::Cs).attr.l()
+    hw.efer().has(Efer::LMA) && hw.segment_attr(SegReg::Cs).l()
 }
 
 /// The privilege level: that of SS, but for modes in which segments have none.
@@ -140,7 +144,7 @@ pub(crate) fn cpl(hw: &mut impl Loaded) -> u8 {
     } else if hw.rflags().has(Rflags::VM) {
         3
     } else {
-        hw.segment(SegReg::Ss).attr.dpl()
+        hw.segment_attr(SegReg::Ss).dpl()
     }
 }
 

@@ -25,6 +25,7 @@ use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use crate::x86::segment::SegAttr;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
@@ -183,6 +184,8 @@ pub(crate) trait Loaded {
     fn dr7(&mut self) -> Dr7;
     fn set_dr7(&mut self, dr7: Dr7);
     fn segment(&mut self, seg: SegReg) -> Segment;
+    /// The attributes alone.
+    fn segment_attr(&mut self, seg: SegReg) -> SegAttr;
     fn set_segment(&mut self, seg: SegReg, value: &Segment);
     fn gdtr(&mut self) -> TableReg;
     fn set_gdtr(&mut self, value: TableReg);

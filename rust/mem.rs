@@ -10,6 +10,7 @@
 //! in that address space; the files' ioctls see to it, and answer EIO otherwise.
 
 pub(crate) mod access;
+pub(crate) mod devices;
 pub(crate) mod fault;
 pub(crate) mod log;
 mod notify;
@@ -29,6 +30,8 @@ use crate::mmu::ept::EptCaps;
 use crate::mmu::ept::Level;
 use crate::mmu::Mmu;
 use crate::tlb::VcpuSet;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 use kernel::sync::new_mutex;
 use kernel::sync::Mutex;
@@ -54,6 +57,9 @@ struct Inner {
     update: Mutex<()>,
     #[pin]
     slots: SrcuCell<Slots>,
+    /// Odd while a set of memslots is being published, and moved on by 2 each time: who remembers
+    /// something of the memslots knows by it whether that still holds. See [`devices`].
+    version: AtomicU64,
     #[pin]
     mmu: Mmu,
     log: LogMode,
@@ -66,6 +72,7 @@ impl GuestMemory {
             inner <- Listening::new(try_pin_init!(Inner {
                 update <- new_mutex!((), "rkvm_memslots"),
                 slots <- SrcuCell::new(KBox::new(Slots::empty(), GFP_KERNEL_ACCOUNT)?),
+                version: AtomicU64::new(0),
                 mmu <- Mmu::new(caps),
                 log: LogMode::new(),
             }? Error)),
@@ -177,14 +184,15 @@ impl Inner {
                 ..old
             };
             let between = self.slots.read().with(leaving.id, Some(leaving))?;
-            drop(self.slots.replace(between));
+            self.publish(between);
             self.mmu.zap_slot(gfns);
         }
         self.publish(next);
         Ok(())
     }
 
-    /// Publishes a set of memslots. With `update` held, and as the last step of a change.
+    /// Publishes a set of memslots and waits until nobody uses the one before. With `update` held, and
+    /// as the last step of a change.
     fn publish(&self, next: KBox<Slots>) {
         // Whoever uses a logged slot must find the vCPUs logging; the other way round, it costs only
         // time.
@@ -192,7 +200,11 @@ impl Inner {
         if logging {
             self.set_logging(true);
         }
+        // Odd before anybody can see the new set. The exchange of the sets is a full barrier, and
+        // the release orders the new number after it.
+        self.version.fetch_add(1, Ordering::SeqCst);
         drop(self.slots.replace(next));
+        self.version.fetch_add(1, Ordering::Release);
         if !logging {
             self.set_logging(false);
         }

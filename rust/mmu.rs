@@ -154,8 +154,9 @@ impl Mmu {
         f(self.tables.read().counts())
     }
 
-    /// Maps a frame, if it still is what it was: ENOMEM.
-    pub(crate) fn map(&self, mapping: Mapping) -> Result<Mapped> {
+    /// Maps a frame, if it still is what it was: ENOMEM. `mapped` is called once it is, with the MMU
+    /// lock held.
+    pub(crate) fn map(&self, mapping: Mapping, mapped: impl Fn()) -> Result<Mapped> {
         let Mapping { mut level, .. } = mapping;
         let mut page = mapping.frame.page;
         let mut spare: Option<Table> = None;
@@ -182,6 +183,7 @@ impl Mmu {
                 }
                 let outcome = tables.install(&want, &mut spare);
                 if outcome == Outcome::Mapped {
+                    mapped();
                     // Inside the lock: once the host has been told that the page may be dirty, and
                     // not before, may it be told to forget it.
                     if let Some(page) = page.take() {

@@ -203,6 +203,12 @@ impl<L: Loaded> Run<'_, L> {
         let switched = self.load_guest_state(&irqs);
         task::guest_time_begins(&irqs);
         let exit = self.inner_loop(&irqs);
+        // While others still take the vCPU to be in the guest: who waits for it to leave finds marked
+        // what it has written.
+        if self.hw.has_logged_writes() {
+            let marker = self.memory.marker(self.shared);
+            self.hw.take_logged_writes(|gpa| marker.mark(gpa >> 12));
+        }
         self.shared.leave_guest_mode();
         self.save_guest_state(&irqs, switched);
 
@@ -222,10 +228,6 @@ impl<L: Loaded> Run<'_, L> {
         task::guest_time_ends(&irqs);
         drop(irqs);
         drop(preempt);
-        if self.hw.has_logged_writes() {
-            let marker = self.memory.marker(self.shared);
-            self.hw.take_logged_writes(|gpa| marker.mark(gpa >> 12));
-        }
 
         // An entry that failed has not touched the event.
         if !self.hw.entry_failed() {

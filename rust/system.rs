@@ -121,7 +121,8 @@ impl<B: Backend> FileObject for System<B> {
             ioctl::GET_MSR_INDEX_LIST => this.get_msr_index_list(arg),
             ioctl::GET_MSR_FEATURE_INDEX_LIST => write_msr_list(arg, &FEATURE_MSRS.map(|m| m.0)),
             ioctl::GET_MSRS => get_feature_msrs(arg),
-            _ => Err(ENOTTY),
+            // As in KVM, where a VM's file has ENOTTY for it.
+            _ => Err(EINVAL),
         }
     }
 }

@@ -61,6 +61,8 @@ const _: () = assert!(abi::MAX_VCPUS <= 64);
 
 /// Above it, a gap of three pages for the TSS must fit below 4 GiB.
 const MAX_TSS_ADDR: usize = 0xffff_d000;
+/// The fewest pages that KVM takes for shadow page tables.
+const MIN_MMU_PAGES: usize = 64;
 
 impl<B: Backend> Vm<B> {
     /// A VM without memory or vCPUs, for the current process.
@@ -134,7 +136,16 @@ impl<B: Backend> Vm<B> {
         Ok(0)
     }
 
-    /// KVM_SET_IDENTITY_MAP_ADDR. As above; it must come before the first vCPU.
+    /// KVM_SET_NR_MMU_PAGES: how many pages shadow page tables may take. There are none; the number is
+    /// checked and forgotten.
+    fn set_nr_mmu_pages(pages: usize) -> Result<isize> {
+        if pages < MIN_MMU_PAGES {
+            return Err(EINVAL);
+        }
+        Ok(0)
+    }
+
+    /// KVM_SET_IDENTITY_MAP_ADDR. As KVM_SET_TSS_ADDR; it must come before the first vCPU.
     fn set_identity_map_addr(&self, arg: usize) -> Result<isize> {
         user::read::<u64>(arg)?;
         if self.vcpus.lock().ids != 0 {
@@ -190,6 +201,7 @@ impl<B: Backend> FileObject for Vm<B> {
             ioctl::GET_STATS_FD => stats::new_fd(c"kvm-vm-stats", &this.stats_id, this.into()),
             ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
             ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
+            ioctl::SET_NR_MMU_PAGES => Self::set_nr_mmu_pages(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),
             ioctl::GET_TSC_KHZ => no_arg(0, crate::linux::msr::tsc_khz() as isize),
             _ => Err(ENOTTY),

@@ -15,6 +15,7 @@ pub(crate) fn check(cap: usize) -> isize {
     match cap {
         b::KVM_CAP_USER_MEMORY
         | b::KVM_CAP_USER_MEMORY2
+        | b::KVM_CAP_MMU_SHADOW_CACHE_CONTROL
         | b::KVM_CAP_SET_TSS_ADDR
         | b::KVM_CAP_EXT_CPUID
         | b::KVM_CAP_NOP_IO_DELAY

@@ -24,6 +24,7 @@ pub(crate) const GET_MSR_FEATURE_INDEX_LIST: u32 = _IOWR::<kvm_msr_list>(KVMIO, 
 // A VM.
 pub(crate) const CREATE_VCPU: u32 = _IO(KVMIO, 0x41);
 pub(crate) const GET_DIRTY_LOG: u32 = _IOW::<kvm_dirty_log>(KVMIO, 0x42);
+pub(crate) const SET_NR_MMU_PAGES: u32 = _IO(KVMIO, 0x44);
 pub(crate) const SET_USER_MEMORY_REGION: u32 = _IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
 pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
 pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);

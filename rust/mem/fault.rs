@@ -65,8 +65,14 @@ impl GuestMemory {
         }
         let mmu = &self.inner.mmu;
         let logged = slot.log.is_some();
-        if logged && access.write && mmu.write_again(gfn) {
-            slot.mark_dirty(gfn, vcpu);
+        // With the MMU lock held the thread is not preempted: the mark does not come long after others
+        // may write to the page.
+        let mark = || {
+            if access.write {
+                slot.mark_dirty(gfn, vcpu);
+            }
+        };
+        if logged && access.write && mmu.write_again(gfn, mark) {
             return Ok(Some(Fault::Mapped(Level::Page4K)));
         }
         let hva = slot.hva_of(gfn);
@@ -86,7 +92,7 @@ impl GuestMemory {
             Err(NoFrame::BadAddress) => return Ok(Some(Fault::BadHva(hva))),
         };
         frame.writable &= !slot.read_only;
-        let mapped = mmu.map(Mapping {
+        let mapping = Mapping {
             gfn,
             level: self.leaf_level(slot, gfn, &frame, access),
             frame,
@@ -94,10 +100,8 @@ impl GuestMemory {
             noted,
             access,
             logged,
-        })?;
-        if logged && access.write && matches!(mapped, Mapped::Done(_)) {
-            slot.mark_dirty(gfn, vcpu);
-        }
+        };
+        let mapped = mmu.map(mapping, mark)?;
         Ok(match mapped {
             Mapped::Done(level) => Some(Fault::Mapped(level)),
             Mapped::Stale => None,

@@ -9,8 +9,8 @@
 //! copies after the call.
 //!
 //! What a processor logs by itself waits in the vCPU's buffer until the vCPU leaves the guest. A
-//! reader makes all vCPUs leave; those that have not got round to emptying the buffer when the marks
-//! are taken appear in the next log, as their pages have not been watched again.
+//! reader makes all vCPUs leave and waits until they have; each empties its buffer first. So what was
+//! written before a log is asked for is in it.
 
 use super::slots::Slot;
 use super::slots::Slots;
@@ -448,7 +448,7 @@ impl Inner {
         }
     }
 
-    /// Makes every vCPU leave the guest, which empties what its processor has logged.
+    /// Makes every vCPU leave the guest, which empties what its processor has logged, and waits for it.
     fn collect(&self) {
         let vcpus = self.mmu.vcpus();
         vcpus.request_all_and_wait(Request::WriteLogging);

@@ -55,11 +55,16 @@ impl Mmu {
         Ok(())
     }
 
-    /// Lets the guest write to `gfn` if only the watch kept it from that; returns if it may. Does not
-    /// sleep.
+    /// Lets the guest write to `gfn` if only the watch kept it from that; returns if it may, and calls
+    /// `mapped` first, with the MMU lock held. Does not sleep.
     #[inline]
-    pub(crate) fn write_again(&self, gfn: u64) -> bool {
-        self.tables.read().write_again(gfn)
+    pub(crate) fn write_again(&self, gfn: u64, mapped: impl Fn()) -> bool {
+        let tables = self.tables.read();
+        let may = tables.write_again(gfn);
+        if may {
+            mapped();
+        }
+        may
     }
 
     /// Removes the small leaves of the 2 MiB that each of `gfns` is in, so that large ones can come

@@ -75,7 +75,7 @@ impl<L: Loaded> Run<'_, L> {
 
     fn write_cr0(&mut self, new: Cr0) -> Result<(), Fault> {
         let (old, cr4, efer) = (self.hw.cr0(), self.hw.cr4(), self.hw.efer());
-        let cs = self.hw.segment(SegReg::Cs).attr;
+        let cs = self.hw.segment_attr(SegReg::Cs);
         let change = cr::check_cr0(old, new, cr4, efer, cs)?;
         if change.consequences.load_pdptes {
             let cr3 = self.hw.cr3();

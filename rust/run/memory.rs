@@ -11,6 +11,7 @@ use crate::arch::Arch;
 use crate::backend::Loaded;
 use crate::bus::Space;
 use crate::mem::access::MemError;
+use crate::mem::devices::DeviceFrames;
 use crate::mem::fault::Fault as MemFault;
 use crate::mem::GuestMemory;
 use crate::mmu::ept::Access;
@@ -146,13 +147,39 @@ pub(super) struct Unbacked(u64);
 
 /// Guest memory as the emulator sees it, which never asks for more than one page at once, and the
 /// vCPU that it emulates.
-pub(super) struct EmuMemory<'a>(pub(super) &'a GuestMemory, pub(super) &'a VcpuShared);
+pub(super) struct EmuMemory<'a> {
+    memory: &'a GuestMemory,
+    vcpu: &'a VcpuShared,
+    devices: &'a DeviceFrames,
+}
 
-/// What an access at `gpa` that failed comes to.
-fn emu_error(error: MemError, gpa: u64) -> MemoryError<Unbacked> {
-    match error {
-        MemError::NoSlot => MemoryError::Mmio,
-        MemError::Fault => MemoryError::Host(Unbacked(gpa)),
+impl<'a> EmuMemory<'a> {
+    pub(super) fn new(
+        memory: &'a GuestMemory,
+        vcpu: &'a VcpuShared,
+        devices: &'a DeviceFrames,
+    ) -> Self {
+        Self {
+            memory,
+            vcpu,
+            devices,
+        }
+    }
+
+    /// An access that is one of a device if that is known, and else what `f` makes of it.
+    #[inline]
+    fn access<R>(
+        &self,
+        gpa: u64,
+        f: impl FnOnce(&GuestMemory) -> Result<R, MemError>,
+    ) -> Result<R, MemoryError<Unbacked>> {
+        if self.devices.contain(self.memory, gpa) {
+            return Err(MemoryError::Mmio);
+        }
+        f(self.memory).map_err(|error| match error {
+            MemError::NoSlot => MemoryError::Mmio,
+            MemError::Fault => MemoryError::Host(Unbacked(gpa)),
+        })
     }
 }
 
@@ -160,13 +187,11 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
     type Error = Unbacked;
 
     fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), MemoryError<Unbacked>> {
-        self.0.read(gpa, buf).map_err(|e| emu_error(e, gpa))
+        self.access(gpa, |memory| memory.read(gpa, buf))
     }
 
     fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), MemoryError<Unbacked>> {
-        self.0
-            .write(gpa, data, self.1)
-            .map_err(|e| emu_error(e, gpa))
+        self.access(gpa, |memory| memory.write(gpa, data, self.vcpu))
     }
 
     fn compare_exchange(
@@ -176,9 +201,7 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
         old: u64,
         new: u64,
     ) -> Result<bool, MemoryError<Unbacked>> {
-        self.0
-            .cmpxchg(gpa, len, old, new, self.1)
-            .map_err(|e| emu_error(e, gpa))
+        self.access(gpa, |memory| memory.cmpxchg(gpa, len, old, new, self.vcpu))
     }
 }
 
@@ -192,13 +215,19 @@ impl<L: Loaded> Run<'_, L> {
     ) -> Result<Next> {
         let stats = &self.shared.stats;
         stats.pf_taken.bump();
-        match self.memory.map(gpa, access, self.shared)? {
+        let fault = if self.arch.devices.contain(self.memory, gpa) {
+            MemFault::Mmio
+        } else {
+            self.memory.map(gpa, access, self.shared)?
+        };
+        match fault {
             MemFault::Mapped(_) => {
                 stats.pf_fixed.bump();
                 Ok(Next::Guest)
             }
             MemFault::Mmio => {
                 stats.pf_emulate.bump();
+                self.arch.devices.note(self.memory, gpa);
                 let hint = linear.map(|linear| Hint {
                     linear,
                     gpa,
@@ -243,8 +272,9 @@ impl<L: Loaded> Run<'_, L> {
     fn step_emulator(&mut self) -> Result<Next> {
         let outcome = loop {
             let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
-            let mut memory = EmuMemory(self.memory, self.shared);
-            match self.arch.emulator.step(&mut cpu, &mut memory) {
+            let arch = &mut *self.arch;
+            let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
+            match arch.emulator.step(&mut cpu, &mut memory) {
                 Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
                 outcome => break outcome,
             }

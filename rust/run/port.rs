@@ -91,7 +91,7 @@ impl<L: Loaded> Run<'_, L> {
             seg,
         };
         let mut buf = [0; CHUNK];
-        let mut memory = EmuMemory(self.memory, self.shared);
+        let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
         let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
         let begun = io
             .prepare(&mut cpu, &mut memory, CHUNK as u32)
@@ -173,11 +173,18 @@ impl<L: Loaded> Run<'_, L> {
             return Ok(Next::Guest);
         };
 
+        // The VMM may have lowered RCX meanwhile: elements that the guest does not ask for any more
+        // must not be written, nor counted below zero.
+        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, self.arch)) else {
+            super::skip(&mut self.hw, pending.len);
+            return Ok(Next::Guest);
+        };
         if access.input {
             let mut buf = [0; CHUNK];
             let data = buf.get_mut(..transfer.bytes()).unwrap_or(&mut [0; 0]);
             self.page.port_data(data);
-            if let Err(error) = transfer.scatter(&mut EmuMemory(self.memory, self.shared), data) {
+            let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
+            if let Err(error) = transfer.scatter(&mut memory, data) {
                 return self.string_error(error);
             }
         }

@@ -33,6 +33,7 @@ use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use crate::x86::segment::SegAttr;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 
@@ -355,6 +356,10 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn segment(&mut self, seg: SegReg) -> Segment {
         LoadedVcpu::segment(self, seg)
+    }
+
+    fn segment_attr(&mut self, seg: SegReg) -> SegAttr {
+        LoadedVcpu::segment_attr(self, seg)
     }
 
     fn set_segment(&mut self, seg: SegReg, value: &Segment) {

@@ -400,8 +400,12 @@ impl<'a> LoadedVcpu<'a> {
             selector: self.read(fields.selector),
             base: self.read(fields.base),
             limit: self.read(fields.limit),
-            attr: SegAttr::from_vmx(self.read(fields.attr)),
+            attr: self.segment_attr(seg),
         }
+    }
+
+    pub(super) fn segment_attr(&mut self, seg: SegReg) -> SegAttr {
+        SegAttr::from_vmx(self.read(SegmentFields::of(seg).attr))
     }
 
     pub(super) fn set_segment(&mut self, seg: SegReg, value: &Segment) {

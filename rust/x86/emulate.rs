@@ -208,9 +208,12 @@ enum State {
 #[derive(Clone, Debug)]
 pub struct Emulator {
     state: State,
-    insn: Option<Insn>,
     bytes: [u8; MAX_INSN_LEN],
     bytes_len: usize,
+    /// The instruction that `bytes` begin with, and the mode in which they mean that.
+    decoded: Option<(CpuMode, Insn)>,
+    /// It is the one in progress. If not, it is the last one.
+    fetched: bool,
     hint: Option<Hint>,
     reads: MmioList,
     writes: MmioList,
@@ -239,9 +242,10 @@ impl Emulator {
         };
         Self {
             state: State::Idle,
-            insn: None,
             bytes: [0; MAX_INSN_LEN],
             bytes_len: 0,
+            decoded: None,
+            fetched: false,
             hint: None,
             reads: NONE,
             writes: NONE,
@@ -259,7 +263,7 @@ impl Emulator {
     /// Forgets whatever is in progress.
     pub fn abort(&mut self) {
         self.state = State::Idle;
-        self.insn = None;
+        self.fetched = false;
         self.hint = None;
         self.reads.truncate(0);
         self.writes.truncate(0);
@@ -304,7 +308,7 @@ impl Emulator {
             State::Reading { gpa, len } => return Outcome::MmioRead { gpa, len },
             State::Draining { .. } => return self.drain(),
             State::Idle => {
-                self.insn = None;
+                self.fetched = false;
                 self.bytes_len = 0;
                 self.reads.truncate(0);
                 self.writes.truncate(0);
@@ -334,6 +338,14 @@ impl Emulator {
                 }
             }
         }
+    }
+
+    /// The instruction that `bytes` begin with, if it is the last one again: who waits for a device asks it often.
+    fn recall(&self, bytes: &[u8], mode: CpuMode) -> Option<Insn> {
+        let (last_mode, insn) = self.decoded?;
+        let len = usize::from(insn.len);
+        let same = last_mode == mode && bytes.get(..len)? == self.bytes.get(..len)?;
+        same.then_some(insn)
     }
 
     fn drain<E>(&mut self) -> Outcome<E> {

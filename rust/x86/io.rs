@@ -216,6 +216,16 @@ impl Transfer {
         Ok(())
     }
 
+    /// The elements that RCX still counts, for whoever had the data on its way may have lowered it: `None` if there are none.
+    #[must_use]
+    pub fn limited<C: Cpu>(&self, cpu: &mut C) -> Option<Self> {
+        if !self.io.rep {
+            return Some(*self);
+        }
+        let left = cpu.gpr(Gpr::Rcx) & self.io.mask();
+        self.first(left.min(u64::from(self.count)) as usize)
+    }
+
     /// Writes the data of INS, as much as both hold.
     ///
     /// # Errors

@@ -27,6 +27,7 @@ use super::super::segment::linearize;
 use super::super::segment::AccessKind;
 use super::super::segment::CpuMode;
 use super::super::segment::SegReg;
+use super::super::segment::Segment;
 use super::Cpu;
 use super::Emulator;
 use super::Mmio;
@@ -171,17 +172,17 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
 
     /// Fetches and decodes the instruction, unless an earlier run has.
     pub(super) fn fetch(&mut self) -> Result<Insn, Stop<M::Error>> {
-        if let Some(insn) = self.emulator.insn {
-            return Ok(insn);
+        if let (true, Some((_, insn))) = (self.emulator.fetched, &self.emulator.decoded) {
+            return Ok(*insn);
         }
-        let cs = self.cpu.segment(SegReg::Cs);
+        let cs = self.segment(SegReg::Cs);
         let access = PageAccess::explicit(AccessKind::Fetch, self.cpl);
         let mut bytes = [0; MAX_INSN_LEN];
         let mut have = 0usize;
         loop {
             // What is left of the page, as far as the segment reaches; more is fetched only if the instruction goes on.
             let offset = self.rip.wrapping_add(have as u64) & self.mode.linear_mask();
-            let linear = self.linear(SegReg::Cs, offset, 1, AccessKind::Fetch)?;
+            let linear = self.linear_in(SegReg::Cs, &cs, offset, 1, AccessKind::Fetch)?;
             let mut room = PAGE_SIZE.wrapping_sub(linear & PAGE_OFFSET);
             if !self.mode.is_64bit() {
                 room = room.min(u64::from(cs.limit).saturating_sub(offset).saturating_add(1));
@@ -198,11 +199,19 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
                 Err(MemoryError::Host(e)) => return Err(Stop::Host(e)),
             }
             have = end;
+            let fetched = bytes.get(..have).unwrap_or(&[]);
+            let known = self.emulator.recall(fetched, self.mode);
             self.emulator.bytes = bytes;
             self.emulator.bytes_len = have;
-            match decode(bytes.get(..have).unwrap_or(&[]), self.mode) {
+            if let Some(insn) = known {
+                self.emulator.fetched = true;
+                return Ok(insn);
+            }
+            self.emulator.decoded = None;
+            match decode(fetched, self.mode) {
                 Ok(insn) => {
-                    self.emulator.insn = Some(insn);
+                    self.emulator.decoded = Some((self.mode, insn));
+                    self.emulator.fetched = true;
                     return Ok(insn);
                 }
                 Err(DecodeError::Truncated) if have < MAX_INSN_LEN => {}
@@ -215,6 +224,15 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         }
     }
 
+    /// A segment register, as far as addresses depend on it: in 64-bit mode most do not, and it takes the hardware a while
+    /// to say what is in one.
+    fn segment(&mut self, seg: SegReg) -> Segment {
+        if self.mode.is_64bit() && !matches!(seg, SegReg::Fs | SegReg::Gs) {
+            return Segment::NULL;
+        }
+        self.cpu.segment(seg)
+    }
+
     fn linear(
         &mut self,
         seg: SegReg,
@@ -222,17 +240,21 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         len: u8,
         kind: AccessKind,
     ) -> Result<u64, Stop<M::Error>> {
-        let segment = self.cpu.segment(seg);
+        let segment = self.segment(seg);
+        self.linear_in(seg, &segment, offset, len, kind)
+    }
+
+    fn linear_in(
+        &self,
+        seg: SegReg,
+        segment: &Segment,
+        offset: u64,
+        len: u8,
+        kind: AccessKind,
+    ) -> Result<u64, Stop<M::Error>> {
         let la57 = self.paging.la57();
-        Ok(linearize(
-            self.mode,
-            la57,
-            seg,
-            &segment,
-            offset,
-            u32::from(len),
-            kind,
-        )?)
+        let len = u32::from(len);
+        Ok(linearize(self.mode, la57, seg, segment, offset, len, kind)?)
     }
 
     fn translate(&mut self, linear: u64, access: PageAccess) -> Result<u64, Stop<M::Error>> {

@@ -21,8 +21,6 @@ const APIC_BASE_ENABLE: u64 = 1 << 11;
 /// Where an APIC is after reset.
 const APIC_DEFAULT_BASE: u64 = 0xfee0_0000;
 
-/// MISC_ENABLE: fast strings.
-const MISC_ENABLE_FAST_STRING: u64 = 1 << 0;
 /// MISC_ENABLE: performance monitoring is there, read-only.
 const MISC_ENABLE_EMON: u64 = 1 << 7;
 /// MISC_ENABLE: branch traces are not there, read-only.
@@ -34,6 +32,11 @@ const MISC_ENABLE_PEBS_UNAVAILABLE: u64 = 1 << 12;
 const PLATFORM_INFO_CPUID_FAULT: u64 = 1 << 31;
 /// MISC_FEATURES_ENABLES: CPUID faults outside CPL 0.
 const CPUID_FAULT_ENABLE: u64 = 1 << 0;
+
+/// HWCR, AMD's: what guests write and nobody needs (TLB cache, flush filter, IGNNE).
+const HWCR_IGNORED: u64 = 1 << 3 | 1 << 6 | 1 << 8;
+/// HWCR: what can be read back: McStatusWrEn, and TscFreqSel, which guests want to see.
+const HWCR_STORED: u64 = 1 << 18 | 1 << 24;
 
 /// FEAT_CTL: no further writes.
 const FEAT_CTL_LOCKED: u64 = 1;
@@ -66,6 +69,7 @@ pub struct MsrState {
     mcg_status: u64,
     power_ctl: u64,
     smi_count: u64,
+    hwcr: u64,
 }
 
 /// Whether an MSR is one that [`MsrState`] answers for.
@@ -126,9 +130,8 @@ impl MsrState {
             apic_base: APIC_DEFAULT_BASE
                 | APIC_BASE_ENABLE
                 | if bootstrap { APIC_BASE_BSP } else { 0 },
-            misc_enable: MISC_ENABLE_FAST_STRING
-                | MISC_ENABLE_BTS_UNAVAILABLE
-                | MISC_ENABLE_PEBS_UNAVAILABLE,
+            // As KVM has it; a VMM that is a processor's equal adds fast strings.
+            misc_enable: MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE,
             ucode_rev: UCODE_RESET,
             arch_capabilities: 0,
             platform_info: PLATFORM_INFO_CPUID_FAULT,
@@ -136,6 +139,7 @@ impl MsrState {
             mcg_status: 0,
             power_ctl: 0,
             smi_count: 0,
+            hwcr: 0,
         }
     }
 
@@ -195,7 +199,8 @@ impl MsrState {
             Msr::SMI_COUNT => Ok(self.smi_count),
             // Locked with nothing enabled: there is no VMX to find.
             Msr::FEAT_CTL => Ok(FEAT_CTL_LOCKED),
-            Msr::PERF_CTL | Msr::K7_HWCR => Ok(0),
+            Msr::PERF_CTL => Ok(0),
+            Msr::K7_HWCR => Ok(self.hwcr),
             // L2 enabled and configured; nobody documents the rest.
             Msr::BBL_CR_CTL3 => Ok(0xbe70_2111),
             _ => self.mtrrs.read(msr),
@@ -284,9 +289,11 @@ impl MsrState {
             }
             Msr::PERF_CTL | Msr::BBL_CR_CTL3 => {}
             Msr::K7_HWCR => {
-                if value != 0 {
+                let value = value & !HWCR_IGNORED;
+                if value & !HWCR_STORED != 0 {
                     return Err(MsrError::Refused);
                 }
+                self.hwcr = value;
             }
             _ => self.mtrrs.write(msr, value, features)?,
         }

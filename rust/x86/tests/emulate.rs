@@ -488,3 +488,36 @@ fn every_register_is_reached() {
         }
     }
 }
+
+/// The last instruction is not decoded again, and one that only looks like it is.
+#[test]
+fn the_same_instruction_again() {
+    let mut emulator = Emulator::new();
+    let mut memory = TestMemory::default();
+    let mut write = |cpu: TestCpu, code: &str, want: Bus| {
+        let mut cpu = cpu.with(Rdi, DEVICE).with(Rax, 0x1122_3344_5566_7788);
+        memory.put(CODE, &hex(code));
+        cpu.rip = CODE;
+        let (outcome, bus) = run_with(&mut emulator, &mut cpu, &mut memory, &[]);
+        assert_eq!((outcome, bus), (DONE, vec![want]), "{code}");
+        cpu.rip - CODE
+    };
+    let (byte, dword) = (wr(DEVICE, 1, 0x88), wr(DEVICE, 4, 0x5566_7788));
+    for _ in 0..3 {
+        assert_eq!(write(TestCpu::long(), "c60701 90", wr(DEVICE, 1, 1)), 3);
+    }
+    // Behind it is what is behind it; an operand that changes is another instruction.
+    assert_eq!(write(TestCpu::long(), "c60701 cc", wr(DEVICE, 1, 1)), 3);
+    assert_eq!(write(TestCpu::long(), "c60702 cc", wr(DEVICE, 1, 2)), 3);
+    assert_eq!(write(TestCpu::long(), "8807", byte), 2);
+    assert_eq!(write(TestCpu::long(), "8907", dword), 2);
+    // The same bytes in another mode are not the same instruction.
+    let code: String = DEVICE.to_le_bytes()[..4]
+        .iter()
+        .fold("8905".into(), |code, b| format!("{code}{b:02x}"));
+    let relative = wr(DEVICE + CODE + 6, 4, 0x5566_7788);
+    for _ in 0..2 {
+        assert_eq!(write(TestCpu::long(), &code, relative), 6);
+        assert_eq!(write(TestCpu::protected(), &code, dword), 6);
+    }
+}

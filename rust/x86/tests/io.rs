@@ -258,3 +258,31 @@ fn faults() {
     let t = OUTS.prepare(&mut cpu, &mut memory, 1024).unwrap().unwrap();
     assert_eq!(t.gather(&mut memory, &mut [0; 9]), Err(IoError::Host(Lost)));
 }
+
+/// The count may change while the data is on its way.
+#[test]
+fn a_count_that_was_lowered() {
+    let mut memory = TestMemory::default();
+    let mut cpu = TestCpu::long().with(Rdi, 0x9000).with(Rcx, 3);
+    let t = INS.prepare(&mut cpu, &mut memory, 1024).unwrap().unwrap();
+    assert_eq!(t.limited(&mut cpu), Some(t));
+    let mut more = TestCpu::long().with(Rdi, 0x9000).with(Rcx, 8192);
+    assert_eq!(t.limited(&mut more), Some(t));
+    let mut cpu = TestCpu::long().with(Rdi, 0x9000).with(Rcx, 1);
+    let one = t.limited(&mut cpu).unwrap();
+    one.scatter(&mut memory, b"abc").unwrap();
+    assert_eq!(&memory.ram[0x9000..][..3], b"a\0\0");
+    assert!(one.finish(&mut cpu));
+    assert_eq!((cpu.get(Rdi), cpu.get(Rcx)), (0x9001, 0));
+    assert_eq!(t.limited(&mut cpu), None);
+    // Only what the address size counts with.
+    let short = StringIo {
+        address_size: 2,
+        ..INS
+    };
+    let mut cpu = TestCpu::long().with(Rdi, 0x9000).with(Rcx, 0x1_0002);
+    let t = short.prepare(&mut cpu, &mut memory, 1024).unwrap().unwrap();
+    assert_eq!(t.count(), 2);
+    let mut cpu = TestCpu::long().with(Rdi, 0x9000).with(Rcx, 0x1_0000);
+    assert_eq!(t.limited(&mut cpu), None);
+}

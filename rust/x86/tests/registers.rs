@@ -514,10 +514,15 @@ fn emulated_registers() {
     let f = features();
     let mut s = MsrState::new(true);
     // Read-only bits of MISC_ENABLE stay.
-    assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x1801));
+    assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x1800));
     s.write(Msr::MISC_ENABLE, (1 << 18) | (1 << 7), &f, false)
         .unwrap();
     assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x1800 | (1 << 18)));
+    // AMD's HWCR takes some bits, forgets some of those, and refuses the rest.
+    s.write(Msr::K7_HWCR, 1 << 24 | 1 << 6, &f, false).unwrap();
+    assert_eq!(s.read(Msr::K7_HWCR, &f, false), Ok(1 << 24));
+    assert!(s.write(Msr::K7_HWCR, 1 << 0, &f, true).is_err());
+    assert_eq!(s.read(Msr::K7_HWCR, &f, false), Ok(1 << 24));
     // The dance of the microcode driver.
     s.write(Msr::UCODE_REV, 0, &f, false).unwrap();
     assert_eq!(s.read(Msr::UCODE_REV, &f, false), Ok(1 << 32));

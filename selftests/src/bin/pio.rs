@@ -261,6 +261,28 @@ fn in_strings(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// A VMM that lowers RCX while the data is on its way gets no more than that written.
+fn count_lowered_meanwhile(env: &Env) -> Outcome {
+    let m = Machine::new(env, Mode::Protected, rep_insb())?;
+    m.mem.fill(D, 16, 0xcc);
+    m.patch_regs(|r| {
+        r.rdi = D as u64;
+        r.rcx = 3;
+    })?;
+    m.expect(&Exit::In {
+        port: PORT,
+        size: 1,
+        count: 3,
+    })?;
+    m.io_reply(&[1, 2, 3]);
+    m.patch_regs(|r| r.rcx = 2)?;
+    m.expect_hlt()?;
+    ensure_eq!(m.mem.read_bytes(D, 4), [1, 2, 0xcc, 0xcc], "memory");
+    let r = m.vcpu.regs()?;
+    ensure_eq!((r.rcx, r.rdi), (0, D as u64 + 2), "RCX and RDI");
+    Ok(())
+}
+
 /// With the direction flag set, strings go down.
 fn strings_down(env: &Env) -> Outcome {
     guest_code!(out_code, ".code32", "std", "mov dx, {P}", "rep outsw", "hlt"; P = PORT);
@@ -455,6 +477,7 @@ fn main() -> ExitCode {
             all_ports,
             out_strings,
             in_strings,
+            count_lowered_meanwhile,
             strings_down,
             strings_single,
             strings_real_mode,

@@ -452,6 +452,9 @@ fn special_pages(env: &Env) -> Outcome {
     vm.fd.ioctl(sys::KVM_SET_TSS_ADDR, 0xfffb_d000)?;
     let r = vm.fd.ioctl(sys::KVM_SET_TSS_ADDR, 0xffff_f000);
     expect_errno(r, libc::EINVAL, "three pages that do not fit below 4 GiB")?;
+    vm.fd.ioctl(sys::KVM_SET_NR_MMU_PAGES, 64)?;
+    let r = vm.fd.ioctl(sys::KVM_SET_NR_MMU_PAGES, 63);
+    expect_errno(r, libc::EINVAL, "too few pages for shadow page tables")?;
     let address = 0xfeff_c000u64;
     vm.fd.ioctl_ref(sys::KVM_SET_IDENTITY_MAP_ADDR, &address)?;
     vm.fd.ioctl_ref(sys::KVM_SET_IDENTITY_MAP_ADDR, &0u64)?;
