@@ -185,7 +185,7 @@ impl Inner {
             };
             let between = self.slots.read().with(leaving.id, Some(leaving))?;
             self.publish(between);
-            self.mmu.zap(core::iter::once(gfns), true);
+            self.mmu.zap_slot(gfns);
         }
         self.publish(next);
         Ok(())

@@ -34,6 +34,10 @@
 //! lock: no walk of software can be in them, as those hold the lock, nor one of hardware.
 //!
 //! The dirty log's watch on writes is an exception: see [`log`].
+//!
+//! Many ranges are taken away in several goes, each of which flushes before it releases the lock. The
+//! work under the lock does not depend on how much is mapped: tables that go as a whole are unlinked,
+//! and what is in them is looked at when they are freed.
 
 pub(crate) mod counts;
 pub(crate) mod ept;
@@ -42,6 +46,7 @@ mod log;
 mod table;
 mod tables;
 
+use crate::linux::mm::cond_resched;
 use crate::linux::mm::HostFrame;
 use crate::linux::mmu_notifier::HvaRange;
 use crate::linux::rwlock::RwLock;
@@ -203,13 +208,33 @@ impl Mmu {
         }
     }
 
-    /// Unmaps guest frames. May sleep, if `may_sleep`, after it has let all locks go.
+    /// Unmaps guest frames; returns if any were mapped. May sleep, if `may_sleep`, when it has let all
+    /// locks go.
+    ///
+    /// The lock is released between ranges when there are many: nothing says that all of them must go
+    /// at once, and nobody maps them again meanwhile, as whoever calls this has made sure of that.
     pub(crate) fn zap(&self, gfns: impl Iterator<Item = Range<u64>>, may_sleep: bool) -> bool {
-        self.remove(may_sleep, |tables, detached| {
-            for range in gfns {
-                tables.zap(range, detached);
+        let mut gfns = gfns.peekable();
+        let mut removed = false;
+        while gfns.peek().is_some() {
+            removed |= self.remove(may_sleep, |tables, detached| {
+                while let Some(range) = gfns.next_if(|_| !detached.is_long()) {
+                    tables.zap(range, detached);
+                }
+            });
+            if may_sleep {
+                cond_resched();
             }
-        })
+        }
+        removed
+    }
+
+    /// Unmaps the frames of a memslot that goes, which nobody maps any more. Sleeps.
+    pub(crate) fn zap_slot(&self, gfns: Range<u64>) {
+        self.remove(true, |tables, detached| {
+            detached.be_thorough();
+            tables.zap(gfns, detached);
+        });
     }
 
     /// Unmaps everything.

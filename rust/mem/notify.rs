@@ -16,10 +16,9 @@ impl MmuNotifier for Inner {
         // fault's acquire of it.
         fence(Ordering::SeqCst);
         let slots = self.slots.read();
-        let gfns = slots.gfns_of(&range);
         // The user's address space has other uses: those leave the MMU lock alone.
-        if gfns.clone().next().is_some() {
-            self.mmu.zap(gfns, may_block);
+        if slots.maps_any(&range) {
+            self.mmu.zap(slots.gfns_of(&range), may_block);
         }
     }
 
@@ -27,7 +26,7 @@ impl MmuNotifier for Inner {
         // The host's mappings have changed before the memslots are looked at. A memslot that is
         // published after that look is only used by look-ups that find the new mappings.
         fence(Ordering::SeqCst);
-        let mapped = self.slots.read().gfns_of(&range).next().is_some();
+        let mapped = self.slots.read().maps_any(&range);
         self.mmu.changes().end(mapped);
     }
 

@@ -134,11 +134,17 @@ impl Slots {
             .any(|slot| slot.id != id)
     }
 
+    /// Returns if any of `hvas` back a frame.
+    #[inline]
+    pub(crate) fn maps_any(&self, hvas: &HvaRange) -> bool {
+        self.by_hva.any_overlaps(hvas)
+    }
+
     /// The frames that any of `hvas` back: a range for each slot that has some.
     pub(crate) fn gfns_of<'a>(
         &'a self,
         hvas: &'a HvaRange,
-    ) -> impl Iterator<Item = Range<u64>> + Clone + 'a {
+    ) -> impl Iterator<Item = Range<u64>> + 'a {
         self.by_hva
             .overlapping(hvas.clone())
             .filter_map(|slot| slot.gfns_of(hvas))

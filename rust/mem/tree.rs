@@ -191,6 +191,23 @@ impl Tree {
         None
     }
 
+    /// Returns if any of the ranges overlaps `range`.
+    #[inline]
+    pub(super) fn any_overlaps(&self, range: &Range<u64>) -> bool {
+        let mut link = &self.0;
+        while let Some(node) = link {
+            if node.range.start < range.end && range.start < node.range.end {
+                return true;
+            }
+            // If what reaches that far on the left begins too late, all on the right does.
+            link = match &node.left {
+                Some(left) if left.reach > range.start => &node.left,
+                _ => &node.right,
+            };
+        }
+        false
+    }
+
     /// The slots whose ranges overlap `range`, in no particular order.
     pub(super) fn overlapping(&self, range: Range<u64>) -> Overlapping<'_> {
         let mut found = Overlapping {
@@ -204,7 +221,6 @@ impl Tree {
 }
 
 /// Iterates over [`Tree::overlapping`].
-#[derive(Clone)]
 pub(super) struct Overlapping<'a> {
     range: Range<u64>,
     /// Subtrees to be searched. At any moment they are right subtrees of nodes on one path, and

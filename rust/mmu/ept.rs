@@ -101,6 +101,13 @@ impl Level {
         (gfn >> self.shift()) as usize & 511
     }
 
+    /// How many entries it takes to span `gfns`, which is not empty.
+    pub(crate) const fn entries(self, gfns: &core::ops::Range<u64>) -> u64 {
+        let last = gfns.end.wrapping_sub(1) >> self.shift();
+        last.wrapping_sub(gfns.start >> self.shift())
+            .wrapping_add(1)
+    }
+
     /// The level that a table entry of this level points to. The lowest has none.
     #[inline]
     pub(crate) const fn below(self) -> Option<Self> {

@@ -25,6 +25,19 @@ impl Words {
         Word(&self.0[level.index(gfn) & 511])
     }
 
+    /// How many entries are not present, from that for `gfn` on in a table of `level`, and round to
+    /// it again: 512 if the table is empty.
+    pub(super) fn absent_from(&self, level: Level, gfn: u64) -> usize {
+        let start = level.index(gfn);
+        let present = |n: &usize| self.0[start.wrapping_add(*n) & 511].load(Ordering::Relaxed) != 0;
+        (0..self.0.len()).find(present).unwrap_or(self.0.len())
+    }
+
+    /// How many words there are.
+    pub(super) const fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// All words.
     pub(super) fn iter(&self) -> impl Iterator<Item = Word<'_>> {
         self.0.iter().map(Word)

@@ -186,30 +186,56 @@ impl Tables {
         }
     }
 
-    /// Removes all leaves that map any of the frames `gfns`, and tables that map no others.
+    /// Removes all leaves that map any of the frames `gfns`, and tables that are empty then.
+    ///
+    /// It looks at 7000 words at most, however large the range: only at its ends are tables
+    /// looked into.
     pub(super) fn zap(&mut self, gfns: Range<u64>, detached: &mut Detached) {
         let end = gfns.end.min(self.format.gfn_limit);
         Self::zap_in(&self.root, self.format.top, gfns.start..end, detached);
     }
 
     fn zap_in(words: &Words, level: Level, gfns: Range<u64>, detached: &mut Detached) {
+        let entries = level.entries(&gfns);
+        detached.looked_at = detached.looked_at.saturating_add(entries);
+        let Some(below) = level.below() else {
+            for gfn in gfns {
+                // By name, so that the compiler knows the level: most of the work is here.
+                let word = words.at(Level::Page4K, gfn);
+                if word.get().is_present() {
+                    Self::remove(word, Level::Page4K, detached);
+                }
+            }
+            return;
+        };
         for_entries(words, level, gfns, &mut |word, entry, part: Range<u64>| {
             let whole = part.end.wrapping_sub(part.start) == level.pages();
-            match level.below() {
+            if !whole && !entry.is_leaf(level) {
                 // SAFETY: A table's entry, linked; the caller has `&mut Tables`, so nobody frees
-                // it meanwhile, and this only once it is back.
-                Some(below) if !whole && !entry.is_leaf(level) => unsafe {
-                    Self::zap_in(Table::peek(entry), below, part, detached);
-                },
-                _ => Self::remove(word, level, detached),
+                // it meanwhile, and this does so only when it is done with it.
+                let table = unsafe { Table::peek(entry) };
+                let (end, removed) = (part.end, detached.removed);
+                Self::zap_in(table, below, part, detached);
+                if detached.removed == removed && !detached.thorough {
+                    return;
+                }
+                // Neighbours come and go together: if there is anything left, it is most likely
+                // what follows, or what is first in the table.
+                let absent = table.absent_from(below, end);
+                detached.looked_at = detached.looked_at.saturating_add(absent as u64);
+                if absent < table.len() {
+                    return;
+                }
             }
+            Self::remove(word, level, detached);
         });
     }
 
     /// Takes an entry of a table of `level` away, with all below it.
+    #[inline(always)]
     fn remove(word: Word<'_>, level: Level, detached: &mut Detached) {
         let entry = word.clear();
-        detached.removed = true;
+        detached.removed = detached.removed.wrapping_add(1);
         if let (Some(below), false) = (level.below(), entry.is_leaf(level)) {
             // SAFETY: A table's entry that was linked until now, and here alone.
             detached.push(unsafe { Table::from_entry(entry) }, below);
@@ -438,11 +464,18 @@ impl Drop for Tables {
 pub(super) struct Detached {
     /// The first table's entry, with its level in bits 8:6; 0 if there is none.
     head: u64,
-    /// Something was taken out: translations must be flushed.
-    removed: bool,
+    /// How many entries were taken out: if any, translations must be flushed.
+    removed: u64,
+    /// Look for empty tables even where nothing was taken out.
+    thorough: bool,
+    /// How many words were looked at.
+    looked_at: u64,
     /// Leaves that were taken out one by one; those of tables are counted when those are freed.
     gone: Tally,
 }
+
+/// After so many words the lock is to be released, so that it is not held for long.
+const BATCH: u64 = 1024;
 
 /// Where the level is in [`Detached`]'s links: entries of tables have nothing there.
 const LEVEL_SHIFT: u32 = 6;
@@ -453,14 +486,27 @@ impl Detached {
     pub(super) const fn new() -> Self {
         Self {
             head: 0,
-            removed: false,
+            removed: 0,
+            thorough: false,
+            looked_at: 0,
             gone: Tally::new(),
         }
     }
 
     /// Returns if anything was taken out, so that there is something to flush.
     pub(super) const fn must_flush(&self) -> bool {
-        self.removed
+        self.removed != 0
+    }
+
+    /// From now on look for empty tables even where nothing is taken out: a fault that came too late
+    /// may have left some.
+    pub(super) fn be_thorough(&mut self) {
+        self.thorough = true;
+    }
+
+    /// Returns if so much was done that the lock should be released.
+    pub(super) const fn is_long(&self) -> bool {
+        self.looked_at >= BATCH
     }
 
     fn push(&mut self, mut table: Table, level: Level) {

@@ -36,7 +36,8 @@ use kernel::prelude::*;
 /// A device access that the VMM was asked for. The emulator remembers the rest.
 #[derive(Clone, Copy)]
 pub(crate) struct PendingMmio {
-    write: bool,
+    /// A read: the VMM has the answer.
+    read: bool,
     /// Where the instruction is, or the next one if it is done but for its writes.
     at: LinearRip,
 }
@@ -296,11 +297,11 @@ impl<L: Loaded> Run<'_, L> {
             }
             Outcome::MmioRead { gpa, len } => {
                 self.page.set_mmio(gpa, len, None);
-                self.leave_for_mmio(false)
+                self.leave_for_mmio(true)
             }
             Outcome::MmioWrite { gpa, data, len } => {
                 self.page.set_mmio(gpa, len, Some(data));
-                self.leave_for_mmio(true)
+                self.leave_for_mmio(false)
             }
             Outcome::Fault(fault) => self.raise(fault),
             Outcome::Unhandled => {
@@ -310,7 +311,13 @@ impl<L: Loaded> Run<'_, L> {
                     .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
                 Ok(Next::User)
             }
-            Outcome::Host(at) => Err(self.unbacked(at)),
+            Outcome::Host(at) => {
+                if self.arch.emulator.in_progress() {
+                    // If the VMM mends it, the device is not to be read a second time.
+                    self.suspend(false);
+                }
+                Err(self.unbacked(at))
+            }
         }
     }
 
@@ -320,11 +327,16 @@ impl<L: Loaded> Run<'_, L> {
         self.bus.write(Space::Memory, gpa, data)
     }
 
-    fn leave_for_mmio(&mut self, write: bool) -> Result<Next> {
+    fn leave_for_mmio(&mut self, read: bool) -> Result<Next> {
         self.shared.stats.mmio_exits.bump();
-        let at = LinearRip::of(&mut self.hw);
-        self.arch.pending = Pending::Mmio(PendingMmio { write, at });
+        self.suspend(read);
         Ok(Next::User)
+    }
+
+    /// The instruction goes on with the next KVM_RUN.
+    fn suspend(&mut self, read: bool) {
+        let at = LinearRip::of(&mut self.hw);
+        self.arch.pending = Pending::Mmio(PendingMmio { read, at });
     }
 
     /// The VMM has done what it was asked for.
@@ -333,7 +345,7 @@ impl<L: Loaded> Run<'_, L> {
             self.arch.emulator.abort();
             return Ok(Next::Guest);
         }
-        if !pending.write {
+        if pending.read {
             self.arch.emulator.complete_read(self.page.mmio_data());
         }
         self.step_emulator()

@@ -185,6 +185,10 @@ impl<L: Loaded> Run<'_, L> {
             self.page.port_data(data);
             let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
             if let Err(error) = transfer.scatter(&mut memory, data) {
+                if matches!(error, IoError::Host(_)) {
+                    // If the VMM mends it, the port is not to be read a second time.
+                    self.arch.pending = Pending::Port(pending);
+                }
                 return self.string_error(error);
             }
         }

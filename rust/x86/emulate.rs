@@ -136,7 +136,8 @@ pub enum Outcome<E> {
     Fault(Fault),
     /// The instruction is not one that is emulated; [`Emulator::insn_bytes`] tells which it was.
     Unhandled,
-    /// The host could not reach guest memory.
+    /// The host could not reach guest memory. What devices have answered is kept, if anything: the instruction is in
+    /// progress then, and a further step tries the rest again.
     Host(E),
 }
 
@@ -323,6 +324,11 @@ impl Emulator {
             Err(Stop::Mmio { gpa, len }) => {
                 self.state = State::Reading { gpa, len };
                 Outcome::MmioRead { gpa, len }
+            }
+            Err(Stop::Host(e)) if self.reads.len > 0 => {
+                self.writes.truncate(0);
+                self.state = State::Ready;
+                Outcome::Host(e)
             }
             Err(stop) => {
                 self.abort();

@@ -200,14 +200,23 @@ struct Visited {
     value: u64,
 }
 
+/// The entries of a walk that have an accessed bit.
+#[derive(Default)]
+struct Path {
+    entries: [Visited; MAX_LEVELS],
+    depth: usize,
+    entry_size: u8,
+}
+
 /// The end of a walk, before the rights are judged.
 struct Leaf {
     translation: Translation,
     nx: bool,
     key: u32,
-    path: [Visited; MAX_LEVELS],
-    depth: usize,
-    entry_size: u8,
+    /// All of the path is marked accessed.
+    accessed: bool,
+    /// The page is marked dirty.
+    dirty: bool,
 }
 
 impl Paging {
@@ -273,14 +282,17 @@ impl Paging {
         }
         let error = self.access_error(access);
         for _ in 0..MAX_RESTARTS {
-            let leaf = self.walk(memory, linear, error)?;
+            let mut path = Path::default();
+            let leaf = self.walk(memory, linear, error, &mut path)?;
             if access.probe {
                 return Ok(leaf.translation);
             }
             if let Some(extra) = self.violation(&leaf, access) {
                 return Err(WalkError::Fault(error | PfError::P | extra));
             }
-            if Self::mark(memory, &leaf, access.kind == AccessKind::Write)? {
+            let write = access.kind == AccessKind::Write;
+            let marked = leaf.accessed && (leaf.dirty || !write);
+            if marked || Self::mark(memory, &path, write)? {
                 return Ok(leaf.translation);
             }
         }
@@ -293,6 +305,7 @@ impl Paging {
         memory: &mut M,
         linear: u64,
         error: PfError,
+        path: &mut Path,
     ) -> Result<Leaf, WalkError<M::Error>> {
         let format = self.format();
         let (mut table, levels, index_bits, entry_size) = match format {
@@ -303,9 +316,10 @@ impl Paging {
         };
         // With PAE the topmost index has the two bits that 32-bit addresses leave; the mask of nine is as good.
         let index_mask = (1u64 << index_bits) - 1;
-        let mut path = [Visited::default(); MAX_LEVELS];
-        let mut depth = 0usize;
-        let (mut user, mut writable, mut nx) = (true, true, false);
+        let reserved = self.reserved(format);
+        path.entry_size = entry_size;
+        // The flags that all entries have, and those that any has.
+        let (mut all, mut any) = (u64::MAX, 0);
 
         let mut level = levels;
         while level > 0 {
@@ -324,17 +338,16 @@ impl Paging {
             }
             let pdpte = format == Format::Pae && level == 3;
             let large = !pdpte && self.is_large(format, level, entry);
-            if entry & self.reserved(format, level, large) != 0 {
+            if entry & (reserved | self.reserved_at(format, level, large)) != 0 {
                 return Err(WalkError::Fault(error | PfError::P | PfError::RSVD));
             }
             if !pdpte {
                 // The entries of the table of four carry no rights and no accessed bit.
-                user &= entry & PTE_U != 0;
-                writable &= entry & PTE_W != 0;
-                nx |= entry_size == 8 && entry & PTE_NX != 0;
-                if let Some(slot) = path.get_mut(depth) {
+                all &= entry;
+                any |= entry;
+                if let Some(slot) = path.entries.get_mut(path.depth) {
                     *slot = Visited { gpa, value: entry };
-                    depth = depth.wrapping_add(1);
+                    path.depth = path.depth.wrapping_add(1);
                 }
             }
             if level == 1 || large {
@@ -343,14 +356,14 @@ impl Paging {
                         gpa: self.frame(format, entry, large, shift)
                             | (linear & bit_range(0, shift.wrapping_sub(1))),
                         page_shift: shift as u8,
-                        user,
-                        writable,
+                        user: all & PTE_U != 0,
+                        writable: all & PTE_W != 0,
                     },
-                    nx: nx && self.efer.has(Efer::NXE),
+                    // Entries of four bytes have no such bit.
+                    nx: any & PTE_NX != 0 && self.efer.has(Efer::NXE),
                     key: ((entry >> 59) & 15) as u32,
-                    path,
-                    depth,
-                    entry_size,
+                    accessed: all & PTE_A != 0,
+                    dirty: entry & PTE_D != 0,
                 });
             }
             table = match format {
@@ -394,31 +407,35 @@ impl Paging {
         }
     }
 
-    /// The bits that must be clear in a present entry (SDM vol. 3, tables 5-4 to 5-20).
-    fn reserved(&self, format: Format, level: u32, large: bool) -> u64 {
-        let phys = self.phys_bits();
+    /// The bits that must be clear in any present entry (SDM vol. 3, tables 5-4 to 5-20).
+    fn reserved(&self, format: Format) -> u64 {
         if format == Format::Bits32 {
-            // PSE-36: bits 13 to 20 hold address bits 32 to 39, as far as addresses go.
-            return if large {
-                bit_range(phys.min(40).wrapping_sub(19), 21)
-            } else {
-                0
-            };
+            return 0;
         }
-        let mut reserved = bit_range(phys, 51);
+        let mut reserved = bit_range(self.phys_bits(), 51);
         if !self.efer.has(Efer::NXE) {
             reserved |= PTE_NX;
         }
         if format == Format::Pae {
             reserved |= bit_range(52, 62);
         }
+        reserved
+    }
+
+    /// The same for those of a level.
+    fn reserved_at(&self, format: Format, level: u32, large: bool) -> u64 {
         match (format, level) {
-            (Format::Pae, 3) => reserved | PTE_NX | bit_range(1, 2) | bit_range(5, 8),
-            (_, 1) => reserved,
-            (_, 2) if large => reserved | bit_range(13, 20),
-            (_, 3) if large => reserved | bit_range(13, 29),
-            (_, 2) => reserved,
-            _ => reserved | PTE_PS,
+            // PSE-36: bits 13 to 20 hold address bits 32 to 39, as far as addresses go.
+            (Format::Bits32, _) if large => {
+                bit_range(self.phys_bits().min(40).wrapping_sub(19), 21)
+            }
+            (Format::Bits32, _) => 0,
+            (Format::Pae, 3) => PTE_NX | bit_range(1, 2) | bit_range(5, 8),
+            (_, 1) => 0,
+            (_, 2) if large => bit_range(13, 20),
+            (_, 3) if large => bit_range(13, 29),
+            (_, 2) => 0,
+            _ => PTE_PS,
         }
     }
 
@@ -473,11 +490,11 @@ impl Paging {
     /// Sets the accessed bits on the way and the dirty bit at its end. Says false if an entry is no longer what it was.
     fn mark<M: GuestMemory>(
         memory: &mut M,
-        leaf: &Leaf,
+        path: &Path,
         write: bool,
     ) -> Result<bool, WalkError<M::Error>> {
-        let mut left = leaf.depth;
-        for visited in leaf.path.iter().take(leaf.depth) {
+        let mut left = path.depth;
+        for visited in path.entries.iter().take(path.depth) {
             left = left.wrapping_sub(1);
             let last = left == 0;
             let mut wanted = visited.value | PTE_A;
@@ -487,7 +504,7 @@ impl Paging {
             if wanted == visited.value {
                 continue;
             }
-            match memory.compare_exchange(visited.gpa, leaf.entry_size, visited.value, wanted) {
+            match memory.compare_exchange(visited.gpa, path.entry_size, visited.value, wanted) {
                 Ok(true) | Err(MemoryError::Mmio) => {}
                 Ok(false) => return Ok(false),
                 Err(MemoryError::Host(e)) => return Err(WalkError::Host(e)),

@@ -8,10 +8,12 @@
 //! that is not about the module's own name passes on `/dev/kvm` as well.
 
 pub mod check;
+pub mod dirty;
 pub mod guest;
 pub mod host;
 pub mod machine;
 pub mod mem;
+pub mod stats;
 pub mod sys;
 pub mod tap;
 pub mod vm;

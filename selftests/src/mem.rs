@@ -59,6 +59,30 @@ impl Mapping {
         })
     }
 
+    /// Maps `len` bytes with `flags` of `mmap` (and `fd`, or -1), aligned to a large page.
+    ///
+    /// # Errors
+    ///
+    /// The failure of `mmap`.
+    pub fn with_flags(len: usize, flags: i32, fd: i32) -> Result<Self, Error> {
+        let m = Mapping::new(len, false)?;
+        // SAFETY: Replaces pages of a mapping that is new and that nothing refers to.
+        let p = unsafe {
+            libc::mmap(
+                m.addr as *mut _,
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags | libc::MAP_FIXED,
+                fd,
+                0,
+            )
+        };
+        if p == libc::MAP_FAILED {
+            return Err(Error::last("mmap"));
+        }
+        Ok(m)
+    }
+
     /// The address of the first byte.
     #[must_use]
     pub fn addr(&self) -> usize {

@@ -43,6 +43,7 @@ pub fn errno_name(errno: i32) -> String {
         libc::EIO => "EIO",
         libc::ENXIO => "ENXIO",
         libc::E2BIG => "E2BIG",
+        libc::ENOSPC => "ENOSPC",
         libc::EBADF => "EBADF",
         libc::EAGAIN => "EAGAIN",
         libc::ENOMEM => "ENOMEM",
@@ -106,8 +107,11 @@ ioctls! {
     KVM_SET_USER_MEMORY_REGION: WRITE, 0x46, size::<kb::kvm_userspace_memory_region>();
     KVM_SET_TSS_ADDR: 0, 0x47, 0;
     KVM_SET_IDENTITY_MAP_ADDR: WRITE, 0x48, 8;
+    KVM_SET_USER_MEMORY_REGION2: WRITE, 0x49, size::<kb::kvm_userspace_memory_region2>();
     KVM_CREATE_IRQCHIP: 0, 0x60, 0;
     KVM_IRQ_LINE: WRITE, 0x61, 8;
+    KVM_REGISTER_COALESCED_MMIO: WRITE, 0x67, size::<kb::kvm_coalesced_mmio_zone>();
+    KVM_UNREGISTER_COALESCED_MMIO: WRITE, 0x68, size::<kb::kvm_coalesced_mmio_zone>();
     KVM_RUN: 0, 0x80, 0;
     KVM_GET_REGS: READ, 0x81, size::<kb::kvm_regs>();
     KVM_SET_REGS: WRITE, 0x82, size::<kb::kvm_regs>();
@@ -132,10 +136,15 @@ ioctls! {
     KVM_SET_DEBUGREGS: WRITE, 0xa2, size::<kb::kvm_debugregs>();
     KVM_SET_TSC_KHZ: 0, 0xa2, 0;
     KVM_GET_TSC_KHZ: 0, 0xa3, 0;
+    KVM_ENABLE_CAP: WRITE, 0xa3, size::<kb::kvm_enable_cap>();
     KVM_GET_XSAVE: READ, 0xa4, 4096;
     KVM_SET_XSAVE: WRITE, 0xa5, 4096;
     KVM_GET_XCRS: READ, 0xa6, size::<kb::kvm_xcrs>();
     KVM_SET_XCRS: WRITE, 0xa7, size::<kb::kvm_xcrs>();
+    KVM_CLEAR_DIRTY_LOG: READ | WRITE, 0xc0, size::<kb::kvm_clear_dirty_log>();
+    KVM_RESET_DIRTY_RINGS: 0, 0xc7, 0;
+    KVM_GET_STATS_FD: 0, 0xce, 0;
+    KVM_PRE_FAULT_MEMORY: READ | WRITE, 0xd5, 64;
 }
 
 /// Calls `ioctl` on `fd`.
@@ -183,5 +192,10 @@ mod tests {
         assert_eq!(KVM_GET_DEBUGREGS.nr, 0x8080_aea1);
         assert_eq!(KVM_GET_XSAVE.nr, 0x9000_aea4);
         assert_eq!(KVM_GET_XCRS.nr, 0x8188_aea6);
+        assert_eq!(KVM_SET_USER_MEMORY_REGION2.nr, 0x40a0_ae49);
+        assert_eq!(KVM_REGISTER_COALESCED_MMIO.nr, 0x4010_ae67);
+        assert_eq!(KVM_ENABLE_CAP.nr, 0x4068_aea3);
+        assert_eq!(KVM_CLEAR_DIRTY_LOG.nr, 0xc018_aec0);
+        assert_eq!(KVM_PRE_FAULT_MEMORY.nr, 0xc040_aed5);
     }
 }

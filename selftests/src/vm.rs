@@ -234,6 +234,21 @@ impl Vm {
         Ok(())
     }
 
+    /// `KVM_ENABLE_CAP` with one argument.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answered.
+    pub fn enable_cap(&self, cap: u32, argument: u64) -> Result<(), Error> {
+        let c = kb::kvm_enable_cap {
+            cap,
+            args: [argument, 0, 0, 0],
+            ..Default::default()
+        };
+        self.fd.ioctl_ref(sys::KVM_ENABLE_CAP, &c)?;
+        Ok(())
+    }
+
     /// Creates the vCPU with number `id` and maps its `kvm_run`.
     ///
     /// # Errors

@@ -229,3 +229,43 @@ fn unhandled_instructions_tell_their_bytes() {
     assert!(emulator.insn_bytes().starts_with(&hex("0f1007")));
     assert_eq!(emulator.insn_bytes().len(), 15);
 }
+
+/// A device that has answered is not asked again when the memory is there at last.
+#[test]
+fn another_try_for_lost_memory() {
+    for (code, before) in [("a5", DONE), ("f3a5", MORE)] {
+        let mut emulator = Emulator::new();
+        let mut memory = TestMemory {
+            lost_page: Some(8),
+            ..TestMemory::default()
+        };
+        memory.put(CODE, &hex(code));
+        let mut cpu = TestCpu::long()
+            .with(Rsi, DEVICE)
+            .with(Rdi, 0x8000)
+            .with(Rcx, 2);
+        cpu.rip = CODE;
+        let lost = (Outcome::Host(Lost), vec![rd(DEVICE, 4)]);
+        let first = run_with(&mut emulator, &mut cpu, &mut memory, &[0x1234_5678]);
+        assert_eq!(first, lost, "{code}");
+        assert!(emulator.in_progress());
+        assert_eq!(emulator.step(&mut cpu, &mut memory), Outcome::Host(Lost));
+        assert_eq!((cpu.rip, cpu.get(Rsi), cpu.get(Rcx)), (CODE, DEVICE, 2));
+
+        memory.lost_page = None;
+        let then = run_with(&mut emulator, &mut cpu, &mut memory, &[]);
+        assert_eq!(then, (before, vec![]), "{code}");
+        assert_eq!(memory.get32(0x8000), 0x1234_5678);
+        assert_eq!((cpu.get(Rsi), cpu.get(Rdi)), (DEVICE + 4, 0x8004));
+    }
+
+    // Without an answer there is nothing to keep.
+    let mut emulator = Emulator::new();
+    let mut memory = TestMemory {
+        lost_page: Some(CODE >> 12),
+        ..TestMemory::default()
+    };
+    let mut cpu = TestCpu::long();
+    assert_eq!(emulator.step(&mut cpu, &mut memory), Outcome::Host(Lost));
+    assert!(!emulator.in_progress());
+}

@@ -4,14 +4,16 @@
 //! and how soon all of it is given back.
 
 use kvm_bindings as kb;
-use selftests::guest::{at, PORT};
+use selftests::guest::{at, usize_of, PORT};
+use selftests::host::{meminfo, patient, sleep_ms, Rng};
 use selftests::machine::{Exit, Machine, Mode};
-use selftests::mem::{Mapping, PAGE};
+use selftests::mem::{Mapping, HUGE, PAGE};
 use selftests::sys;
 use selftests::vm::Fd;
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
 use std::mem::size_of;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 /// The bytes of a statistics file from `from` on, as many as there are up to `len`.
 fn pread(fd: &Fd, len: usize, from: usize) -> Result<Vec<u8>, Verdict> {
@@ -351,6 +353,405 @@ fn stats_mapped(env: &Env) -> Outcome {
     Ok(())
 }
 
+// Reads a word of each of EBP pages, whose addresses begin at ESI, to EDI and on.
+guest_code!(
+    gather,
+    ".code32",
+    "cld",
+    "2: lodsd",
+    "mov eax, [eax]",
+    "stosd",
+    "dec ebp",
+    "jnz 2b",
+    "hlt"
+);
+
+/// Where the list of addresses is, and where the words go.
+const LIST: u64 = 0x800_0000;
+const WORDS: u64 = LIST + 0x10000;
+
+/// Many slots map parts of the same memory. Whatever the host does to a page, the guest sees it
+/// through each of them, also when slots come and go.
+fn slots_of_one_memory(env: &Env) -> Outcome {
+    const SLOTS: u32 = 200;
+    const HOST: u64 = 64;
+    let mut rng = Rng::new(env.seed);
+    let table = Mapping::new(0x20000, false)?;
+    let shared = Mapping::new(usize_of(HOST) * PAGE, false)?;
+    shared.advise(0, shared.len(), libc::MADV_NOHUGEPAGE)?;
+    let m = Machine::new(env, Mode::Protected, gather())?;
+    m.vm.set_memory(1000, 0, LIST, table.len() as u64, table.addr() as u64)?;
+    // Of each slot: its first guest address, its first host page, and its pages; none if it is not
+    // there. No two have the same place.
+    let mut slots = [(0, 0, 0); SLOTS as usize];
+    for round in 0..env.fewer(20) as u32 {
+        for _ in 0..if round == 0 { 400 } else { 20 } {
+            let i = rng.below(SLOTS.into()) as u32;
+            let slot = &mut slots[i as usize];
+            if slot.2 != 0 {
+                m.vm.set_memory(i, 0, 0, 0, 0)?;
+                *slot = (0, 0, 0);
+                continue;
+            }
+            let pages = 1 + rng.below(12);
+            let first = rng.below(HOST - pages);
+            let gpa = 0x1000_0000 + u64::from(i) * 0x10_0000 + rng.below(200) * 0x1000;
+            if i == 0 {
+                // The machine's own memory.
+                continue;
+            }
+            let hva = shared.addr() as u64 + first * 0x1000;
+            m.vm.set_memory(i, 0, gpa, pages * 0x1000, hva)?;
+            *slot = (gpa, first, pages);
+        }
+        for page in 0..HOST {
+            match rng.below(3) {
+                0 => shared.advise(usize_of(page) * PAGE, PAGE, libc::MADV_DONTNEED)?,
+                1 => shared.write(usize_of(page) * PAGE, rng.number() as u32),
+                _ => {}
+            }
+        }
+        let mut hosts = Vec::new();
+        for (gpa, first, pages) in slots {
+            for page in 0..pages {
+                table.write(hosts.len() * 4, (gpa + page * 0x1000) as u32);
+                hosts.push(first + page);
+            }
+        }
+        m.patch_regs(|r| {
+            r.rip = at::CODE;
+            r.rsi = LIST;
+            r.rdi = WORDS;
+            r.rbp = hosts.len() as u64;
+        })?;
+        m.expect_hlt()?;
+        for (i, page) in hosts.iter().enumerate() {
+            let got: u32 = table.read(usize_of(WORDS - LIST) + i * 4);
+            let want: u32 = shared.read(usize_of(*page) * PAGE);
+            ensure_eq!(got, want, "round {round}, word {i}, of host page {page}");
+        }
+    }
+    Ok(())
+}
+
+/// Slots of one page, each under a table of its own: far more tables than memory.
+fn sparse_slots(m: &Machine, page: &Mapping, slots: u64) -> Outcome {
+    for i in 0..slots {
+        let gpa = SPARSE + i * HUGE as u64;
+        m.vm.set_memory(1 + i as u32, 0, gpa, 0x1000, page.addr() as u64)?;
+    }
+    Ok(())
+}
+
+const SPARSE: u64 = 0x1000_0000;
+
+// Touches a page in each of EBP times 2 MiB from EDI on.
+guest_code!(
+    touch_sparse,
+    ".code32",
+    "2: mov eax, [edi]",
+    "add edi, 0x200000",
+    "dec ebp",
+    "jnz 2b",
+    "hlt"
+);
+
+fn run_sparse(m: &Machine, slots: u64) -> Outcome {
+    m.patch_regs(|r| {
+        r.rip = at::CODE;
+        r.rdi = SPARSE;
+        r.rbp = slots;
+    })?;
+    m.expect_hlt()
+}
+
+/// Tables go when nothing is left in them, however that came about.
+fn empty_tables_go(env: &Env) -> Outcome {
+    available(env)?;
+    const N: usize = 1024;
+    // Not aligned to what a table spans: it is the middle one of three that is filled.
+    const GPA: u64 = 0x1010_0000;
+    let pages = Mapping::new(N * PAGE, false)?;
+    pages.advise(0, pages.len(), libc::MADV_NOHUGEPAGE)?;
+    let m = Machine::new(env, Mode::Protected, touch())?;
+    let stats = Stats::of(&m.vm.fd)?;
+    let run = |gpa: u64, n: usize| -> Outcome {
+        m.patch_regs(|r| {
+            r.rip = at::CODE;
+            r.rdi = gpa;
+            r.rbp = n as u64;
+        })?;
+        m.expect_hlt()
+    };
+    // Only rkvm counts its tables; what is checked of others is that they work.
+    let tables = || {
+        stats
+            .try_get("page_table_pages")
+            .map(Option::unwrap_or_default)
+    };
+    m.vm.set_memory(1, 0, GPA, pages.len() as u64, pages.addr() as u64)?;
+    run(GPA, 1)?;
+    pages.advise(0, PAGE, libc::MADV_DONTNEED)?;
+    let before = tables()?;
+
+    let mut order: Vec<usize> = (0..N).collect();
+    let mut rng = Rng::new(env.seed);
+    for round in 0..3 {
+        run(GPA, N)?;
+        if before != 0 {
+            ensure!(tables()? >= before + 3, "tables do not show");
+        }
+        for i in (1..N).rev() {
+            order.swap(i, rng.below(i as u64 + 1) as usize);
+        }
+        for page in &order {
+            pages.advise(page * PAGE, PAGE, libc::MADV_DONTNEED)?;
+        }
+        ensure_eq!(tables()?, before, "tables without a leaf, round {round}");
+    }
+
+    // A slot that moves leaves nothing behind either.
+    m.vm.set_memory(1, 0, 0, 0, 0)?;
+    let mut most = 0;
+    for i in 0..env.fewer(300) {
+        let gpa = SPARSE + i * HUGE as u64 + 0x3000;
+        m.vm.set_memory(1, 0, gpa, 0x2000, pages.addr() as u64)?;
+        run(gpa, 2)?;
+        most = most.max(tables()?);
+    }
+    ensure!(
+        most <= before + 3,
+        "{most} tables, {before} without the slot"
+    );
+    m.vm.set_memory(1, 0, 0, 0, 0)?;
+    ensure!(tables()? <= before, "tables that the slot left behind");
+    Ok(())
+}
+
+/// The memory of a VM with many leaves is given back soon: 256 MiB, all of them small pages.
+fn prompt_teardown(env: &Env) -> Outcome {
+    const N: usize = 1024;
+    const SLOTS: u64 = 64;
+    let size = (N * PAGE) as u64;
+    let before = meminfo("SecPageTables");
+    let pages = Mapping::new(N * PAGE, false)?;
+    pages.advise(0, pages.len(), libc::MADV_NOHUGEPAGE)?;
+    let m = Machine::new(env, Mode::Protected, touch())?;
+    let slots = env.fewer(SLOTS);
+    for i in 0..slots {
+        let addr = pages.addr() as u64;
+        m.vm.set_memory(1 + i as u32, 0, SPARSE + i * size, size, addr)?;
+    }
+    let fill = || {
+        m.patch_regs(|r| {
+            r.rip = at::CODE;
+            r.rdi = SPARSE;
+            r.rbp = slots * N as u64;
+        })?;
+        m.expect_hlt()
+    };
+    let timed = |what: &str, f: &mut dyn FnMut() -> Outcome| -> Outcome {
+        let start = Instant::now();
+        f()?;
+        let took = start.elapsed();
+        println!("{what}: {took:?}");
+        ensure!(
+            took < Duration::from_millis(patient(1000)),
+            "{what} took {took:?}"
+        );
+        Ok(())
+    };
+    fill()?;
+    timed("MADV_DONTNEED", &mut || {
+        Ok(pages.advise(0, pages.len(), libc::MADV_DONTNEED)?)
+    })?;
+    fill()?;
+    timed("deletion of a slot", &mut || {
+        Ok(m.vm.set_memory(1, 0, 0, 0, 0)?)
+    })?;
+    let mut m = Some(m);
+    timed("close", &mut || {
+        m = None;
+        Ok(())
+    })?;
+    // kvm-intel frees its tables a while later.
+    for _ in 0..patient(2000) {
+        if meminfo("SecPageTables") <= before {
+            return Ok(());
+        }
+        sleep_ms(1);
+    }
+    fail!(
+        "SecPageTables: {:?} KiB, then {:?}",
+        before,
+        meminfo("SecPageTables")
+    )
+}
+
+/// A control group of the memory controller, removed when dropped.
+struct Group(String);
+
+impl Group {
+    const ROOT: &'static str = "/tmp/cgroup";
+
+    fn new(name: &str) -> Result<Self, Verdict> {
+        let root = Self::ROOT;
+        let _ = std::fs::create_dir(root);
+        let mount = || {
+            // SAFETY: Strings with their terminators; no data.
+            unsafe {
+                libc::mount(
+                    c"cgroup2".as_ptr(),
+                    c"/tmp/cgroup".as_ptr(),
+                    c"cgroup2".as_ptr(),
+                    0,
+                    std::ptr::null(),
+                )
+            }
+        };
+        if !std::path::Path::new(&format!("{root}/cgroup.procs")).exists() && mount() != 0 {
+            skip!("no cgroup2: {}", std::io::Error::last_os_error());
+        }
+        if std::fs::write(format!("{root}/cgroup.subtree_control"), "+memory").is_err() {
+            skip!("no memory controller");
+        }
+        let path = format!("{root}/{name}-{}", std::process::id());
+        match std::fs::create_dir(&path) {
+            Ok(()) => Ok(Group(path)),
+            Err(e) => fail!("{path}: {e}"),
+        }
+    }
+
+    fn read(&self, file: &str) -> Result<String, Verdict> {
+        match std::fs::read_to_string(format!("{}/{file}", self.0)) {
+            Ok(text) => Ok(text),
+            Err(e) => fail!("{}/{file}: {e}", self.0),
+        }
+    }
+
+    fn write(&self, file: &str, text: &str) -> Outcome {
+        match std::fs::write(format!("{}/{file}", self.0), text) {
+            Ok(()) => Ok(()),
+            Err(e) => fail!("{text} to {}/{file}: {e}", self.0),
+        }
+    }
+
+    /// A number from a file of `key value` lines.
+    fn number(&self, file: &str, key: &str) -> Result<u64, Verdict> {
+        let text = self.read(file)?;
+        let line = text
+            .lines()
+            .find_map(|l| l.strip_prefix(key)?.strip_prefix(' '));
+        match line.and_then(|v| v.trim().parse().ok()) {
+            Some(value) => Ok(value),
+            None => fail!("{file} has no {key}"),
+        }
+    }
+
+    /// The page tables of guests, in bytes.
+    fn tables(&self) -> Result<u64, Verdict> {
+        self.number("memory.stat", "sec_pagetables")
+    }
+
+    /// Moves the calling process into the group.
+    fn enter(&self) -> Outcome {
+        self.write("cgroup.procs", "0")
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Whoever is still in it goes back to the root.
+        if let Ok(pids) = self.read("cgroup.procs") {
+            for pid in pids.lines() {
+                let _ = std::fs::write(format!("{}/cgroup.procs", Self::ROOT), pid);
+            }
+        }
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// How many tables the tests of control groups make: 4 MiB or more.
+const TABLES: u64 = 1200;
+
+/// The tables of a VM are charged to the control group of the process that runs it, and uncharged.
+fn charged_to_cgroup(env: &Env) -> Outcome {
+    let group = Group::new("charge")?;
+    group.enter()?;
+    let page = Mapping::new(PAGE, false)?;
+    page.write(0, 1u32);
+    let m = Machine::new(env, Mode::Protected, touch_sparse())?;
+    sparse_slots(&m, &page, TABLES)?;
+    let before = group.tables()?;
+    let current = |group: &Group| -> Result<u64, Verdict> {
+        Ok(group.read("memory.current")?.trim().parse().unwrap_or(0))
+    };
+    let used = current(&group)?;
+    run_sparse(&m, TABLES)?;
+    let during = group.tables()?;
+    let more = current(&group)?.saturating_sub(used);
+    println!("sec_pagetables {before}, then {during}; memory.current {more} more");
+    // Both are counted in batches.
+    let slack = 128 * PAGE as u64;
+    let least = TABLES * PAGE as u64 - slack;
+    ensure!(
+        during - before >= least,
+        "sec_pagetables grew from {before} to {during}"
+    );
+    ensure!(more >= least, "memory.current grew by {more}");
+    drop(m);
+    for _ in 0..patient(3000) {
+        if group.tables()? <= slack && current(&group)? <= used + slack {
+            return Ok(());
+        }
+        sleep_ms(1);
+    }
+    fail!(
+        "without the VM sec_pagetables is {}, memory.current {}",
+        group.tables()?,
+        current(&group)?
+    )
+}
+
+/// A control group that is full ends its own VMM, and nothing else.
+fn full_cgroup(env: &Env) -> Outcome {
+    let group = Group::new("full")?;
+    let page = Mapping::new(PAGE, true)?;
+    page.write(0, 1u32);
+    // SAFETY: The child builds its own VM and ends.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let run = || -> Outcome {
+            group.enter()?;
+            let m = Machine::new(env, Mode::Protected, touch_sparse())?;
+            sparse_slots(&m, &page, TABLES)?;
+            let used: u64 = group.read("memory.current")?.trim().parse().unwrap_or(0);
+            group.write("memory.max", &format!("{}", used + (1 << 20)))?;
+            run_sparse(&m, TABLES)
+        };
+        let outcome = run();
+        println!("the VMM: {outcome:?}");
+        let refused = matches!(&outcome, Err(Verdict::Fail(e)) if e.contains("ENOMEM"));
+        // SAFETY: Ends the child.
+        unsafe { libc::_exit(if refused { 17 } else { 1 }) };
+    }
+    let deadline = Instant::now() + Duration::from_millis(patient(10_000));
+    let Some(status) = selftests::tap::wait_until(pid, deadline) else {
+        // SAFETY: A signal to our own child.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        fail!("the VMM did not end");
+    };
+    let kills = group.number("memory.events", "oom_kill")?;
+    println!("wait status {status:#x}, {kills} killed");
+    let killed = libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL;
+    ensure!(
+        killed && kills > 0 || status == 17 << 8,
+        "wait status of the VMM {status:#x}, expected a kill for want of memory, or ENOMEM"
+    );
+    let m = Machine::new(env, Mode::Protected, halt())?;
+    m.expect_hlt()
+}
+
 fn main() -> ExitCode {
     selftests::tap::main(
         "accounting",
@@ -360,6 +761,11 @@ fn main() -> ExitCode {
             stats_outlive_files,
             stats_exits,
             stats_mapped,
+            slots_of_one_memory,
+            empty_tables_go,
+            prompt_teardown => 60,
+            charged_to_cgroup,
+            full_cgroup,
         ],
     )
 }

@@ -105,7 +105,12 @@ fn random_ioctls(env: &Env) -> Outcome {
 }
 
 fn creates(call: &sys::Ioctl) -> bool {
-    [sys::KVM_CREATE_VM.nr, sys::KVM_CREATE_VCPU.nr].contains(&call.nr)
+    [
+        sys::KVM_CREATE_VM.nr,
+        sys::KVM_CREATE_VCPU.nr,
+        sys::KVM_GET_STATS_FD.nr,
+    ]
+    .contains(&call.nr)
 }
 
 /// Random slots: none, or only what was asked for, can be seen by the guest.
