@@ -248,6 +248,18 @@ pub(crate) trait Loaded {
     fn enter(&mut self, irqs: &IrqsOff) -> Exit;
     /// Handles the interrupt that ended the guest's run.
     fn host_interrupt(&mut self, irqs: &IrqsOff);
-    /// The hardware's reason for the last exit, its qualification and its interruption information.
-    fn raw_exit(&mut self) -> [u64; 3];
+    /// What the hardware says of the last exit.
+    fn raw_exit(&mut self) -> RawExit;
+}
+
+/// The last exit in the hardware's words, for a VMM's log.
+pub(crate) struct RawExit {
+    /// Why.
+    pub(crate) reason: u64,
+    /// More of why.
+    pub(crate) qualification: u64,
+    /// The event whose delivery it interrupted.
+    pub(crate) vectoring: u64,
+    /// The event that it was.
+    pub(crate) interruption: u64,
 }

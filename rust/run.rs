@@ -391,7 +391,7 @@ impl<L: Loaded> Run<'_, L> {
             }
             Exit::Unknown => {
                 let raw = self.hw.raw_exit();
-                let data = [raw[0], raw[1], raw[2], self.shared.cpu() as u64];
+                let data = [raw.reason, self.shared.cpu() as u64];
                 self.page
                     .set_internal_error(abi::internal::UNEXPECTED_EXIT, &data);
                 Ok(Next::User)

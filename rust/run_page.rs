@@ -6,6 +6,7 @@
 //! written here is believed when it is read back.
 
 use crate::abi;
+use crate::backend::RawExit;
 use crate::bindings::kvm_run;
 use crate::linux::file::NewVma;
 use crate::linux::page::KernelPage;
@@ -215,7 +216,7 @@ impl RunPages {
     }
 
     /// KVM_INTERNAL_ERROR_EMULATION with the bytes of the instruction, as the API lays them out.
-    pub(crate) fn set_emulation_error(&self, insn: &[u8], exit: &[u64; 3]) {
+    pub(crate) fn set_emulation_error(&self, insn: &[u8], exit: &RawExit) {
         // data[0] of the generic layout: the flags word, then the count and 15 bytes.
         let mut words = [0u64; 7];
         let mut bytes = [0u8; 16];
@@ -234,8 +235,11 @@ impl RunPages {
         words[2] = u64::from_le_bytes([
             bytes[8], bytes[9], bytes[10], bytes[11], bytes[12], bytes[13], bytes[14], bytes[15],
         ]);
-        words[3..6].copy_from_slice(exit);
-        self.set_internal_error(abi::internal::EMULATION, &words[..6]);
+        words[3] = exit.reason;
+        words[4] = exit.qualification;
+        words[5] = exit.vectoring;
+        words[6] = exit.interruption;
+        self.set_internal_error(abi::internal::EMULATION, &words);
     }
 
     /// KVM_EXIT_EXCEPTION.

@@ -237,7 +237,7 @@ impl<L: Loaded> Run<'_, L> {
                     gpa,
                     write: access.write,
                 });
-                self.emulate(hint)
+                self.emulate(gpa, hint)
             }
             // The loop finds the signal.
             MemFault::Interrupted => Ok(Next::Guest),
@@ -255,13 +255,20 @@ impl<L: Loaded> Run<'_, L> {
         EFAULT
     }
 
-    /// Emulates the instruction at RIP, which accessed a device.
-    fn emulate(&mut self, hint: Option<Hint>) -> Result<Next> {
+    /// Emulates the instruction at RIP, which accessed a device at `gpa`.
+    fn emulate(&mut self, gpa: u64, hint: Option<Hint>) -> Result<Next> {
         // An event whose delivery touches a device cannot be delivered: there is nothing to resume.
         if self.hw.vectoring().is_some() {
             let raw = self.hw.raw_exit();
+            let data = [
+                raw.vectoring,
+                raw.reason,
+                raw.qualification,
+                gpa,
+                self.shared.cpu() as u64,
+            ];
             self.page
-                .set_internal_error(crate::abi::internal::DELIVERY_EVENT, &raw);
+                .set_internal_error(crate::abi::internal::DELIVERY_EVENT, &data);
             return Ok(Next::User);
         }
         self.shared.stats.insn_emulation.bump();

@@ -15,6 +15,7 @@ use crate::backend::CrAccess;
 use crate::backend::Exit;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
+use crate::backend::RawExit;
 use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::irq::IrqsOff;
@@ -608,11 +609,12 @@ impl Loaded for LoadedVcpu<'_> {
         }
     }
 
-    fn raw_exit(&mut self) -> [u64; 3] {
-        [
-            u64::from(self.v.entry.exit_reason),
-            self.read(f::EXIT_QUALIFICATION),
-            u64::from(self.read(f::EXIT_INTR_INFO)),
-        ]
+    fn raw_exit(&mut self) -> RawExit {
+        RawExit {
+            reason: u64::from(self.v.entry.exit_reason),
+            qualification: self.read(f::EXIT_QUALIFICATION),
+            vectoring: u64::from(self.read(f::IDT_VECTORING_INFO)),
+            interruption: u64::from(self.read(f::EXIT_INTR_INFO)),
+        }
     }
 }

@@ -745,10 +745,16 @@ fn cr8_in_run(env: &Env) -> Outcome {
     expect_errno(m.vcpu.run(), libc::EINVAL, "KVM_RUN with CR8 16 in kvm_run")
 }
 
-/// The registers in `kvm_run`, whatever the union holds.
-fn synced(m: &Machine) -> &mut kb::kvm_sync_regs {
+/// The registers in `kvm_run`.
+fn synced(m: &Machine) -> kb::kvm_sync_regs {
     // SAFETY: Any bytes make one.
-    unsafe { &mut m.vcpu.kvm_run_mut().s.regs }
+    unsafe { m.vcpu.kvm_run().s.regs }
+}
+
+/// Changes the registers in `kvm_run`.
+fn patch_synced(m: &Machine, f: impl FnOnce(&mut kb::kvm_sync_regs)) {
+    // SAFETY: Any bytes make one.
+    f(unsafe { &mut m.vcpu.kvm_run_mut().s.regs });
 }
 
 /// KVM_RUN leaves in `kvm_run` the registers that are asked for, and takes those that were changed.
@@ -770,11 +776,13 @@ fn registers_in_run(env: &Env) -> Outcome {
     ensure_eq!(synced(&m).events, m.vcpu.events()?, "events");
 
     // What is not said to be dirty is not taken; what is, is struck off.
-    synced(&m).regs.rbx = 100;
+    patch_synced(&m, |s| s.regs.rbx = 100);
     m.expect_hlt()?;
     ensure_eq!(synced(&m).regs.rbx, 7, "RBX, not said to be dirty");
-    synced(&m).regs.rbx = 100;
-    synced(&m).sregs.cr2 = 0x1234_5000;
+    patch_synced(&m, |s| {
+        s.regs.rbx = 100;
+        s.sregs.cr2 = 0x1234_5000;
+    });
     m.vcpu.kvm_run_mut().kvm_dirty_regs = u64::from(kb::KVM_SYNC_X86_REGS | kb::KVM_SYNC_X86_SREGS);
     m.expect_hlt()?;
     ensure_eq!(
@@ -796,10 +804,14 @@ fn registers_in_run(env: &Env) -> Outcome {
     };
     refused(8, 0, "an unknown set that is dirty")?;
     refused(0, 1 << 63, "an unknown set that is asked for")?;
-    synced(&m).sregs = m.vcpu.sregs()?;
-    synced(&m).sregs.cr4 = 1 << 63;
-    synced(&m).regs = m.vcpu.regs()?;
-    synced(&m).regs.rbx = 200;
+    let (regs, sregs) = (m.vcpu.regs()?, m.vcpu.sregs()?);
+    patch_synced(&m, |s| {
+        s.regs = kb::kvm_regs { rbx: 200, ..regs };
+        s.sregs = kb::kvm_sregs {
+            cr4: 1 << 63,
+            ..sregs
+        };
+    });
     refused(3, 0, "registers that KVM_SET_SREGS refuses")?;
     ensure_eq!(m.vcpu.regs()?.rbx, 200, "RBX, taken before");
     ensure_eq!(m.vcpu.kvm_run().kvm_dirty_regs, 2, "what was not taken");
