@@ -388,7 +388,7 @@ fn running(env: &Env, memory: Memory) -> Outcome {
             g.log(true)?;
             chase(
                 &mut g,
-                env.fewer(6).max(2),
+                env.fewer(4).max(2),
                 |_| false,
                 |g| Ok(g.harvest(protect)?),
                 |_, _| Ok(()),
