@@ -219,7 +219,11 @@ impl<L: Loaded> Run<'_, L> {
         let fault = if self.arch.devices.contain(self.memory, gpa) {
             MemFault::Mmio
         } else {
-            self.memory.map(gpa, access, self.shared)?
+            let fault = self.memory.map(gpa, access, self.shared)?;
+            if fault == MemFault::Mmio {
+                self.arch.devices.note(self.memory, gpa);
+            }
+            fault
         };
         match fault {
             MemFault::Mapped(_) => {
@@ -228,7 +232,6 @@ impl<L: Loaded> Run<'_, L> {
             }
             MemFault::Mmio => {
                 stats.pf_emulate.bump();
-                self.arch.devices.note(self.memory, gpa);
                 let hint = linear.map(|linear| Hint {
                     linear,
                     gpa,

@@ -86,7 +86,7 @@ impl Bitmap {
     /// Whether the set has a page.
     #[must_use]
     pub fn has(&self, page: usize) -> bool {
-        self.words[page / 64] >> (page % 64) & 1 == 1
+        (self.words[page / 64] >> (page % 64)) & 1 == 1
     }
 
     /// Adds all pages of another set.

@@ -158,7 +158,7 @@ impl Stats {
         );
         Ok(bytes
             .chunks(8)
-            .map(|c| u64::from(u32_at(c, 0)) | u64::from(u32_at(c, 4)) << 32)
+            .map(|c| u64::from(u32_at(c, 0)) | (u64::from(u32_at(c, 4)) << 32))
             .collect())
     }
 

@@ -209,6 +209,20 @@ impl Msrs {
     }
 }
 
+/// `struct kvm_pre_fault_memory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(C)]
+pub struct PreFault {
+    /// Where the range begins; after the call, where what is left of it begins.
+    pub gpa: u64,
+    /// Its bytes; after the call, those that are left.
+    pub size: u64,
+    /// None are defined.
+    pub flags: u64,
+    /// Unused by the API.
+    pub padding: [u64; 5],
+}
+
 impl Vm {
     /// Sets a memory slot.
     ///
@@ -364,6 +378,16 @@ impl Vcpu {
     pub fn run(&self) -> Result<u32, Error> {
         self.fd.ioctl(sys::KVM_RUN, 0)?;
         Ok(self.kvm_run().exit_reason)
+    }
+
+    /// `KVM_PRE_FAULT_MEMORY`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answered.
+    pub fn pre_fault(&self, range: &mut PreFault) -> Result<(), Error> {
+        self.fd.ioctl_mut(sys::KVM_PRE_FAULT_MEMORY, range)?;
+        Ok(())
     }
 
     /// `KVM_INTERRUPT`.

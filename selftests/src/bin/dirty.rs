@@ -68,7 +68,7 @@ fn slots(env: &Env) -> Outcome {
         libc::EINVAL,
         "an address space that is not there",
     )?;
-    none(0xffff << 16 | SLOT, libc::EINVAL, "address space 0xffff")?;
+    none((0xffff << 16) | SLOT, libc::EINVAL, "address space 0xffff")?;
     expect_errno(
         vm.fd.ioctl(sys::KVM_GET_DIRTY_LOG, 8),
         libc::EFAULT,
@@ -276,7 +276,7 @@ fn clear_ranges(env: &Env) -> Outcome {
     };
     bad(SLOT + 1, libc::ENOENT, "a slot that is not there")?;
     bad(0xffff, libc::EINVAL, "slot 0xffff")?;
-    bad(0xffff << 16 | SLOT, libc::EINVAL, "address space 0xffff")?;
+    bad((0xffff << 16) | SLOT, libc::EINVAL, "address space 0xffff")?;
     let r = vm.fd.ioctl(sys::KVM_CLEAR_DIRTY_LOG, 8);
     expect_errno(r, libc::EFAULT, "bad address of the argument")?;
     // Bits behind the last page are ignored, and what is not named stays.
@@ -388,7 +388,7 @@ fn running(env: &Env, memory: Memory) -> Outcome {
             g.log(true)?;
             chase(
                 &mut g,
-                env.fewer(6).max(2),
+                env.fewer(4).max(2),
                 |_| false,
                 |g| Ok(g.harvest(protect)?),
                 |_, _| Ok(()),

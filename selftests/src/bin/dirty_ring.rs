@@ -489,7 +489,7 @@ fn hostile(env: &Env) -> Outcome {
                 1 => (e.slot, u64::MAX),
                 2 => (e.slot, pages),
                 3 => (e.slot, pages - 1),
-                4 => (e.slot | 1 << 16, e.offset),
+                4 => (e.slot | (1 << 16), e.offset),
                 5 => (0, 0),
                 6 => (0, u64::MAX - 63),
                 7 => (0x7fff, 0),
@@ -498,7 +498,7 @@ fn hostile(env: &Env) -> Outcome {
                 10 => (e.slot + 1, e.offset),
                 _ => (e.slot, e.offset),
             };
-            let flags = RESET | (u32::MAX << 2 & (round as u32) << 2);
+            let flags = RESET | ((round as u32) << 2);
             ring.write(
                 at,
                 Entry {

@@ -11,35 +11,20 @@ use selftests::host::{interrupting_handler, interval_alarm};
 use selftests::machine::{Machine, Mode};
 use selftests::mem::{Mapping, HUGE, PAGE};
 use selftests::stats::Stats;
-use selftests::sys::{self, Error};
-use selftests::vm::Vcpu;
+use selftests::sys;
+use selftests::vm::PreFault;
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
 
 const GPA: u64 = 0x100_0000;
 const P: u64 = PAGE as u64;
 
-/// `struct kvm_pre_fault_memory`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[repr(C)]
-struct Range {
-    gpa: u64,
-    size: u64,
-    flags: u64,
-    padding: [u64; 5],
-}
-
-fn range(gpa: u64, size: u64) -> Range {
-    Range {
+fn range(gpa: u64, size: u64) -> PreFault {
+    PreFault {
         gpa,
         size,
         ..Default::default()
     }
-}
-
-fn prefault(v: &Vcpu, r: &mut Range) -> Result<(), Error> {
-    v.fd.ioctl_mut(sys::KVM_PRE_FAULT_MEMORY, r)?;
-    Ok(())
 }
 
 guest_code!(touch, ".code32",
@@ -98,13 +83,13 @@ fn arguments(env: &Env) -> Outcome {
         (GPA, 0u64.wrapping_sub(GPA), 0),
         (1 << 63, 1 << 63, 0),
     ] {
-        let mut r = Range {
+        let mut r = PreFault {
             flags,
             ..range(gpa, size)
         };
         let before = r;
         expect_errno(
-            prefault(&m.vcpu, &mut r),
+            m.vcpu.pre_fault(&mut r),
             libc::EINVAL,
             &format!("{before:x?}"),
         )?;
@@ -139,7 +124,7 @@ fn whole_ranges(env: &Env) -> Outcome {
             (0, size),
         ] {
             let mut r = range(GPA + from, len);
-            prefault(&m.vcpu, &mut r)?;
+            m.vcpu.pre_fault(&mut r)?;
             let want = range(GPA + from + len, 0);
             ensure_eq!(r, want, "{memory:?}: what is left of {len:#x} bytes");
         }
@@ -154,20 +139,20 @@ fn mapped(env: &Env) -> Outcome {
     let m = machine(env, &mem)?;
     let stats = Stats::open(&m.kvm, &m.vm.fd)?;
     let base = stats.need("pages_4k")?;
-    prefault(&m.vcpu, &mut range(GPA + 8 * P, 40 * P))?;
+    m.vcpu.pre_fault(&mut range(GPA + 8 * P, 40 * P))?;
     ensure_eq!(
         stats.need("pages_4k")? - base,
         40,
         "pages mapped by 40 pages of a range"
     );
-    prefault(&m.vcpu, &mut range(GPA, 64 * P))?;
+    m.vcpu.pre_fault(&mut range(GPA, 64 * P))?;
     ensure_eq!(stats.need("pages_4k")? - base, 64, "pages mapped by all");
     // With memory that no one has touched yet: the host's pages come with it.
     let mem = Mapping::new(HUGE, false)?;
     mem.advise(0, HUGE, libc::MADV_NOHUGEPAGE)?;
     m.vm.set_memory(2, 0, 2 * GPA, HUGE as u64, mem.addr() as u64)?;
     let base = stats.need("pages_4k")?;
-    prefault(&m.vcpu, &mut range(2 * GPA, HUGE as u64))?;
+    m.vcpu.pre_fault(&mut range(2 * GPA, HUGE as u64))?;
     ensure_eq!(
         stats.need("pages_4k")? - base,
         512,
@@ -178,7 +163,7 @@ fn mapped(env: &Env) -> Outcome {
     m.vm.set_memory(3, 0, 4 * GPA, mem.len() as u64, mem.addr() as u64)?;
     let base = stats.need("pages_2m")?;
     let mut r = range(4 * GPA + 3 * P, 2 * P);
-    prefault(&m.vcpu, &mut r)?;
+    m.vcpu.pre_fault(&mut r)?;
     ensure_eq!(
         r,
         range(4 * GPA + 5 * P, 0),
@@ -195,21 +180,21 @@ fn holes(env: &Env) -> Outcome {
     let end = GPA + 16 * P;
     for (from, size) in [(end, P), (end, 64 * P), (GPA - P, 2 * P), (1 << 38, P)] {
         let mut r = range(from, size);
-        expect_errno(prefault(&m.vcpu, &mut r), libc::ENOENT, &format!("{r:x?}"))?;
+        expect_errno(m.vcpu.pre_fault(&mut r), libc::ENOENT, &format!("{r:x?}"))?;
         ensure_eq!(r, range(from, size), "the range after ENOENT");
     }
     let mut r = range(end - 3 * P, 10 * P);
-    prefault(&m.vcpu, &mut r)?;
+    m.vcpu.pre_fault(&mut r)?;
     ensure_eq!(r, range(end, 7 * P), "what is left behind the slot");
-    expect_errno(prefault(&m.vcpu, &mut r), libc::ENOENT, "the rest")?;
+    expect_errno(m.vcpu.pre_fault(&mut r), libc::ENOENT, "the rest")?;
     ensure_eq!(r, range(end, 7 * P), "what is left after ENOENT");
     // Another slot there, and the rest is done.
     let more = Memory::Small.map(16 * PAGE)?;
     m.vm.set_memory(2, 0, end, 16 * P, more.addr() as u64)?;
-    prefault(&m.vcpu, &mut r)?;
+    m.vcpu.pre_fault(&mut r)?;
     ensure_eq!(r, range(end + 7 * P, 0), "what is left with a slot there");
     m.vm.set_memory(1, 0, 0, 0, 0)?;
-    let gone = prefault(&m.vcpu, &mut range(GPA, P));
+    let gone = m.vcpu.pre_fault(&mut range(GPA, P));
     expect_errno(gone, libc::ENOENT, "a slot that was deleted")
 }
 
@@ -219,16 +204,16 @@ fn host_holes(env: &Env) -> Outcome {
     let m = machine(env, &mem)?;
     mem.protect(10 * PAGE, PAGE, libc::PROT_NONE)?;
     let mut r = range(GPA, 16 * P);
-    prefault(&m.vcpu, &mut r)?;
+    m.vcpu.pre_fault(&mut r)?;
     ensure_eq!(
         r,
         range(GPA + 10 * P, 6 * P),
         "what is left before PROT_NONE"
     );
-    expect_errno(prefault(&m.vcpu, &mut r), libc::EFAULT, "PROT_NONE")?;
+    expect_errno(m.vcpu.pre_fault(&mut r), libc::EFAULT, "PROT_NONE")?;
     ensure_eq!(r, range(GPA + 10 * P, 6 * P), "the range after EFAULT");
     mem.protect(10 * PAGE, PAGE, libc::PROT_READ)?;
-    prefault(&m.vcpu, &mut r)?;
+    m.vcpu.pre_fault(&mut r)?;
     ensure_eq!(
         r,
         range(GPA + 16 * P, 0),
@@ -240,7 +225,7 @@ fn host_holes(env: &Env) -> Outcome {
     let unmapped = unsafe { libc::munmap((mem.addr() + 12 * PAGE) as *mut _, PAGE) };
     ensure_eq!(unmapped, 0, "munmap");
     let mut r = range(GPA + 12 * P, P);
-    expect_errno(prefault(&m.vcpu, &mut r), libc::EFAULT, "unmapped memory")
+    expect_errno(m.vcpu.pre_fault(&mut r), libc::EFAULT, "unmapped memory")
 }
 
 /// Memory that is only there to read: as a slot, and in the host.
@@ -251,7 +236,7 @@ fn readonly(env: &Env) -> Outcome {
     rom.protect(0, rom.len(), libc::PROT_READ)?;
     m.vm.set_memory(2, kb::KVM_MEM_READONLY, 2 * GPA, 16 * P, rom.addr() as u64)?;
     let mut r = range(2 * GPA, 16 * P);
-    prefault(&m.vcpu, &mut r)?;
+    m.vcpu.pre_fault(&mut r)?;
     ensure_eq!(
         r,
         range(2 * GPA + 16 * P, 0),
@@ -272,7 +257,7 @@ fn signal(env: &Env) -> Outcome {
     let (mut partial, mut nothing) = (0, 0);
     while r.size > 0 {
         let before = r;
-        match prefault(&m.vcpu, &mut r) {
+        match m.vcpu.pre_fault(&mut r) {
             Ok(()) => {
                 ensure!(
                     r.gpa > before.gpa && r.gpa + r.size == GPA + bytes as u64,
@@ -306,7 +291,7 @@ fn beside_a_guest(env: &Env) -> Outcome {
             Ok(())
         });
         for _ in 0..env.fewer(40) {
-            prefault(&second, &mut range(GPA, mem.len() as u64))?;
+            second.pre_fault(&mut range(GPA, mem.len() as u64))?;
             std::thread::yield_now();
         }
         thread.join().unwrap_or(Err(Verdict::Fail("panic".into())))

@@ -196,7 +196,7 @@ fn random_call(rng: &mut Rng, hva: u64, slots: u32) -> Call {
     let slot = match rng.below(12) {
         0 => slots - 1,
         1 => 0xffff,
-        2 => (rng.number() as u32) << 16 | 1,
+        2 => ((rng.number() as u32) << 16) | 1,
         3 => slots + 5000,
         _ => rng.below(6) as u32,
     };
@@ -226,7 +226,7 @@ fn random_call(rng: &mut Rng, hva: u64, slots: u32) -> Call {
     };
     let hva = match rng.below(10) {
         0 => rng.number(),
-        1 => 1 << 63 | rng.below(1 << 40) << 12,
+        1 => (1 << 63) | (rng.below(1 << 40) << 12),
         2 => hva + rng.below(P),
         3 => (1 << 47) - 4096 * (1 + rng.below(4)),
         _ => hva + rng.below(4) * P,
@@ -447,14 +447,16 @@ fn far_apart(env: &Env) -> Outcome {
     let mem = Mapping::new(16 * PAGE, false)?;
     // Tables for 512 GiB by pages of 1 GiB, if there are such.
     let c = m.kvm.supported_cpuid()?;
-    let gib_pages = c.find(0x8000_0001, 0).is_some_and(|e| e.edx >> 26 & 1 == 1);
+    let gib_pages = c
+        .find(0x8000_0001, 0)
+        .is_some_and(|e| (e.edx >> 26) & 1 == 1);
     if !gib_pages {
         skip!("no pages of 1 GiB");
     }
     // SAFETY: The leaf is there on all processors with long mode.
     let bits = unsafe { core::arch::x86_64::__cpuid(0x8000_0008) }.eax & 0xff;
     for i in 1..512u64 {
-        m.mem.write(usize_of(at::PDPT + i * 8), i << 30 | 0x87);
+        m.mem.write(usize_of(at::PDPT + i * 8), (i << 30) | 0x87);
     }
     for (i, gpa) in [1u64 << 32, 5 << 32, (1 << bits.min(39)) - P]
         .into_iter()
