@@ -16,10 +16,12 @@ pub mod machine;
 pub mod mem;
 pub mod ops;
 pub mod pressure;
+pub mod probe;
 pub mod stats;
 pub mod sys;
 pub mod tap;
 pub mod trial;
+pub mod uffd;
 pub mod verifier;
 pub mod vm;
 
