@@ -36,6 +36,12 @@ DEVICES = {"kvm": "/dev/kvm", "rkvm": "/dev/rkvm"}
 NOT_TESTS = {"bench"}
 # Tests of our module's own life make no sense elsewhere.
 RKVM_ONLY = {"module"}
+# Programs that have boots of their own: they take long, and do to the machine's memory what other
+# tests need not suffer.
+STRESS = {"faults", "stress", "userfault"}
+# Modules that they need, and what the kernel is told for them.
+STRESS_MODULES = ("kvm-intel", "rkvm", "zram")
+STRESS_APPEND = "proc_mem.force_override=always"
 
 
 class Suite:
@@ -340,14 +346,22 @@ def jobs(suite, work):
     test_kernel = os.environ["RKVM_KERNEL_PLAIN"] + "/bzImage"
     debian = os.environ["RKVM_GUEST"] + "/vmlinuz"
     out = []
+    stress = {"insmod": STRESS_MODULES, "append": STRESS_APPEND, "timeout": 1800}
+    both = ["kvm", "rkvm"]
     for name, options, devices, slow in (
             ("debug-2cpu", {"kernel": "debug", "cpus": 2, "timeout": 2400}, ["rkvm"], 10),
             ("debug-1cpu", {"kernel": "debug", "cpus": 1, "timeout": 2400,
                             "append": "kmemleak=on"}, ["rkvm"], 20),
-            ("plain-2cpu", {"cpus": 2, "timeout": 1200}, ["kvm", "rkvm"], 2),
-            ("plain-1cpu", {"cpus": 1, "timeout": 1200}, ["kvm", "rkvm"], 1)):
+            ("stress-debug", {**stress, "kernel": "debug", "cpus": 2}, ["rkvm"], 10),
+            ("stress-2cpu", {**stress, "cpus": 2}, both, 2),
+            ("plain-2cpu", {"cpus": 2, "timeout": 1200}, both, 2),
+            # With two CPUs the kernel does not accept that siblings are on two nodes.
+            ("stress-1cpu", {**stress, "append": STRESS_APPEND + " numa=fake=2"}, both, 1),
+            ("plain-1cpu", {"cpus": 1, "timeout": 1200}, both, 1)):
         job = Job(suite, name, **options)
-        selftests(suite, job, programs, devices, slow)
+        chosen = {program: tests for program, tests in programs.items()
+                  if (program in STRESS) == name.startswith("stress")}
+        selftests(suite, job, chosen, devices, slow)
         life_cycle(job)
         out.append(job)
     out += [

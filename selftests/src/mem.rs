@@ -9,7 +9,7 @@ pub const PAGE: usize = 4096;
 /// Bytes in a large page.
 pub const HUGE: usize = 2 << 20;
 
-/// An anonymous mapping, unmapped when dropped.
+/// A mapping, unmapped when dropped.
 ///
 /// Accesses are volatile and unordered: the guest and other threads change the same bytes.
 #[derive(Debug)]
@@ -27,36 +27,110 @@ impl Mapping {
     ///
     /// The failure of `mmap`.
     pub fn new(len: usize, shared: bool) -> Result<Self, Error> {
-        let reserved = len + HUGE;
-        let flags = libc::MAP_ANONYMOUS
-            | libc::MAP_NORESERVE
-            | if shared {
-                libc::MAP_SHARED
-            } else {
-                libc::MAP_PRIVATE
-            };
+        let how = if shared {
+            libc::MAP_SHARED
+        } else {
+            libc::MAP_PRIVATE
+        };
+        Self::with(
+            len,
+            HUGE,
+            how | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+        )
+    }
+
+    /// Maps `len` bytes with the `flags` of `mmap`, from the start of the file `fd` if that is not
+    /// negative, aligned to `align` (a power of two of at least a page).
+    ///
+    /// # Errors
+    ///
+    /// The failure of `mmap`.
+    pub fn with(len: usize, align: usize, flags: i32, fd: i32) -> Result<Self, Error> {
+        let reserved = len + align;
+        let hole = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: A new mapping at an address that the kernel chooses disturbs nothing.
+        let p = unsafe { libc::mmap(std::ptr::null_mut(), reserved, libc::PROT_NONE, hole, -1, 0) };
+        if p == libc::MAP_FAILED {
+            return Err(Error::last("mmap"));
+        }
+        let base = p as usize;
+        let m = Mapping {
+            addr: (base + align - 1) & !(align - 1),
+            len,
+            base,
+            reserved,
+        };
+        m.replace(0, len, flags, fd)?;
+        Ok(m)
+    }
+
+    /// Maps something else over a part of the mapping: the file `fd` from `offset` on if it is not
+    /// negative.
+    ///
+    /// # Errors
+    ///
+    /// The failure of `mmap`.
+    pub fn replace(&self, offset: usize, len: usize, flags: i32, fd: i32) -> Result<(), Error> {
+        assert!(offset + len <= self.len, "mmap outside of the mapping");
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = flags | libc::MAP_FIXED;
+        // SAFETY: The range is this mapping's or, in `with`, its reservation's.
         let p = unsafe {
             libc::mmap(
-                std::ptr::null_mut(),
-                reserved,
-                libc::PROT_READ | libc::PROT_WRITE,
+                (self.addr + offset) as *mut _,
+                len,
+                prot,
                 flags,
-                -1,
-                0,
+                fd,
+                if fd < 0 { 0 } else { offset as libc::off_t },
             )
         };
         if p == libc::MAP_FAILED {
             return Err(Error::last("mmap"));
         }
-        let base = p as usize;
-        let addr = (base + HUGE - 1) & !(HUGE - 1);
-        Ok(Mapping {
-            addr,
-            len,
-            base,
-            reserved,
-        })
+        Ok(())
+    }
+
+    /// Unmaps a part of the mapping. What accesses it then is killed.
+    ///
+    /// # Errors
+    ///
+    /// The failure of `munmap`.
+    pub fn unmap(&self, offset: usize, len: usize) -> Result<(), Error> {
+        assert!(offset + len <= self.len, "munmap outside of the mapping");
+        // SAFETY: The range is this mapping's; tests touch it only once it is back.
+        if unsafe { libc::munmap((self.addr + offset) as *mut _, len) } != 0 {
+            return Err(Error::last("munmap"));
+        }
+        Ok(())
+    }
+
+    /// Moves a part of the mapping to `to` in `other`, which loses what is there; the place it leaves
+    /// is unmapped, or with `keep` becomes empty.
+    ///
+    /// # Errors
+    ///
+    /// The failure of `mremap`.
+    pub fn remap(
+        &self,
+        offset: usize,
+        len: usize,
+        other: &Mapping,
+        to: usize,
+        keep: bool,
+    ) -> Result<(), Error> {
+        assert!(offset + len <= self.len && to + len <= other.len);
+        let target = (other.addr + to) as *mut libc::c_void;
+        let flags = libc::MREMAP_MAYMOVE
+            | libc::MREMAP_FIXED
+            | if keep { libc::MREMAP_DONTUNMAP } else { 0 };
+        // SAFETY: Both ranges are the mappings'; tests touch them only where they left something.
+        let p = unsafe { libc::mremap((self.addr + offset) as *mut _, len, len, flags, target) };
+        if p != target {
+            return Err(Error::last("mremap"));
+        }
+        Ok(())
     }
 
     /// Maps `len` bytes with `flags` of `mmap` (and `fd`, or -1), aligned to a large page.
@@ -185,6 +259,68 @@ impl Mapping {
         }
         Ok(())
     }
+}
+
+/// Opens the process's memory as a file: reads and writes of it disregard protection.
+fn own_memory() -> Result<libc::c_int, Error> {
+    static FD: std::sync::OnceLock<libc::c_int> = std::sync::OnceLock::new();
+    // SAFETY: The path is a string with its terminator.
+    let open = || unsafe { libc::open(c"/proc/self/mem".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) };
+    match *FD.get_or_init(open) {
+        fd if fd >= 0 => Ok(fd),
+        _ => Err(Error::last("open of /proc/self/mem")),
+    }
+}
+
+/// Reads this process's memory by way of the kernel: where nothing is mapped that is an error (EIO),
+/// not a signal.
+///
+/// # Errors
+///
+/// The failure of `pread`.
+pub fn peek(addr: usize, data: &mut [u8]) -> Result<(), Error> {
+    let fd = own_memory()?;
+    // SAFETY: The buffer has the length that is passed.
+    let n = unsafe {
+        libc::pread(
+            fd,
+            data.as_mut_ptr().cast(),
+            data.len(),
+            addr as libc::off_t,
+        )
+    };
+    if n < 0 || n.unsigned_abs() != data.len() {
+        return Err(Error::last("pread of /proc/self/mem"));
+    }
+    Ok(())
+}
+
+/// Whether [`poke`] may write to private mappings that are read-only: kernels can be configured, or
+/// told (`proc_mem.force_override=always`), to allow it.
+#[must_use]
+pub fn can_force() -> bool {
+    static CAN: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *CAN.get_or_init(|| {
+        Mapping::new(PAGE, false).is_ok_and(|m| {
+            m.protect(0, PAGE, libc::PROT_READ).is_ok() && poke(m.addr(), &[1]).is_ok()
+        })
+    })
+}
+
+/// Writes this process's memory by way of the kernel.
+///
+/// # Errors
+///
+/// The failure of `pwrite`.
+pub fn poke(addr: usize, data: &[u8]) -> Result<(), Error> {
+    let fd = own_memory()?;
+    // SAFETY: The buffer has the length that is passed; what is written is memory that the caller
+    // accesses by volatile reads and writes.
+    let n = unsafe { libc::pwrite(fd, data.as_ptr().cast(), data.len(), addr as libc::off_t) };
+    if n < 0 || n.unsigned_abs() != data.len() {
+        return Err(Error::last("pwrite of /proc/self/mem"));
+    }
+    Ok(())
 }
 
 impl Drop for Mapping {

@@ -52,6 +52,8 @@ pub struct Env {
     pub seed: u64,
     /// Factor on each deadline, for slow (debug) kernels.
     pub slow: u32,
+    /// Factor on the time that stress tests take, and on each deadline.
+    pub soak: u32,
 }
 
 impl Env {
@@ -82,11 +84,13 @@ struct Args {
 }
 
 const USAGE: &str = "\
-Usage: TEST [--device PATH] [--list] [--seed N] [--slow FACTOR] [--module KO] [NAME...]
+Usage: TEST [--device PATH] [--list] [--seed N] [--slow FACTOR] [--soak FACTOR]
+            [--module KO] [NAME...]
   --device PATH   the device to test (default /dev/rkvm)
   --list          list the tests and exit
   --seed N        seed of random tests (default 1)
   --slow FACTOR   multiply each deadline, for a debug kernel
+  --soak FACTOR   multiply the time that stress tests take (default 1)
   --module KO     the module file, for tests that load and unload it
   NAME            run only tests whose name contains one of the NAMEs
 ";
@@ -98,6 +102,7 @@ fn parse() -> Result<Args, String> {
             module: None,
             seed: 1,
             slow: 1,
+            soak: 1,
         },
         list: false,
         filter: Vec::new(),
@@ -109,10 +114,8 @@ fn parse() -> Result<Args, String> {
             "--device" => args.env.device = value("--device")?,
             "--module" => args.env.module = Some(value("--module")?),
             "--seed" => args.env.seed = number(&value("--seed")?)?,
-            "--slow" => {
-                args.env.slow = u32::try_from(number(&value("--slow")?)?.clamp(1, 1000))
-                    .map_err(|e| e.to_string())?;
-            }
+            "--slow" => args.env.slow = factor(&value("--slow")?)?,
+            "--soak" => args.env.soak = factor(&value("--soak")?)?,
             "--list" => args.list = true,
             "--help" | "-h" => return Err(String::new()),
             a if a.starts_with('-') => return Err(format!("unknown option {a}")),
@@ -120,6 +123,10 @@ fn parse() -> Result<Args, String> {
         }
     }
     Ok(args)
+}
+
+fn factor(s: &str) -> Result<u32, String> {
+    u32::try_from(number(s)?.clamp(1, 1000)).map_err(|e| e.to_string())
 }
 
 fn number(s: &str) -> Result<u64, String> {
@@ -249,14 +256,9 @@ fn run_one(t: &Test, env: &Env) -> Outcome {
     }
     // SAFETY: The write end is the child's.
     unsafe { libc::close(pipe[1]) };
-    let seconds = t.seconds * env.slow;
+    let seconds = u64::from(t.seconds) * u64::from(env.slow) * u64::from(env.soak);
     let mut why = String::new();
-    let ended = follow(
-        pipe[0],
-        pid,
-        Duration::from_secs(u64::from(seconds)),
-        &mut why,
-    );
+    let ended = follow(pipe[0], pid, Duration::from_secs(seconds), &mut why);
     // SAFETY: Closes our own descriptor.
     unsafe { libc::close(pipe[0]) };
     // Whatever the test left behind in its process group ends with it.

@@ -268,6 +268,7 @@ fn main() -> ExitCode {
             module: None,
             seed: 1,
             slow: 1,
+            soak: 1,
         };
         match env.open() {
             Ok(_) => devices.push(env),
