@@ -21,8 +21,9 @@
 //! | [`event`] | [`PendingEvents`](event::PendingEvents): what the next entry injects; double and triple faults |
 //! | [`line`] | interrupt lines with several sources, and what comes of driving one |
 //! | [`ioapic`] | [`Ioapic`](ioapic::Ioapic): pins to [`Message`](ioapic::entry::Message)s for the local APICs |
+//! | [`pic`] | [`Pic`](pic::Pic): the pair of 8259A controllers |
 //!
-//! `line` and `ioapic` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2), which the
+//! `line`, `ioapic` and `pic` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2), which the
 //! module does not offer yet: only the tests use them.
 //!
 //! The emulator, from the side of an EPT violation in no memory slot:
@@ -61,5 +62,6 @@ pub mod ioapic;
 pub mod line;
 pub mod msr;
 pub mod paging;
+pub mod pic;
 pub mod regs;
 pub mod segment;
