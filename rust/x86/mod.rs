@@ -22,8 +22,9 @@
 //! | [`line`] | interrupt lines with several sources, and what comes of driving one |
 //! | [`ioapic`] | [`Ioapic`](ioapic::Ioapic): pins to [`Message`](ioapic::entry::Message)s for the local APICs |
 //! | [`pic`] | [`Pic`](pic::Pic): the pair of 8259A controllers |
+//! | [`pit`] | [`Pit`](pit::Pit): the 8254 timer, the speaker's port, ticks that a guest is late for |
 //!
-//! `line`, `ioapic` and `pic` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2), which the
+//! `line`, `ioapic`, `pic` and `pit` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2), which the
 //! module does not offer yet: only the tests use them.
 //!
 //! The emulator, from the side of an EPT violation in no memory slot:
@@ -63,5 +64,6 @@ pub mod line;
 pub mod msr;
 pub mod paging;
 pub mod pic;
+pub mod pit;
 pub mod regs;
 pub mod segment;
