@@ -14,6 +14,8 @@ const USER: Source = Source::USER;
 const HIGH: Signal = Signal::High;
 const LOW: Signal = Signal::Low;
 
+/// Bits 12 and 14: delivery status and remote IRR.
+const READ_ONLY: u32 = 0x5000;
 const LEVEL: u32 = 1 << 15;
 const MASKED: u32 = 1 << 16;
 
@@ -133,10 +135,13 @@ fn widths() {
     assert_eq!(one, [0xc3]);
     let mut two = [0; 2];
     chip.read(BASE + 0x10, &mut two).unwrap();
-    assert_eq!(u16::from_le_bytes(two), 0xa5c3 & !(1 << 12) & !(1 << 14));
+    assert_eq!(u16::from_le_bytes(two), 0xa5c3 & !READ_ONLY as u16);
     let mut eight = [0xff; 8];
     chip.read(BASE + 0x10, &mut eight).unwrap();
-    assert_eq!(u64::from_le_bytes(eight), 0x0001_a5c3 & !(5 << 12));
+    assert_eq!(
+        u64::from_le_bytes(eight),
+        0x0001_a5c3 & !u64::from(READ_ONLY)
+    );
     for len in [0, 3, 5, 6, 7, 9, 16] {
         let mut data = vec![0xee; len];
         chip.read(BASE + 0x10, &mut data).unwrap();
@@ -162,12 +167,11 @@ fn widths() {
 fn every_bit_of_an_entry() {
     let mut chip = Ioapic::new();
     let write = low(&mut chip, 5, u32::MAX);
-    // Delivery status and remote IRR are read-only.
-    assert_eq!(get(&mut chip, 0x1a), !(1 << 12 | 1 << 14));
+    assert_eq!(get(&mut chip, 0x1a), !READ_ONLY);
     assert_eq!((write.pin, write.mask()), (5, MaskChange::None));
     set(&mut chip, 0x1b, 0xab12_3456);
     assert_eq!(get(&mut chip, 0x1b), 0xab12_3456);
-    assert_eq!(get(&mut chip, 0x1a), !(1 << 12 | 1 << 14));
+    assert_eq!(get(&mut chip, 0x1a), !READ_ONLY);
     let entry = chip.entry(5).unwrap();
     assert_eq!(entry.vector(), 0xff);
     assert_eq!(entry.destination(), 0xab);
@@ -188,7 +192,7 @@ fn every_bit_of_an_entry() {
         ExtInt,
     ];
     for (bits, mode) in (0..).zip(modes) {
-        low(&mut chip, 5, bits << 8 | 0x77);
+        low(&mut chip, 5, (bits << 8) | 0x77);
         let expected = Message {
             vector: 0x77,
             delivery_mode: mode,
@@ -337,10 +341,7 @@ fn pins_that_share_a_vector_end_together() {
     }
     low(&mut chip, 2, 0x50);
     assert!(chip.set_line(2, USER, HIGH).message().is_some());
-    assert_eq!(
-        chip.pins_of(0x50),
-        Pins::new(1 << 1 | 1 << 2 | 1 << 20 | 1 << 23)
-    );
+    assert_eq!(chip.pins_of(0x50), Pins::new(0x0090_0006));
     let _ = chip.set_line(20, USER, LOW);
     let fires = message(0x50, Trigger::Level);
     // The edge is told of the end, and is no level.
@@ -375,7 +376,7 @@ fn state_goes_out_and_in() {
     let state = chip.state();
     assert_eq!(state.base_address, DEFAULT_BASE);
     assert_eq!((state.id, state.ioregsel, state.pad), (3, 0x1a, 0));
-    assert_eq!(state.irr, 1 << 2 | 1 << 3 | 1 << 4);
+    assert_eq!(state.irr, 0x1c);
     assert_eq!(state.redirtbl[3], 0xc033);
     assert_eq!(state.redirtbl[5], 0xc035);
 

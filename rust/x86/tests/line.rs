@@ -39,7 +39,7 @@ proptest! {
     fn sets_list_their_members(bits: u32, other: u32, pin: u8) {
         let pins = Pins::new(bits);
         let listed: Vec<u8> = pins.collect();
-        let expected: Vec<u8> = (0..32).filter(|p| bits >> p & 1 != 0).collect();
+        let expected: Vec<u8> = (0..32).filter(|p| (bits >> p) & 1 != 0).collect();
         prop_assert_eq!(&listed, &expected);
         prop_assert_eq!(pins.has(pin), listed.contains(&pin));
         prop_assert_eq!(pins.is_empty(), listed.is_empty());

@@ -35,11 +35,11 @@ fn inb(pic: &mut Pic, port: u16) -> u8 {
 }
 
 fn irr(pic: &Pic) -> u16 {
-    u16::from(pic.state(SLAVE).irr) << 8 | u16::from(pic.state(MASTER).irr)
+    (u16::from(pic.state(SLAVE).irr) << 8) | u16::from(pic.state(MASTER).irr)
 }
 
 fn isr(pic: &Pic) -> u16 {
-    u16::from(pic.state(SLAVE).isr) << 8 | u16::from(pic.state(MASTER).isr)
+    (u16::from(pic.state(SLAVE).isr) << 8) | u16::from(pic.state(MASTER).isr)
 }
 
 fn line(pic: &mut Pic, pin: u8, signal: Signal) -> Outcome {
@@ -305,7 +305,7 @@ fn the_slave() {
     assert_eq!(irr(&pic), 0xff04);
     for pin in 8..16 {
         assert_eq!(ack(&mut pic), 0x20 + pin);
-        assert_eq!(isr(&pic), 4 | 1 << pin);
+        assert_eq!(isr(&pic), 4 | (1 << pin));
         assert_eq!(pic.int(), LOW);
         assert_eq!(out(&mut pic, 0xa0, EOI).ended, Pins::of(pin));
         let effect = out(&mut pic, 0x20, EOI);
@@ -407,7 +407,7 @@ fn automatic_eoi() {
     // Of both of them.
     pulse(&mut pic, 10);
     let (vector, effect) = pic.acknowledge();
-    assert_eq!((vector, effect.ended.bits()), (0x2a, 1 << 2 | 1 << 10));
+    assert_eq!((vector, effect.ended.bits()), (0x2a, (1 << 2) | (1 << 10)));
     // With rotation.
     outs(&mut pic, &[(0x20, 0x80)]);
     assert_eq!(pic.state(MASTER).rotate_on_auto_eoi, 1);
