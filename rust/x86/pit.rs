@@ -15,16 +15,17 @@ pub mod clock;
 pub mod reinject;
 
 mod channel;
+mod control;
 
-pub use channel::Mode;
 pub use channel::PitChannelState;
-pub use channel::Radix;
+pub use control::Mode;
+pub use control::Radix;
 
 use super::bits::bit_flags;
 use super::line::Signal;
-use channel::Byte;
 use channel::Channel;
 use channel::Written;
+use control::Byte;
 
 bit_flags! {
     /// The flags of `struct kvm_pit_state2`.
