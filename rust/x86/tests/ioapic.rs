@@ -403,6 +403,9 @@ fn state_goes_out_and_in() {
     assert_eq!(copy.raise(1), Raise::Fires(edge));
     assert_eq!(copy.state().irr, 0);
     assert_eq!(copy.raise(30), Raise::Ignored);
+    // One that was coalesced is a request again, for there.
+    assert_eq!(copy.raise(1), Raise::Coalesced);
+    assert_eq!(copy.state().irr, 1 << 1);
 }
 
 #[test]

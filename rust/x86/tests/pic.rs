@@ -128,6 +128,7 @@ fn initialization_resets() {
     let state = pic.state(MASTER);
     assert_eq!((state.priority_add, state.special_mask), (4, 1));
     assert_eq!((state.isr, state.irr, state.last_irr), (0x20, 0x22, 0x22));
+    outs(&mut pic, &[(0x20, POLL)]);
     let effect = out(&mut pic, 0x20, 0x11);
     assert_eq!(effect.masks.bits(), 0xf0);
     let state = pic.state(MASTER);
