@@ -222,7 +222,7 @@ def write(path, data):
 def bochs_command(args, work, kernel, cmdline, initrd, disk, serial):
     """Write what Bochs needs into WORK; return its command line."""
     bochs_dir = os.environ["RKVM_BOCHS_DEBUG" if args.debugger else "RKVM_BOCHS"]
-    initrd_at = (min(args.memory, 2047) - 64 << 20) - (len(initrd) + 0xfffff & ~0xfffff)
+    initrd_at = (min(args.memory, 1024) - 64 << 20) - (len(initrd) + 0xfffff & ~0xfffff)
     cmdline += " tsc_early_khz=100000"
     setup, rest = split_kernel(kernel, cmdline, initrd_at, len(initrd))
     with open(os.path.join(bochs_dir, "bootrom.bin"), "rb") as f:
@@ -234,7 +234,7 @@ def bochs_command(args, work, kernel, cmdline, initrd, disk, serial):
 config_interface: textconfig
 display_library: nogui
 cpu: model={args.cpu or DEFAULT_CPU}, count={args.cpus}, ips=100000000, reset_on_triple_fault=0, ignore_bad_msrs=1
-memory: guest={args.memory}, host={args.memory}
+memory: guest={args.memory}, host={min(args.memory, 2048)}
 romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot
 vgaromimage: file=/usr/share/vgabios/vgabios.bin
 optromimage1: file={write(work + "/bootrom.bin", bytes(rom))}, address=0xd0000

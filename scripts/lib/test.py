@@ -325,6 +325,16 @@ def kernel_selftests(suite):
     return job
 
 
+def huge_page_job(suite):
+    """A boot with so much memory that the kernel finds pages of 1 GiB in it."""
+    job = Job(suite, "gigabyte", memory=6144, insmod=STRESS_MODULES)
+    job.data.append(os.path.join(suite.tree, "build/bin/selftests"))
+    for device, path in DEVICES.items():
+        job.check(f"{device}/faults/hugetlb_1g", f"./faults --device {path} hugetlb_1g",
+                  lambda text: "SKIP" not in text)
+    return job
+
+
 def testbed_tests(suite):
     """The testbed judged: what must fail a run does, and what it passes on is right."""
     cases = {
@@ -371,6 +381,7 @@ def jobs(suite, work):
         out.append(job)
     out += [
         kernel_selftests(suite),
+        huge_page_job(suite),
         guest_job(suite, work, "guest/debian", debian, ["rkvm"], timeout=1200),
         guest_job(suite, work, "guest/test-kernel-debug", test_kernel, ["rkvm"], kernel="debug",
                   timeout=1200),
