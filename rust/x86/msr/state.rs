@@ -34,9 +34,9 @@ const PLATFORM_INFO_CPUID_FAULT: u64 = 1 << 31;
 const CPUID_FAULT_ENABLE: u64 = 1 << 0;
 
 /// HWCR, AMD's: what guests write and nobody needs (TLB cache, flush filter, IGNNE).
-const HWCR_IGNORED: u64 = 1 << 3 | 1 << 6 | 1 << 8;
+const HWCR_IGNORED: u64 = (1 << 3) | (1 << 6) | (1 << 8);
 /// HWCR: what can be read back: McStatusWrEn, and TscFreqSel, which guests want to see.
-const HWCR_STORED: u64 = 1 << 18 | 1 << 24;
+const HWCR_STORED: u64 = (1 << 18) | (1 << 24);
 
 /// FEAT_CTL: no further writes.
 const FEAT_CTL_LOCKED: u64 = 1;

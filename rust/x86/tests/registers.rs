@@ -528,7 +528,8 @@ fn emulated_registers() {
     assert_eq!(s.read(Msr::MISC_ENABLE, &f, false), Ok(0x80));
     s.write(Msr::MISC_ENABLE, 0x1801, &f, true).unwrap();
     // AMD's HWCR takes some bits, forgets some of those, and refuses the rest.
-    s.write(Msr::K7_HWCR, 1 << 24 | 1 << 6, &f, false).unwrap();
+    s.write(Msr::K7_HWCR, (1 << 24) | (1 << 6), &f, false)
+        .unwrap();
     assert_eq!(s.read(Msr::K7_HWCR, &f, false), Ok(1 << 24));
     assert!(s.write(Msr::K7_HWCR, 1 << 0, &f, true).is_err());
     assert_eq!(s.read(Msr::K7_HWCR, &f, false), Ok(1 << 24));
