@@ -19,6 +19,7 @@
 //! | [`msr`] | [`Msr::class`](msr::Msr::class), [`check_value`](msr::check_value), [`MsrState`](msr::state::MsrState) |
 //! | [`cr`] | whether a control register, EFER, XCR0 or a debug register may get a value, and what follows |
 //! | [`event`] | [`PendingEvents`](event::PendingEvents): what the next entry injects; double and triple faults |
+//! | [`apic`] | [`Apic`](apic::Apic): the local APIC; the module has none yet, and uses only [`ApicBase`](apic::base::ApicBase) |
 //!
 //! The emulator, from the side of an EPT violation in no memory slot:
 //!
@@ -43,6 +44,7 @@
 // A model of the architecture is whole; the module asks for less, and the tests for all of it.
 #![allow(dead_code)]
 
+pub mod apic;
 pub mod bits;
 pub mod cpuid;
 pub mod cr;

@@ -28,6 +28,7 @@ fn the_object_file_calls_no_panic() {
     let has = |name: &[u8]| contents.windows(name.len()).any(|w| w == name);
     // The harness is in there, and what it calls.
     assert!(has(b"string_io") && has(b"compare_exchange"));
+    assert!(has(b"apic_access") && has(b"apic_map"));
     for name in [
         "panicking",
         "panic_fmt",
