@@ -19,7 +19,7 @@
 //! | [`timer`] | the counter and the TSC deadline |
 //! | [`state`] | KVM_GET_LAPIC, KVM_SET_LAPIC |
 //!
-//! Where KVM and the manual differ, this is the manual's: vectors from 0 to 15 are not delivered but logged in the error status
+//! Where KVM and the manual differ, this is mostly the manual's: vectors from 0 to 15 are not delivered but logged in the error status
 //! register, and WRMSR of a reserved bit in x2APIC mode is #GP.
 
 pub mod access;
@@ -85,7 +85,7 @@ pub enum Lint0Reset {
     ExtInt,
 }
 
-/// What does not change about an APIC while its vCPU runs.
+/// What software cannot change about an APIC, and a VMM only by [`Apic::reconfigure`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
     /// The initial ID, and the ID in x2APIC mode.
@@ -199,7 +199,7 @@ impl<P: ApicPage> Apic<P> {
         apic
     }
 
-    /// What does not change.
+    /// What software cannot change.
     #[must_use]
     pub const fn config(&self) -> &Config {
         &self.config
@@ -279,6 +279,31 @@ impl<P: ApicPage> Apic<P> {
         }
         self.timer = Timer::new(self.config.bus);
         self.errors = Esr::empty();
+    }
+
+    /// Takes what a VMM may change about a vCPU that exists, by a new CPUID or MCG_CAP or a capability of the VM: all but the ID, the role and
+    /// the bus. An entry of the local vector table that is new is masked, and bits that are no more are cleared.
+    pub fn reconfigure(&mut self, config: &Config) -> Effect {
+        let old = self.config;
+        self.config = Config {
+            id: old.id,
+            role: old.role,
+            bus: old.bus,
+            ..*config
+        };
+        self.put(Reg::Version, self.config.version());
+        self.put(Reg::Svr, self.svr().bits() & self.writable(Reg::Svr));
+        for entry in LvtEntry::ALL {
+            let reg = Reg::Lvt(entry);
+            let value = match (old.lvts.contains(entry), self.config.lvts.contains(entry)) {
+                (_, false) => 0,
+                (false, true) => Lvt::MASKED.bits(),
+                (true, true) => self.get(reg) & self.writable(reg),
+            };
+            self.put(reg, value);
+        }
+        self.update_timer_mode();
+        Effect::Timer
     }
 
     /// Writes IA32_APIC_BASE, for the guest or (`host`) for a VMM.

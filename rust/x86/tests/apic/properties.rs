@@ -31,6 +31,7 @@ enum Step {
     Written(u16),
     Poke(u16, u32),
     Reset(bool),
+    Reconfigure(bool, bool),
     Restore(u8, u32),
     SaveRestore,
 }
@@ -70,6 +71,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => any::<u16>().prop_map(Step::Written),
         1 => (register(), word()).prop_map(|(o, v)| Step::Poke(o, v)),
         1 => any::<bool>().prop_map(Step::Reset),
+        1 => (any::<bool>(), any::<bool>()).prop_map(|(b, w)| Step::Reconfigure(b, w)),
         1 => (any::<u8>(), any::<u32>()).prop_map(|(b, v)| Step::Restore(b, v)),
         2 => Just(Step::SaveRestore),
     ]
@@ -84,6 +86,20 @@ fn expected_ppr(page: &Page) -> u8 {
     } else {
         isr << 4
     }
+}
+
+fn config(id: u32, bare: bool, wide: bool) -> Config {
+    let config = if bare {
+        Config::new(id, Role::Application)
+    } else {
+        full(id)
+    };
+    let ids = if wide {
+        IdFormat::Wide
+    } else {
+        IdFormat::Narrow
+    };
+    Config { ids, ..config }
 }
 
 fn run(apic: &mut TestApic<'_>, page: &Page, step: &Step, now: &mut Now) {
@@ -187,6 +203,9 @@ fn run(apic: &mut TestApic<'_>, page: &Page, step: &Step, now: &mut Now) {
             }
         }
         Step::Reset(init) => apic.reset(if init { Reset::Init } else { Reset::PowerUp }),
+        Step::Reconfigure(bare, wide) => {
+            let _ = apic.reconfigure(&config(77, bare, wide));
+        }
         Step::Restore(byte, value) => {
             let mut image = [byte; IMAGE_LEN];
             for word in image.chunks_exact_mut(64) {
@@ -223,6 +242,11 @@ fn check(apic: &mut TestApic<'_>, page: &Page) {
     }
     assert_eq!(page.read(0x30), apic.config().version());
     assert_eq!(page.read(0x80) & !0xff, 0);
+    let svr = match apic.config().eoi {
+        EoiSuppression::Absent => 0x3ff,
+        EoiSuppression::Offered => 0x13ff,
+    };
+    assert_eq!(page.read(0xf0) & !svr, 0);
     assert_eq!(page.read(0x300) & 0x1000, 0, "nothing is on its way");
     assert_eq!(page.read(0x380), apic.timer().initial());
     if apic.mode() == ApicMode::X2apic {
@@ -302,9 +326,7 @@ proptest! {
         id in prop_oneof![0u32..16, any::<u32>()],
     ) {
         let page = Page::default();
-        let mut config = if bare { Config::new(id, Role::Application) } else { full(id) };
-        config.ids = if wide { IdFormat::Wide } else { IdFormat::Narrow };
-        let mut apic = Apic::new(&page, config);
+        let mut apic = Apic::new(&page, config(id, bare, wide));
         let mut now = T0;
         let _ = apic.mmio_write(0xf0, 4, 0x1ff, &now);
         for step in &steps {

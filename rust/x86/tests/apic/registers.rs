@@ -151,6 +151,33 @@ fn what_is_optional() {
 }
 
 #[test]
+fn a_vmm_changes_what_is_optional() {
+    let page = Page::default();
+    let mut apic = xapic(&page, 3);
+    let bare = Config::new(9, base::Role::Application);
+    for (offset, value) in [(0xf0, 0x11ff), (0x2f0, 0x44), (0x350, 0x55)] {
+        let _ = write(&mut apic, offset, value);
+    }
+    let _ = write(&mut apic, 0x320, 0x4_0066);
+    let _ = apic.set_tsc_deadline(99);
+    assert_eq!(apic.reconfigure(&bare), Effect::Timer);
+    for (offset, value) in [
+        (0x30, 0x0005_0014),
+        (0xf0, 0x1ff),
+        (0x2f0, 0),
+        (0x320, 0x66),
+        (0x350, 0x55),
+    ] {
+        assert_eq!(read(&mut apic, offset), value, "{offset:#x}");
+    }
+    assert_eq!((apic.timer().next_expiry(), apic.tsc_deadline()), (None, 0));
+    assert_eq!((apic.config().id, apic.base().bits()), (3, 0xfee0_0900));
+    assert_eq!(apic.reconfigure(&full(9)), Effect::Timer);
+    assert_eq!(read(&mut apic, 0x2f0), 0x1_0000);
+    assert_eq!(apic.config(), &full(3));
+}
+
+#[test]
 fn sizes_and_alignment_in_the_page() {
     let page = Page::default();
     let mut apic = xapic(&page, 0);

@@ -253,6 +253,10 @@ pub fn apic_access(
             apic.reset(Reset::Init);
             None
         }
+        7 => {
+            let config = Config::new(which, apic.config().role);
+            Some(apic.reconfigure(&config))
+        }
         _ => None,
     };
     effect.unwrap_or(Effect::None)
