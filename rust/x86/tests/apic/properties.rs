@@ -261,7 +261,7 @@ fn check(apic: &mut TestApic<'_>, page: &Page) {
 }
 
 fn identity() -> impl Strategy<Value = (Identity, Software)> {
-    let id = prop_oneof![4 => 0u32..0x30, 1 => 0xf0u32..0x140];
+    let id = prop_oneof![8 => 0u32..0x28, 1 => 0xf0u32..0x140];
     let mode = prop_oneof![
         3 => Just(ApicMode::Xapic),
         3 => Just(ApicMode::X2apic),
@@ -300,19 +300,53 @@ fn identity() -> impl Strategy<Value = (Identity, Software)> {
 fn target() -> impl Strategy<Value = Target> {
     let number = || {
         prop_oneof![
-            4 => 0u32..0x140,
-            4 => (0u32..0x14, any::<u16>()).prop_map(|(c, bits)| (c << 16) | u32::from(bits)),
+            4 => 0u32..0x28,
+            2 => 0u32..0x140,
+            4 => (0u32..4, any::<u16>()).prop_map(|(c, bits)| (c << 16) | u32::from(bits)),
             1 => any::<u32>(),
             1 => Just(0xff),
             1 => Just(u32::MAX),
         ]
     };
     prop_oneof![
-        4 => number().prop_map(Target::Physical),
-        8 => number().prop_map(Target::Logical),
+        4 => prop_oneof![4 => 0u32..0x28, 1 => number()].prop_map(Target::Physical),
+        8 => prop_oneof![1 => 0u32..0x100, 1 => number()].prop_map(Target::Logical),
         1 => Just(Target::All),
         1 => Just(Target::Others),
     ]
+}
+
+/// Mostly, software gives each APIC an ID of its own, and a logical one of the same format; and one mode.
+fn arrange(
+    mut apics: Vec<(Identity, Software)>,
+    order: u8,
+    modes: u8,
+) -> Vec<(Identity, Software)> {
+    apics.retain(|(apic, _)| match modes {
+        0 => apic.mode != ApicMode::X2apic,
+        1 => apic.mode != ApicMode::Xapic,
+        _ => true,
+    });
+    if order == 0 {
+        return apics;
+    }
+    apics.sort_by_key(|(apic, _)| apic.id);
+    apics.dedup_by_key(|(apic, _)| apic.id);
+    for (n, (apic, _)) in (0u32..).zip(&mut apics) {
+        if apic.mode == ApicMode::Xapic {
+            apic.xapic_id = apic.id as u8;
+            (apic.format, apic.ldr) = match order % 3 {
+                0 => (DestinationFormat::Flat, 1 << (24 + n % 8)),
+                1 => (
+                    DestinationFormat::Cluster,
+                    ((n / 4) << 28) | (1 << (24 + n % 4)),
+                ),
+                // Not set up yet.
+                _ => (DestinationFormat::Flat, 0),
+            };
+        }
+    }
+    apics
 }
 
 proptest! {
@@ -340,14 +374,11 @@ proptest! {
     fn the_map_agrees(
         apics in prop::collection::vec(identity(), 0..12),
         targets in prop::collection::vec(target(), 1..20),
-        uniform in 0u8..3,
+        order in 0u8..8,
+        modes in 0u8..3,
         vector: u8,
     ) {
-        let apics: Vec<_> = apics.into_iter().filter(|(apic, _)| match uniform {
-            0 => apic.mode != ApicMode::X2apic,
-            1 => apic.mode != ApicMode::Xapic,
-            _ => true,
-        }).collect();
+        let apics = arrange(apics, order, modes);
         let mut map = ApicMap::new(vec![Entry::VACANT; 0x140]);
         for (vcpu, (apic, software)) in (0..).zip(&apics) {
             map.add(vcpu, apic, *software);
