@@ -62,12 +62,20 @@ impl RunPages {
         self.run.read(offset_of!(kvm_run, cr8))
     }
 
+    /// Registers are to be taken from here, or left here, or such as there are not were named.
+    #[inline]
+    pub(crate) fn syncs_regs(&self) -> bool {
+        self.valid_regs() | self.dirty_regs() != 0
+    }
+
     /// `kvm_valid_regs`: the sets of registers that the VMM wants to find here.
+    #[inline]
     pub(crate) fn valid_regs(&self) -> u64 {
         self.run.read(offset_of!(kvm_run, kvm_valid_regs))
     }
 
     /// `kvm_dirty_regs`: those that it has changed here.
+    #[inline]
     pub(crate) fn dirty_regs(&self) -> u64 {
         self.run.read(offset_of!(kvm_run, kvm_dirty_regs))
     }

@@ -194,14 +194,18 @@ impl<B: Backend> Vcpu<B> {
             .machine
             .backend
             .load(state.hw, follows, &self.vm.notifiers);
-        let prepared = Locked {
-            hw: &mut hw,
-            arch: &mut *state.arch,
-            fpu,
-            vm: memory,
-            host,
-        }
-        .take_synced(&self.pages);
+        let prepared = if self.pages.syncs_regs() {
+            Locked {
+                hw: &mut hw,
+                arch: &mut *state.arch,
+                fpu,
+                vm: memory,
+                host,
+            }
+            .take_synced(&self.pages)
+        } else {
+            Ok(())
+        };
         let mut run = Run {
             hw,
             fpu: fpu.swap_in(),
@@ -213,14 +217,16 @@ impl<B: Backend> Vcpu<B> {
             host,
         };
         let result = run.run(prepared);
-        Locked {
-            hw: &mut run.hw,
-            arch: &mut *run.arch,
-            fpu,
-            vm: memory,
-            host,
+        if self.pages.valid_regs() != 0 {
+            Locked {
+                hw: &mut run.hw,
+                arch: &mut *run.arch,
+                fpu,
+                vm: memory,
+                host,
+            }
+            .leave_synced(&self.pages);
         }
-        .leave_synced(&self.pages);
         result?;
         Ok(0)
     }

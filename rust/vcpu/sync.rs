@@ -18,13 +18,11 @@ pub(crate) const FIELDS: u64 =
 impl<L: Loaded> Locked<'_, L> {
     /// Takes the sets that `kvm_dirty_regs` names, and strikes each off: EINVAL if there is no such
     /// set, also in `kvm_valid_regs`, or if one is refused. Those before it are taken then.
+    #[cold]
     pub(super) fn take_synced(&mut self, page: &RunPages) -> Result {
         let dirty = page.dirty_regs();
         if (dirty | page.valid_regs()) & !FIELDS != 0 {
             return Err(EINVAL);
-        }
-        if dirty == 0 {
-            return Ok(());
         }
         if dirty & u64::from(KVM_SYNC_X86_REGS) != 0 {
             self.set_regs(&page.synced_regs());
@@ -42,11 +40,9 @@ impl<L: Loaded> Locked<'_, L> {
     }
 
     /// Leaves the sets that `kvm_valid_regs` names.
+    #[cold]
     pub(super) fn leave_synced(&mut self, page: &RunPages) {
         let valid = page.valid_regs();
-        if valid == 0 {
-            return;
-        }
         if valid & u64::from(KVM_SYNC_X86_REGS) != 0 {
             page.set_synced_regs(self.get_regs());
         }

@@ -34,6 +34,7 @@ pub mod timer;
 pub mod view;
 
 use super::cpuid::features::GuestFeatures;
+use super::line::Trigger;
 use super::msr::MsrError;
 use base::ApicBase;
 use base::ApicMode;
@@ -45,7 +46,6 @@ use message::IdFormat;
 use message::Level;
 use message::Message;
 use message::Target;
-use message::Trigger;
 use page::ApicPage;
 use regs::Bank;
 use regs::Esr;

@@ -3,6 +3,8 @@
 //! Interrupt messages: what the interrupt command register asks for, and whom it means (SDM vol. 3, 12.6).
 
 use super::super::bits::bit_flags;
+use super::super::ioapic::entry;
+use super::super::line::Trigger;
 use super::base::ApicMode;
 use super::regs::DestinationFormat;
 
@@ -48,15 +50,6 @@ impl DeliveryMode {
     }
 }
 
-/// Whether an interrupt is a moment or a state.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trigger {
-    /// It happened.
-    Edge,
-    /// It lasts; its end is told to who sent it.
-    Level,
-}
-
 /// Which way a level goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Level {
@@ -75,7 +68,7 @@ pub enum Target {
     Logical(u32),
     /// Who sends it.
     Itself,
-    /// Every APIC. Also what 0xff is in the message of a device, unless KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK is set.
+    /// Every APIC.
     All,
     /// Every APIC but who sends it.
     Others,
@@ -94,6 +87,16 @@ pub struct Message {
     pub trigger: Trigger,
     /// For whom.
     pub target: Target,
+}
+
+/// Whom 0xff is in the message of a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Broadcast {
+    /// Every APIC: without interrupt remapping, there is no other way to name them all in x2APIC mode.
+    #[default]
+    Everyone,
+    /// Those in xAPIC mode; in x2APIC mode it is an ID, or the first half of a cluster (KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK).
+    ByMode,
 }
 
 /// Why a command sends nothing.
@@ -183,6 +186,33 @@ impl Message {
             trigger: Trigger::Edge,
             target,
         }
+    }
+
+    /// The message of an I/O APIC, or of a device that writes like one: eight bits of destination. None if its delivery mode is reserved.
+    ///
+    /// There is no SIPI from there. A level is asserted: its end is no message.
+    #[must_use]
+    pub const fn from_io_apic(message: &entry::Message, broadcast: Broadcast) -> Option<Self> {
+        let destination = message.destination as u32;
+        Some(Self {
+            mode: match message.delivery_mode {
+                entry::DeliveryMode::Fixed => DeliveryMode::Fixed,
+                entry::DeliveryMode::LowestPriority => DeliveryMode::LowestPriority,
+                entry::DeliveryMode::Smi => DeliveryMode::Smi,
+                entry::DeliveryMode::Nmi => DeliveryMode::Nmi,
+                entry::DeliveryMode::Init => DeliveryMode::Init,
+                entry::DeliveryMode::ExtInt => DeliveryMode::ExtInt,
+                entry::DeliveryMode::Reserved => return None,
+            },
+            vector: message.vector,
+            level: Level::Assert,
+            trigger: message.trigger,
+            target: match (destination, broadcast, message.destination_mode) {
+                (XAPIC_BROADCAST, Broadcast::Everyone, _) => Target::All,
+                (_, _, entry::DestinationMode::Physical) => Target::Physical(destination),
+                (_, _, entry::DestinationMode::Logical) => Target::Logical(destination),
+            },
+        })
     }
 
     /// Whether it is the end of a level-triggered INIT.

@@ -2,6 +2,7 @@
 
 //! An APIC as others see it: whom it takes itself for, and what they leave with it.
 
+use super::super::line::Trigger;
 use super::base::ApicMode;
 use super::events::ApicEvent;
 use super::map::Software;
@@ -10,7 +11,6 @@ use super::message::IdFormat;
 use super::message::Identity;
 use super::message::Level;
 use super::message::Message;
-use super::message::Trigger;
 use super::message::FIRST_VECTOR;
 use super::page;
 use super::page::ApicPage;

@@ -9,6 +9,8 @@ use rkvm_x86::apic::map::*;
 use rkvm_x86::apic::message::*;
 use rkvm_x86::apic::regs::DestinationFormat;
 use rkvm_x86::apic::view::Delivered;
+use rkvm_x86::ioapic::entry;
+use rkvm_x86::line::Trigger;
 
 fn decode(low: u32) -> Result<Message, NotSent> {
     IcrLow::new(low).decode(0x21)
@@ -52,6 +54,44 @@ fn fields_of_the_command() {
     }
     assert_eq!(decode(0x8099).unwrap().trigger, Trigger::Level);
     assert_eq!(decode(0x8099).unwrap().level, Level::Deassert);
+}
+
+#[test]
+fn messages_of_an_io_apic() {
+    use Broadcast::*;
+    let convert =
+        |bits: u64, broadcast| Message::from_io_apic(&entry::Entry::new(bits).message(), broadcast);
+    for (bits, mode) in [
+        (0, Some(DeliveryMode::Fixed)),
+        (1, Some(DeliveryMode::LowestPriority)),
+        (2, Some(DeliveryMode::Smi)),
+        (3, None),
+        (4, Some(DeliveryMode::Nmi)),
+        (5, Some(DeliveryMode::Init)),
+        (6, None),
+        (7, Some(DeliveryMode::ExtInt)),
+    ] {
+        let message = convert(0x3500_0000_0000_0041 | (bits << 8), Everyone);
+        assert_eq!(message.map(|m| m.mode), mode);
+    }
+    let level = convert(0x3500_0000_0000_8041, ByMode).unwrap();
+    let expected = Message {
+        trigger: Trigger::Level,
+        ..Message::fixed(0x41, Target::Physical(0x35))
+    };
+    assert_eq!(level, expected);
+    for (bits, everyone, by_mode) in [
+        (
+            0x3500_0000_0000_0841,
+            Target::Logical(0x35),
+            Target::Logical(0x35),
+        ),
+        (0xff00_0000_0000_0041, Target::All, Target::Physical(0xff)),
+        (0xff00_0000_0000_0841, Target::All, Target::Logical(0xff)),
+    ] {
+        assert_eq!(convert(bits, Everyone).unwrap().target, everyone);
+        assert_eq!(convert(bits, ByMode).unwrap().target, by_mode);
+    }
 }
 
 #[test]

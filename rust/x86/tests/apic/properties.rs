@@ -13,6 +13,7 @@ use rkvm_x86::apic::regs::*;
 use rkvm_x86::apic::state::*;
 use rkvm_x86::apic::timer::*;
 use rkvm_x86::apic::*;
+use rkvm_x86::line::Trigger;
 use rkvm_x86::msr::Msr;
 
 #[derive(Clone, Debug)]

@@ -12,6 +12,7 @@ use x86::apic::map::ApicMap;
 use x86::apic::map::Entry;
 use x86::apic::map::Lookup;
 use x86::apic::map::Software;
+use x86::apic::message::Broadcast;
 use x86::apic::message::Identity;
 use x86::apic::message::Message;
 use x86::apic::message::Target;
@@ -37,6 +38,10 @@ use x86::emulate::Cpu;
 use x86::emulate::Emulator;
 use x86::emulate::Outcome;
 use x86::io::StringIo;
+use x86::ioapic::Ioapic;
+use x86::ioapic::IoapicState;
+use x86::line::Signal;
+use x86::line::Source;
 use x86::msr::Msr;
 use x86::paging::GuestMemory;
 use x86::paging::MemoryError;
@@ -44,6 +49,14 @@ use x86::paging::PageAccess;
 use x86::paging::Paging;
 use x86::paging::Translation;
 use x86::paging::WalkError;
+use x86::pic;
+use x86::pic::Pic;
+use x86::pic::PicState;
+use x86::pit;
+use x86::pit::reinject::Policy as TickPolicy;
+use x86::pit::reinject::Reinject;
+use x86::pit::Pit;
+use x86::pit::PitState2;
 use x86::regs::Cr0;
 use x86::regs::Cr3;
 use x86::regs::Cr4;
@@ -292,7 +305,10 @@ pub fn apic_deliver(
     sender: Option<u32>,
     events: ApicEvents,
     startup: Startup,
+    pin: x86::ioapic::entry::Entry,
 ) -> ApicEvents {
+    let from_pin = Message::from_io_apic(&pin.message(), Broadcast::ByMode);
+    let message = from_pin.as_ref().unwrap_or(message);
     if !view.identity().matches(message.target, sender) {
         return events;
     }
@@ -317,4 +333,94 @@ pub fn apic_map(
         Lookup::Found(targets) => Some((targets.lowest_priority(vector)?, targets.count())),
         Lookup::Scan => None,
     }
+}
+
+#[inline(never)]
+pub fn io_apic(
+    chip: &mut Ioapic,
+    state: &mut IoapicState,
+    gpa: u64,
+    data: &mut [u8],
+    source: u8,
+) -> Option<u32> {
+    let requests = chip.set_state(state);
+    let mut messages = 0usize;
+    for pin in requests {
+        messages ^= usize::from(chip.raise(pin).message()?.vector);
+    }
+    let read = chip.read(gpa, data).is_ok();
+    let write = chip.write(gpa, data).ok()?;
+    let pin = write.map_or(source, |w| w.pin);
+    let pending = write.is_some_and(|w| w.pending && w.mask() != x86::ioapic::MaskChange::None);
+    for signal in [Signal::High, Signal::Low] {
+        let raise = chip.set_line(pin, Source::new(source)?, signal);
+        messages = messages.wrapping_add(raise.outcome().status() as usize);
+    }
+    let pins = chip.pins_of(source);
+    for pin in chip.eoi(pins) {
+        messages ^= usize::from(chip.fire(pin)?.destination);
+    }
+    chip.refused(pin);
+    chip.withdraw(pin);
+    *state = chip.state();
+    let entry = chip.entry(pin)?.half(x86::ioapic::entry::Half::High);
+    Some(entry ^ u32::from(read) ^ u32::from(pending) ^ messages as u32 ^ chip.requests().bits())
+}
+
+#[inline(never)]
+pub fn pic_pair(
+    pics: &mut Pic,
+    states: &mut [PicState; 2],
+    port: u16,
+    value: u8,
+    pin: u8,
+) -> Option<u32> {
+    let [master, slave] = states;
+    let mut sum = 0;
+    let mut add = |effect: pic::Effect| {
+        let int = effect.int.is_some_and(Signal::is_high);
+        sum ^= effect.ended.bits() ^ effect.masks.bits() ^ u32::from(int);
+    };
+    add(pics.set_state(pic::Role::Master, master));
+    add(pics.set_state(pic::Role::Slave, slave));
+    add(pics.set_line(pin, Source::new(value)?, Signal::High).1);
+    let (vector, effect) = pics.acknowledge();
+    add(effect);
+    let port = pic::Port::new(port)?;
+    add(pics.write(port, value));
+    let (read, effect) = pics.read(port);
+    add(effect);
+    *master = pics.state(pic::Role::Master);
+    *slave = pics.state(pic::Role::Slave);
+    Some(sum ^ u32::from(vector) ^ u32::from(read) ^ u32::from(pics.int().is_high()))
+}
+
+#[inline(never)]
+pub fn interval_timer(
+    pit: &mut Pit,
+    ticks: &mut Reinject,
+    state: &mut PitState2,
+    port: u16,
+    value: u8,
+    now: [u64; 3],
+) -> Option<u64> {
+    let [before, now, after] = now;
+    let mut changed = pit.set_state(state, before) == pit::Timer::Changed;
+    changed ^= pit.set_channels(&state.channels, before) == pit::Timer::Changed;
+    let port = pit::Port::new(port)?;
+    changed ^= pit.write(port, value, now) == pit::Timer::Changed;
+    pit.write_speaker(value, now);
+    let read = pit.read(port, after) ^ pit.read_speaker(after);
+    let out = pit.out(pit::Counter::Irq, after).is_high();
+    ticks.set_policy(if changed {
+        TickPolicy::Discard
+    } else {
+        TickPolicy::Reinject
+    });
+    let sent = ticks.expired(pit.expiries(now, after));
+    let again = ticks.acknowledged();
+    *state = pit.state();
+    let expiry = pit.next_expiry(after)?;
+    let sum = expiry.at ^ expiry.period? ^ u64::from(read) ^ u64::from(out);
+    Some(sum ^ u64::from(sent == again) ^ u64::from(ticks.pending()))
 }
