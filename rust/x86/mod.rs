@@ -19,13 +19,15 @@
 //! | [`msr`] | [`Msr::class`](msr::Msr::class), [`check_value`](msr::check_value), [`MsrState`](msr::state::MsrState) |
 //! | [`cr`] | whether a control register, EFER, XCR0 or a debug register may get a value, and what follows |
 //! | [`event`] | [`PendingEvents`](event::PendingEvents): what the next entry injects; double and triple faults |
+//! | [`apic`] | [`Apic`](apic::Apic): the local APIC |
 //! | [`line`] | interrupt lines with several sources, and what comes of driving one |
 //! | [`ioapic`] | [`Ioapic`](ioapic::Ioapic): pins to [`Message`](ioapic::entry::Message)s for the local APICs |
 //! | [`pic`] | [`Pic`](pic::Pic): the pair of 8259A controllers |
 //! | [`pit`] | [`Pit`](pit::Pit): the 8254 timer, the speaker's port, ticks that a guest is late for |
 //!
-//! `line`, `ioapic`, `pic` and `pit` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP, KVM_CREATE_PIT2), which the
-//! module does not offer yet: only the tests use them.
+//! `apic`, `line`, `ioapic`, `pic` and `pit` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP,
+//! KVM_CAP_SPLIT_IRQCHIP, KVM_CREATE_PIT2), which the module does not offer yet: only the tests use them. The module uses the rules of
+//! IA32_APIC_BASE alone ([`ApicBase`](apic::base::ApicBase)).
 //!
 //! The emulator, from the side of an EPT violation in no memory slot:
 //!
@@ -50,6 +52,7 @@
 // A model of the architecture is whole; the module asks for less, and the tests for all of it.
 #![allow(dead_code)]
 
+pub mod apic;
 pub mod bits;
 pub mod cpuid;
 pub mod cr;

@@ -5,21 +5,14 @@
 //! They are those that Linux and firmware touch on a processor of Intel's. The rest are unknown, and #GP: kernels probe
 //! with RDMSR and expect it.
 
+use super::super::apic::base::ApicBase;
+use super::super::apic::base::Role;
 use super::super::cpuid::features::Features;
 use super::super::cpuid::features::GuestFeatures;
 use super::mtrr;
 use super::mtrr::Mtrrs;
 use super::Msr;
 use super::MsrError;
-
-/// IA32_APIC_BASE: the processor is the bootstrap one.
-const APIC_BASE_BSP: u64 = 1 << 8;
-/// IA32_APIC_BASE: x2APIC mode.
-const APIC_BASE_X2APIC: u64 = 1 << 10;
-/// IA32_APIC_BASE: the APIC is enabled.
-const APIC_BASE_ENABLE: u64 = 1 << 11;
-/// Where an APIC is after reset.
-const APIC_DEFAULT_BASE: u64 = 0xfee0_0000;
 
 /// MISC_ENABLE: performance monitoring is there; what guests write to it is ignored.
 const MISC_ENABLE_EMON: u64 = 1 << 7;
@@ -60,7 +53,7 @@ pub enum Effect {
 pub struct MsrState {
     /// The MTRRs.
     pub mtrrs: Mtrrs,
-    apic_base: u64,
+    apic_base: ApicBase,
     misc_enable: u64,
     ucode_rev: u64,
     arch_capabilities: u64,
@@ -127,9 +120,11 @@ impl MsrState {
     pub const fn new(bootstrap: bool) -> Self {
         Self {
             mtrrs: Mtrrs::new(),
-            apic_base: APIC_DEFAULT_BASE
-                | APIC_BASE_ENABLE
-                | if bootstrap { APIC_BASE_BSP } else { 0 },
+            apic_base: ApicBase::reset(if bootstrap {
+                Role::Bootstrap
+            } else {
+                Role::Application
+            }),
             // As KVM has it; a VMM that is a processor's equal adds fast strings.
             misc_enable: MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE,
             ucode_rev: UCODE_RESET,
@@ -147,14 +142,14 @@ impl MsrState {
     #[inline]
     #[must_use]
     pub const fn apic_base(&self) -> u64 {
-        self.apic_base
+        self.apic_base.bits()
     }
 
     /// Whether IA32_APIC_BASE enables the local APIC.
     #[inline]
     #[must_use]
     pub const fn apic_enabled(&self) -> bool {
-        self.apic_base & APIC_BASE_ENABLE != 0
+        self.apic_base.has(ApicBase::ENABLED)
     }
 
     /// Whether CPUID is to fault with #GP at any privilege level.
@@ -186,7 +181,7 @@ impl MsrState {
             return Ok(value);
         }
         match msr {
-            Msr::APIC_BASE => Ok(self.apic_base),
+            Msr::APIC_BASE => Ok(self.apic_base.bits()),
             Msr::MISC_ENABLE => Ok(self.misc_enable),
             Msr::UCODE_REV => Ok(self.ucode_rev),
             Msr::ARCH_CAPABILITIES if host || features.has(Features::ARCH_CAPABILITIES) => {
@@ -228,7 +223,10 @@ impl MsrState {
             };
         }
         match msr {
-            Msr::APIC_BASE => return self.write_apic_base(value, features, host),
+            Msr::APIC_BASE => {
+                self.apic_base = self.apic_base.check_write(value, features, host)?;
+                return Ok(Effect::ApicBase);
+            }
             Msr::MISC_ENABLE => {
                 const FIXED: u64 = MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE;
                 let changed = value ^ self.misc_enable;
@@ -300,35 +298,5 @@ impl MsrState {
             _ => self.mtrrs.write(msr, value, features)?,
         }
         Ok(Effect::None)
-    }
-
-    /// IA32_APIC_BASE: the modes and the ways between them (SDM vol. 3, 12.12.5).
-    fn write_apic_base(
-        &mut self,
-        value: u64,
-        features: &GuestFeatures,
-        host: bool,
-    ) -> Result<Effect, MsrError> {
-        let x2apic_allowed = host || features.has(Features::X2APIC);
-        let mut reserved = features.reserved_gpa_bits() | 0x2ff;
-        if !x2apic_allowed {
-            reserved |= APIC_BASE_X2APIC;
-        }
-        let mode = |v: u64| (v & APIC_BASE_ENABLE != 0, v & APIC_BASE_X2APIC != 0);
-        let allowed = match (mode(self.apic_base), mode(value)) {
-            // There is no such mode.
-            (_, (false, true)) => false,
-            // A VMM may go anywhere.
-            _ if host => true,
-            // x2APIC mode is entered from xAPIC mode and left for none.
-            ((false, _), (true, true)) => false,
-            ((true, true), (true, false)) => false,
-            _ => true,
-        };
-        if value & reserved != 0 || !allowed {
-            return Err(MsrError::Refused);
-        }
-        self.apic_base = value;
-        Ok(Effect::ApicBase)
     }
 }

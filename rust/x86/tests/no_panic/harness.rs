@@ -6,6 +6,26 @@
 #[path = "../../mod.rs"]
 pub mod x86;
 
+use x86::apic::events::ApicEvents;
+use x86::apic::events::Startup;
+use x86::apic::map::ApicMap;
+use x86::apic::map::Entry;
+use x86::apic::map::Lookup;
+use x86::apic::map::Software;
+use x86::apic::message::Broadcast;
+use x86::apic::message::Identity;
+use x86::apic::message::Message;
+use x86::apic::message::Target;
+use x86::apic::page::ApicPage;
+use x86::apic::regs::LvtEntry;
+use x86::apic::state::Image;
+use x86::apic::timer::Clock;
+use x86::apic::view::ApicView;
+use x86::apic::view::Delivered;
+use x86::apic::Apic;
+use x86::apic::Config;
+use x86::apic::Effect;
+use x86::apic::Reset;
 use x86::cpuid::features::GuestFeatures;
 use x86::cpuid::policy::supported;
 use x86::cpuid::policy::Policy;
@@ -22,6 +42,7 @@ use x86::ioapic::Ioapic;
 use x86::ioapic::IoapicState;
 use x86::line::Signal;
 use x86::line::Source;
+use x86::msr::Msr;
 use x86::paging::GuestMemory;
 use x86::paging::MemoryError;
 use x86::paging::PageAccess;
@@ -185,6 +206,133 @@ pub fn policy(
     host: fn(u32, u32) -> CpuidRegs,
 ) -> usize {
     supported(policy, host, entries).unwrap_or(0)
+}
+
+/// Where the registers of an APIC and its clocks come from.
+pub trait Board {
+    fn page(&self, which: u32, offset: u16, value: u32) -> u32;
+    fn clock(&self, which: u32) -> u64;
+}
+
+#[derive(Clone, Copy)]
+pub struct Local<'a>(&'a dyn Board);
+
+impl ApicPage for Local<'_> {
+    fn read(&self, offset: u16) -> u32 {
+        self.0.page(0, offset, 0)
+    }
+    fn write(&self, offset: u16, value: u32) {
+        self.0.page(1, offset, value);
+    }
+    fn fetch_or(&self, offset: u16, bits: u32) -> u32 {
+        self.0.page(2, offset, bits)
+    }
+    fn fetch_and(&self, offset: u16, bits: u32) -> u32 {
+        self.0.page(3, offset, bits)
+    }
+}
+
+impl Clock for Local<'_> {
+    fn ns(&self) -> u64 {
+        self.0.clock(0)
+    }
+    fn tsc(&self) -> u64 {
+        self.0.clock(1)
+    }
+}
+
+#[inline(never)]
+pub fn apic_new(page: Local<'static>, config: Config) -> Apic<Local<'static>> {
+    Apic::new(page, config)
+}
+
+#[inline(never)]
+pub fn apic_access(
+    apic: &mut Apic<Local<'_>>,
+    clock: Local<'_>,
+    way: u32,
+    which: u32,
+    value: u64,
+    features: &GuestFeatures,
+) -> Effect {
+    let effect = match way {
+        0 => apic.mmio_write(which as u16, value as usize, value as u32, &clock),
+        1 => apic.write_msr(Msr(which), value, &clock).ok(),
+        2 => apic.set_base(value, features, which != 0).ok(),
+        3 => Some(apic.set_cr8(value as u8)),
+        4 => Some(apic.set_tsc_deadline(value)),
+        5 => Some(apic.written(which as u16, &clock)),
+        6 => {
+            apic.reset(Reset::Init);
+            None
+        }
+        7 => {
+            let config = Config::new(which, apic.config().role);
+            Some(apic.reconfigure(&config))
+        }
+        _ => None,
+    };
+    effect.unwrap_or(Effect::None)
+}
+
+#[inline(never)]
+pub fn apic_read(apic: &mut Apic<Local<'_>>, clock: Local<'_>, which: u32, len: usize) -> u64 {
+    match apic.read_msr(Msr(which), &clock) {
+        Ok(value) => value ^ apic.tsc_deadline() ^ u64::from(apic.cr8()),
+        Err(_) => u64::from(apic.mmio_read(which as u16, len, &clock).unwrap_or(0)),
+    }
+}
+
+#[inline(never)]
+pub fn apic_interrupt(apic: &mut Apic<Local<'_>>, clock: Local<'_>, entry: LvtEntry) -> bool {
+    let vector = apic.acknowledge().unwrap_or_else(|| apic.spurious_vector());
+    let (_, timer) = apic.run_timer(&clock);
+    let local = apic.deliver_local(entry);
+    timer == local && apic.eoi() == apic.ended(vector) && apic.accepts_extint()
+}
+
+#[inline(never)]
+pub fn apic_state(apic: &mut Apic<Local<'_>>, clock: Local<'_>, image: &mut Image) -> bool {
+    let restored = apic.restore(image, &clock).is_ok();
+    apic.save(image, &clock);
+    restored
+}
+
+#[inline(never)]
+pub fn apic_deliver(
+    view: &ApicView<'_, Local<'_>>,
+    message: &Message,
+    sender: Option<u32>,
+    events: ApicEvents,
+    startup: Startup,
+    pin: x86::ioapic::entry::Entry,
+) -> ApicEvents {
+    let from_pin = Message::from_io_apic(&pin.message(), Broadcast::ByMode);
+    let message = from_pin.as_ref().unwrap_or(message);
+    if !view.identity().matches(message.target, sender) {
+        return events;
+    }
+    match view.deliver(message) {
+        Delivered::Event(event) => events.post(event).take_startup(startup).0,
+        _ => events,
+    }
+}
+
+#[inline(never)]
+pub fn apic_map(
+    entries: &mut [Entry],
+    apics: &[(u16, Identity, Software)],
+    target: Target,
+    vector: u8,
+) -> Option<(u16, usize)> {
+    let mut map = ApicMap::new(entries);
+    for (vcpu, identity, software) in apics {
+        map.add(*vcpu, identity, *software);
+    }
+    match map.lookup(target) {
+        Lookup::Found(targets) => Some((targets.lowest_priority(vector)?, targets.count())),
+        Lookup::Scan => None,
+    }
 }
 
 #[inline(never)]
