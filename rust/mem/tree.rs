@@ -237,9 +237,11 @@ impl<'a> Overlapping<'a> {
             return;
         };
         if node.reach > self.range.start {
-            // Within bounds, by the height of the tree.
-            self.todo[self.len] = Some(node);
-            self.len = self.len.wrapping_add(1);
+            // There is room, by the height of the tree.
+            if let Some(place) = self.todo.get_mut(self.len) {
+                *place = Some(node);
+                self.len = self.len.wrapping_add(1);
+            }
         }
     }
 }

@@ -136,7 +136,8 @@ class Boot:
         nonce = secrets.token_hex(8)
         script = []
         for number, (case, device) in enumerate(self.work):
-            script += [f"echo; echo '{nonce} begin {number}'", shlex.join(case.command(device)),
+            # The machine holds a newline back until more comes.
+            script += [f"echo; echo '{nonce} begin {number}'; echo", shlex.join(case.command(device)),
                        f"s=$?; echo; echo \"{nonce} end {number} $s\""]
         command = [sys.executable, HERE + "/machine.py", "--cpus", str(self.cpus),
                    "--memory", str(MEMORY), "--timeout", "86400",

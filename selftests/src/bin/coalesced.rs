@@ -575,7 +575,8 @@ fn two_vcpus(env: &Env) -> Outcome {
         let mut r = Ok(());
         while !(done.load(Ordering::SeqCst) && done2.load(Ordering::SeqCst)) {
             r = r.and_then(|()| drain());
-            sleep_ms(1);
+            // Long enough for the ring to become full now and then.
+            sleep_ms(5);
         }
         r?;
         drain()?;

@@ -468,7 +468,7 @@ fn pressure(env: &Env) -> Outcome {
         let mut g = Guest::new(env, 2, memory.map(2 * HUGE)?, |k, v| protect.enable(k, v))?;
         g.log(true)?;
         g.harvest(protect)?;
-        for round in 0..env.fewer(30).max(10) {
+        for round in 0..env.fewer(15).max(10) {
             // Before the log is read, and after it.
             let mut written = g.burst(1 + rng.below(100) as u32)?;
             let (offset, len) = range(&mut rng, g.pages);
@@ -506,7 +506,7 @@ fn pressure_running(env: &Env) -> Outcome {
         g.log(true)?;
         chase(
             &mut g,
-            env.fewer(10).max(4),
+            env.fewer(5).max(2),
             |_| false,
             |g| Ok(g.harvest(protect)?),
             |g, round| {
