@@ -360,7 +360,7 @@ def jobs(suite, work):
     test_kernel = os.environ["RKVM_KERNEL_PLAIN"] + "/bzImage"
     debian = os.environ["RKVM_GUEST"] + "/vmlinuz"
     out = []
-    stress = {"insmod": STRESS_MODULES, "append": STRESS_APPEND, "timeout": 1800}
+    stress = {"insmod": STRESS_MODULES, "append": STRESS_APPEND, "timeout": 2400}
     both = ["kvm", "rkvm"]
     for name, options, devices, slow in (
             ("debug-2cpu", {"kernel": "debug", "cpus": 2, "timeout": 2400}, ["rkvm"], 10),
