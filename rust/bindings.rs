@@ -47,7 +47,8 @@ include!("bindings/bindings_generated.rs");
 
 macro_rules! abi_types {
     ($($ty:ident),* $(,)?) => { $(
-        // SAFETY: A structure of the KVM ABI: integers, user addresses and arrays of them, whose padding is named.
+        // SAFETY: A structure of the KVM ABI: integers, user addresses and arrays of them, whose
+        // padding is named.
         unsafe impl kernel::transmute::FromBytes for $ty {}
         // SAFETY: As above: every byte of it is initialised.
         unsafe impl kernel::transmute::AsBytes for $ty {}

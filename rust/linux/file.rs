@@ -118,7 +118,8 @@ impl<T: FileObject> Vtable<T> {
 
     /// # Safety
     ///
-    /// As [`Self::ioctl`]; `position` is valid for reads and writes.
+    /// As [`Self::ioctl`]; `position` is valid for reads and writes, and nobody else's during the call:
+    /// the kernel passes the address of a copy.
     unsafe extern "C" fn read(
         file: *mut kb::file,
         to: *mut u8,
@@ -127,7 +128,7 @@ impl<T: FileObject> Vtable<T> {
     ) -> isize {
         // SAFETY: As in `ioctl`.
         let this = unsafe { <Arc<T> as ForeignOwnable>::borrow((*file).private_data) };
-        // SAFETY: By the above.
+        // SAFETY: It is valid, and nobody else's, by the function's requirement.
         let position = unsafe { &mut *position };
         // Negative positions do not come this far.
         let from = u64::try_from(*position).unwrap_or(u64::MAX);

@@ -58,8 +58,8 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Writes guest memory for `vcpu`, across pages and memslots. If it fails, some of it may be written. 1, 2,
-    /// 4 and 8 bytes, if aligned, are written at once. Sleeps.
+    /// Writes guest memory for `vcpu`, across pages and memslots. If it fails, some of it may be
+    /// written. 1, 2, 4 and 8 bytes, if aligned, are written at once. Sleeps.
     pub(crate) fn write(&self, gpa: u64, data: &[u8], vcpu: &VcpuShared) -> Result<(), MemError> {
         let mut gpa = gpa;
         let mut rest = data;

@@ -34,8 +34,8 @@ pub(crate) enum Fault {
 }
 
 impl GuestMemory {
-    /// Resolves an EPT violation of `vcpu` at `gpa`: ENOMEM. Sleeps. The current task runs in this memory's
-    /// address space, or the answer is [`Fault::BadHva`].
+    /// Resolves an EPT violation of `vcpu` at `gpa`: ENOMEM. Sleeps. The current task runs in this
+    /// memory's address space, or the answer is [`Fault::BadHva`].
     pub(crate) fn map(&self, gpa: u64, access: Access, vcpu: &VcpuShared) -> Result<Fault> {
         let gfn = gpa >> 12;
         loop {

@@ -9,8 +9,9 @@
 //! copies after the call.
 //!
 //! What a processor logs by itself waits in the vCPU's buffer until the vCPU leaves the guest. A
-//! reader makes all vCPUs leave and waits until they have; each empties its buffer first. So what was
-//! written before a log is asked for is in it.
+//! reader makes all vCPUs leave and waits until they have; each empties its buffer first. A fault
+//! marks with the MMU lock held, and the reader takes that lock once. So what was written before a log
+//! is asked for is in it.
 
 use super::slots::Slot;
 use super::slots::Slots;
@@ -448,9 +449,11 @@ impl Inner {
         }
     }
 
-    /// Makes every vCPU leave the guest, which empties what its processor has logged, and waits for it.
+    /// Makes every vCPU leave the guest, which empties what its processor has logged, and waits for
+    /// that, and for the marks of faults that have let the guest write.
     fn collect(&self) {
         let vcpus = self.mmu.vcpus();
         vcpus.request_all_and_wait(Request::WriteLogging);
+        self.mmu.wait_for_faults();
     }
 }

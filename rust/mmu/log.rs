@@ -77,6 +77,12 @@ impl Mmu {
         });
     }
 
+    /// Waits until no fault is between having mapped a page and having said so (`mapped`). Does not
+    /// sleep.
+    pub(crate) fn wait_for_faults(&self) {
+        drop(self.tables.write());
+    }
+
     /// Makes every vCPU drop its cached translations before it runs the guest on. Does not sleep.
     pub(crate) fn flush(&self) {
         self.vcpus.request_all_and_wait(Request::TlbFlush);
