@@ -9,6 +9,7 @@
 
 use std::io::Stdout;
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::Condvar;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -31,6 +32,8 @@ use crate::signals::Kicker;
 use crate::time;
 use crate::time::Nanos;
 use crate::time::MILLISECOND;
+use crate::virtio::console::Input;
+use crate::virtio::mmio::Mmio;
 
 /// How long output without a newline may wait before it is shown.
 const FLUSH_DELAY: Nanos = 20 * MILLISECOND;
@@ -74,6 +77,9 @@ pub struct Board<W: Write = Stdout> {
     rtc: Rtc,
     i8042: I8042,
     uart: Uart<W>,
+    virtio: Vec<Mmio>,
+    /// Gets the keys, if it is there, and the UART none.
+    console: Option<Arc<Input>>,
     port_a: SystemControlA,
     reset_control: ResetControl,
     /// When to flush the UART.
@@ -109,6 +115,8 @@ impl<W: Write> Board<W> {
             rtc: Rtc::new(below_4g, above_4g),
             i8042: I8042::new(),
             uart: Uart::new(sink),
+            virtio: Vec::new(),
+            console: None,
             port_a: SystemControlA::new(),
             reset_control: ResetControl::default(),
             flush_at: None,
@@ -119,6 +127,16 @@ impl<W: Write> Board<W> {
             vcpus: vec![VcpuSlot::default(); vcpus],
             input_blocked: false,
         }
+    }
+
+    /// Adds the next virtio device.
+    pub fn plug(&mut self, device: Mmio) {
+        self.virtio.push(device);
+    }
+
+    /// Has the keys go to `console`.
+    pub fn set_console(&mut self, console: Arc<Input>) {
+        self.console = Some(console);
     }
 
     /// An IN instruction (or one turn of INS) of `data.len()` bytes.
@@ -156,7 +174,12 @@ impl<W: Write> Board<W> {
                     }
                 }
             }
-            Page::Virtio(..) | Page::Empty => {}
+            Page::Virtio(number, offset) => {
+                if let Some(device) = self.virtio.get(number) {
+                    device.read(offset, data);
+                }
+            }
+            Page::Empty => {}
         }
     }
 
@@ -172,7 +195,16 @@ impl<W: Write> Board<W> {
                     ioapic.write(offset, u32::from_le_bytes(value));
                 }
             }
-            Page::Virtio(..) | Page::Empty => {}
+            Page::Virtio(number, offset) => {
+                if let Some(device) = self.virtio.get_mut(number) {
+                    device.write(offset, data);
+                    if let Some(level) = device.level() {
+                        let gsi = bus::VIRTIO_GSI as u8 + number as u8;
+                        self.interrupts.set_level(gsi, level);
+                    }
+                }
+            }
+            Page::Empty => {}
         }
     }
 
@@ -233,12 +265,15 @@ impl<W: Write> Board<W> {
 
     /// Gives the guest keys; returns how many it took.
     pub fn receive(&mut self, keys: &[u8], now: Nanos) -> usize {
+        if let Some(console) = &self.console {
+            return console.push(keys);
+        }
         let taken = self.uart.receive(keys);
         self.uart_changed(now);
         taken
     }
 
-    /// Returns how many keys [`Board::receive`] would take.
+    /// Returns how many keys the UART would take.
     pub fn input_room(&self) -> usize {
         self.uart.room()
     }

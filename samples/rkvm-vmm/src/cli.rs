@@ -8,6 +8,7 @@ use anyhow::bail;
 use clap::{Parser, ValueEnum};
 
 use crate::boot::acpi;
+use crate::bus;
 
 const MIB: u64 = 1 << 20;
 
@@ -137,6 +138,18 @@ pub struct Cli {
     #[arg(long)]
     pub no_irqchip: bool,
 
+    /// A virtio disk in a file: /dev/vda, /dev/vdb, ... Can be given several times
+    #[arg(long, value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub disk: Vec<Disk>,
+
+    /// A virtio console, hvc0, on this terminal: it then gets the keys, and the serial port does not
+    #[arg(long)]
+    pub virtio_console: bool,
+
+    /// A virtio source of random numbers
+    #[arg(long)]
+    pub rng: bool,
+
     /// Flat binary to run instead of a kernel
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     pub flat: Option<PathBuf>,
@@ -169,6 +182,26 @@ pub struct Cli {
     /// Write a line to stderr for every exit (slow)
     #[arg(long)]
     pub trace_exits: bool,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The file that it is in.
+    pub file: PathBuf,
+    /// The guest cannot write it.
+    pub read_only: bool,
+}
+
+/// A virtio device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Virtio {
+    /// A disk.
+    Disk(Disk),
+    /// The console.
+    Console,
+    /// The source of random numbers.
+    Rng,
 }
 
 /// What is to be put into guest memory.
@@ -205,6 +238,8 @@ pub struct Plan {
     pub cpus: u8,
     /// Where the interrupt controllers are.
     pub irqchip: Irqchip,
+    /// Virtio devices, in the order of their addresses.
+    pub virtio: Vec<Virtio>,
     /// What to load.
     pub image: Image,
 }
@@ -215,7 +250,16 @@ impl Plan {
         (self.irqchip != Irqchip::None).then(|| acpi::Machine {
             cpus: self.cpus,
             hardware_reduced: self.irqchip == Irqchip::Split,
-            virtio: Vec::new(),
+            virtio: self
+                .virtio
+                .iter()
+                .enumerate()
+                .map(|(i, device)| acpi::VirtioDevice {
+                    base: (bus::VIRTIO_BASE + i as u64 * bus::VIRTIO_SIZE) as u32,
+                    gsi: bus::VIRTIO_GSI + i as u32,
+                    level: *device == Virtio::Rng,
+                })
+                .collect(),
         })
     }
 }
@@ -268,12 +312,32 @@ impl Cli {
                 self.cpus
             );
         }
+        let virtio = self.virtio();
+        if irqchip == Irqchip::None && !virtio.is_empty() {
+            bail!("virtio devices need an I/O APIC: --irqchip split or kernel");
+        }
+        if virtio.len() > bus::VIRTIO_MAX {
+            bail!(
+                "{} virtio devices are more than there are interrupts for, {}",
+                virtio.len(),
+                bus::VIRTIO_MAX
+            );
+        }
         Ok(Plan {
             memory: self.memory,
             cpus: self.cpus,
             irqchip,
+            virtio,
             image,
         })
+    }
+
+    /// Returns the virtio devices asked for.
+    fn virtio(&self) -> Vec<Virtio> {
+        let disks = self.disk.iter().cloned().map(Virtio::Disk);
+        let console = self.virtio_console.then_some(Virtio::Console);
+        let rng = self.rng.then_some(Virtio::Rng);
+        disks.chain(console).chain(rng).collect()
     }
 }
 
@@ -294,6 +358,21 @@ fn parse_memory(text: &str) -> Result<u64, String> {
         return Err("guest memory must be between 1 MiB and 256 GiB".into());
     }
     Ok(bytes)
+}
+
+/// Parses the name of a file, and whether it is to be written.
+fn parse_disk(text: &str) -> Result<Disk, String> {
+    let (file, read_only) = match text.strip_suffix(",ro") {
+        Some(file) => (file, true),
+        None => (text, false),
+    };
+    if file.is_empty() {
+        return Err("a disk needs a file".into());
+    }
+    Ok(Disk {
+        file: file.into(),
+        read_only,
+    })
 }
 
 /// Parses a decimal or 0x-prefixed number.
@@ -378,6 +457,31 @@ mod tests {
         for bad in ["0", "65", "256", "-1"] {
             assert!(parse(&["--kernel", "k", "--cpus", bad]).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn virtio_devices() {
+        let words = ["--kernel", "k", "--rng", "--disk", "a", "--disk", "b,ro"];
+        let cli = parse(&words).unwrap();
+        let plan = cli.plan().unwrap();
+        let disk = |file: &str, read_only| {
+            Virtio::Disk(Disk {
+                file: file.into(),
+                read_only,
+            })
+        };
+        assert_eq!(
+            plan.virtio,
+            [disk("a", false), disk("b", true), Virtio::Rng]
+        );
+        let acpi = plan.acpi().unwrap().virtio;
+        assert_eq!((acpi[2].base, acpi[2].gsi), (0xd000_2000, 18));
+        assert_eq!((acpi[1].level, acpi[2].level), (false, true));
+        let none = parse(&[&words[..], &["--irqchip", "none"]].concat()).unwrap();
+        assert!(none.plan().is_err());
+        let many = parse(&[&words[..2], &["--disk", "a"].repeat(9)].concat()).unwrap();
+        assert!(many.plan().is_err());
+        assert!(parse(&["--kernel", "k", "--disk", ",ro"]).is_err());
     }
 
     #[test]

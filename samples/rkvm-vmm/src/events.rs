@@ -89,6 +89,14 @@ impl Ring {
         owned(fd).context("eventfd").map(Self)
     }
 
+    /// Returns another rope to the same bell.
+    ///
+    /// # Errors
+    /// The process has too many files.
+    pub fn try_clone(&self) -> anyhow::Result<Self> {
+        self.0.try_clone().context("eventfd").map(Self)
+    }
+
     /// Rings it.
     pub fn ring(&self) {
         let one = 1u64;

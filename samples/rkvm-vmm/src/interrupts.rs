@@ -108,6 +108,15 @@ impl Interrupts {
         }
     }
 
+    /// Sets the level of an interrupt that only an I/O APIC has.
+    pub fn set_level(&mut self, gsi: u8, high: bool) {
+        match self {
+            Self::Pics(_) => {}
+            Self::Split(ioapic) => ioapic.set_level(gsi, high),
+            Self::Kernel(kernel) => kernel.set_line(gsi, high),
+        }
+    }
+
     /// Passes on the edge of the timer that is due at `now`, if one is.
     pub fn tick(&mut self, now: Nanos) {
         if let Self::Pics(pics) = self {

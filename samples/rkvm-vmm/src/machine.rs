@@ -17,6 +17,7 @@ use crate::board::VcpuState;
 use crate::cli::Cli;
 use crate::cli::Plan;
 use crate::cli::TripleFault;
+use crate::cli::Virtio;
 use crate::dump;
 use crate::events::Events;
 use crate::events::Ring;
@@ -31,6 +32,12 @@ use crate::terminal::RawMode;
 use crate::time;
 use crate::time::SECOND;
 use crate::vcpu::Vcpu;
+use crate::virtio::block::Block;
+use crate::virtio::console::Console;
+use crate::virtio::console::Input;
+use crate::virtio::mmio::Mmio;
+use crate::virtio::rng::Rng;
+use crate::virtio::Device;
 
 /// Runs the guest until it has ended, and shows what is to be shown about that.
 ///
@@ -45,14 +52,16 @@ pub fn run(
 ) -> anyhow::Result<Outcome> {
     let signals = Incoming::new()?;
     let now = time::now();
-    let board = Board::new(
+    let ring = Ring::new()?;
+    let mut board = Board::new(
         vm.interrupts(),
         plan.cpus.into(),
         ram(memory),
         io::stdout(),
         cli.timeout.map(|seconds| now + seconds * SECOND),
     );
-    let shared = Arc::new(Shared::new(board, Timer::new()?, Ring::new()?));
+    plug_virtio(vm, memory, plan, &mut board, &ring)?;
+    let shared = Arc::new(Shared::new(board, Timer::new()?, ring));
     let raw_mode = RawMode::enter();
     let events = Events::new(shared.clone(), signals, cli.timeout.unwrap_or_default());
     let events = thread::Builder::new()
@@ -95,6 +104,31 @@ pub fn run(
         eprint!("{}", sum.report(time::now()));
     }
     Ok(outcome)
+}
+
+/// Makes the virtio devices, and connects them to the guest.
+fn plug_virtio(
+    vm: &Vm,
+    memory: &Memory,
+    plan: &Plan,
+    board: &mut Board,
+    ring: &Ring,
+) -> anyhow::Result<()> {
+    for (number, device) in plan.virtio.iter().enumerate() {
+        let device: Box<dyn Device> = match device {
+            Virtio::Disk(disk) => Box::new(Block::open(&disk.file, disk.read_only)?),
+            Virtio::Console => {
+                let input = Arc::new(Input::new(ring.try_clone()?)?);
+                board.set_console(input.clone());
+                Box::new(Console::new(input))
+            }
+            Virtio::Rng => Box::new(Rng::open()?),
+        };
+        let device = Mmio::new(device, memory.clone()).context("cannot make a virtio device")?;
+        vm.attach(number, &device)?;
+        board.plug(device);
+    }
+    Ok(())
 }
 
 /// Runs each vCPU in a thread, the first in this one, until all have stopped.

@@ -8,7 +8,7 @@
 //!
 //! The way through the program: [`cli`] says what to run, [`memory`] makes the guest's RAM, [`boot`]
 //! fills it and says how the first vCPU starts, [`kvm`] makes the VM and the vCPUs, [`board`] is the
-//! machine around them with its [`interrupts`], [`events`] the thread that waits for time and input
+//! machine around them with its [`interrupts`] and [`virtio`] devices, [`events`] the thread that waits for time and input
 //! on their behalf, [`vcpu`] the loop that runs each of them, and [`machine`] has all these threads
 //! until there is an [`outcome`].
 
@@ -29,6 +29,7 @@ mod stats;
 mod terminal;
 mod time;
 mod vcpu;
+mod virtio;
 
 use std::process::ExitCode;
 

@@ -155,7 +155,6 @@ impl<M: Messages> IoApic<M> {
     }
 
     /// Sets the level of `pin`.
-    #[cfg_attr(not(test), allow(dead_code, reason = "every device so far has edges"))]
     pub fn set_level(&mut self, pin: u8, high: bool) {
         let bit = 1u32.checked_shl(pin.into()).unwrap_or(0);
         if !high {

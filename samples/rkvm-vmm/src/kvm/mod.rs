@@ -7,6 +7,7 @@ mod cpuid;
 mod state;
 
 use std::ffi::CString;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -14,34 +15,44 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_bindings::kvm_enable_cap;
+use kvm_bindings::kvm_ioeventfd;
 use kvm_bindings::kvm_mp_state;
 use kvm_bindings::kvm_pit_config;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_bindings::CpuId;
+use kvm_bindings::KVMIO;
 use kvm_bindings::KVM_API_VERSION;
 use kvm_bindings::KVM_CAP_SPLIT_IRQCHIP;
+use kvm_bindings::KVM_MEM_READONLY;
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use kvm_bindings::KVM_MP_STATE_UNINITIALIZED;
 use kvm_bindings::KVM_PIT_SPEAKER_DUMMY;
 use kvm_ioctls::Cap;
+use kvm_ioctls::IoEventAddress;
 use kvm_ioctls::Kvm;
 use kvm_ioctls::VcpuFd;
 use kvm_ioctls::VmFd;
 use thiserror::Error;
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_INTERRUPT_ACK;
+use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vm_memory::Address;
 use vm_memory::GuestMemory;
 use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::errno;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
 
 use self::cpuid::LocalApic;
 use self::cpuid::Processor;
 use crate::boot::Entry;
+use crate::bus;
 use crate::cli::Irqchip;
 use crate::devices::ioapic;
 use crate::interrupts::Interrupts;
 use crate::memory::Memory;
 use crate::memory::IDENTITY_MAP_ADDR;
 use crate::memory::TSS_ADDR;
+use crate::virtio::mmio::Mmio;
 
 /// Why there is no VM.
 #[derive(Debug, Error)]
@@ -186,6 +197,12 @@ const REQUIRED_FOR_KERNEL: [(Cap, &str, &str); 1] = [(
 )];
 const WITHOUT_APICS: &str = "for interrupts through local APICs; --irqchip none does without";
 
+// kvm-ioctls wraps it for files that get a certain value, or a write of any width.
+ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
+
+/// The first memory slot of the virtio devices' pages, behind those of RAM.
+const FIRST_PAGE_SLOT: u32 = 8;
+
 /// A VM with its memory and what interrupt controllers the kernel makes.
 pub struct Vm {
     path: PathBuf,
@@ -293,6 +310,53 @@ impl Vm {
                     .map_err(|errno| self.failed("KVM_CREATE_PIT2", errno))
             }
         }
+    }
+
+    /// Connects virtio device `number`: its page of registers, to be read without an exit, its
+    /// notifications, and its interrupt.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn attach(&self, number: usize, device: &Mmio) -> Result<(), Error> {
+        let base = bus::VIRTIO_BASE + number as u64 * bus::VIRTIO_SIZE;
+        let at = |register: u32| IoEventAddress::Mmio(base + u64::from(register));
+        for (queue, file) in device.notify_files().into_iter().flatten().enumerate() {
+            self.vm
+                .register_ioevent(file, &at(VIRTIO_MMIO_QUEUE_NOTIFY), queue as u32)
+                .map_err(|errno| self.failed("KVM_IOEVENTFD", errno))?;
+        }
+        if let Some(file) = device.acknowledge_file() {
+            // Whatever is written, in the one width that there is.
+            let ioeventfd = kvm_ioeventfd {
+                addr: base + u64::from(VIRTIO_MMIO_INTERRUPT_ACK),
+                len: 4,
+                fd: file.as_raw_fd(),
+                ..Default::default()
+            };
+            // SAFETY: the descriptor is a VM's, the structure is the one that the ioctl takes.
+            if unsafe { ioctl_with_ref(&*self.vm, KVM_IOEVENTFD(), &ioeventfd) } < 0 {
+                return Err(self.failed("KVM_IOEVENTFD", errno::Error::last()));
+            }
+        }
+        if let Some(file) = device.interrupt_file() {
+            self.vm
+                .register_irqfd(file, bus::VIRTIO_GSI + number as u32)
+                .map_err(|errno| self.failed("KVM_IRQFD", errno))?;
+        }
+        if self.kvm.check_extension(Cap::ReadonlyMem) {
+            let slot = kvm_userspace_memory_region {
+                slot: FIRST_PAGE_SLOT + number as u32,
+                flags: KVM_MEM_READONLY,
+                guest_phys_addr: base,
+                memory_size: device.page().size() as u64,
+                userspace_addr: device.page().as_ptr() as u64,
+            };
+            // SAFETY: the page is a mapping of that size. Once it is gone, with the board that has the
+            // device, no vCPU runs any more.
+            unsafe { self.vm.set_user_memory_region(slot) }
+                .map_err(|errno| self.failed("KVM_SET_USER_MEMORY_REGION", errno))?;
+        }
+        Ok(())
     }
 
     /// Returns the machine's interrupt controllers, as this program sees them.
