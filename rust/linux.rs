@@ -9,6 +9,7 @@ pub(crate) mod cpu;
 pub(crate) mod debug;
 pub(crate) mod file;
 pub(crate) mod fpu;
+pub(crate) mod hrtimer;
 pub(crate) mod ipi;
 pub(crate) mod irq;
 pub(crate) mod mm;
@@ -21,6 +22,7 @@ pub(crate) mod rwlock;
 pub(crate) mod srcu;
 pub(crate) mod task;
 pub(crate) mod user;
+pub(crate) mod wait;
 
 /// ENOSPC, which the kernel crate does not name.
 pub(crate) fn no_space() -> kernel::error::Error {
