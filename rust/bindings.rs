@@ -67,6 +67,7 @@ abi_types! {
     kvm_enable_cap,
     kvm_fpu,
     kvm_interrupt,
+    kvm_lapic_state,
     kvm_mp_state,
     kvm_msr_entry,
     kvm_msr_list,
@@ -77,8 +78,10 @@ abi_types! {
     kvm_sregs,
     kvm_stats_desc,
     kvm_stats_header,
+    kvm_tpr_access_ctl,
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
+    kvm_vapic_addr,
     kvm_vcpu_events,
     kvm_xcrs,
 }

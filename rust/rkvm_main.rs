@@ -36,6 +36,7 @@ mod bindings;
 mod bus;
 mod coalesced;
 mod events;
+mod irq;
 mod lapic;
 mod linux;
 mod mem;

@@ -10,11 +10,13 @@ use crate::abi::ioctl;
 use crate::abi::kvm_enable_cap;
 use crate::abi::kvm_userspace_memory_region;
 use crate::abi::kvm_userspace_memory_region2;
+use crate::apics::Apics;
 use crate::backend::Backend;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
 use crate::bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use crate::bus::Bus;
+use crate::irq::Irqs;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
@@ -40,6 +42,8 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) memory: GuestMemory,
     #[pin]
     pub(crate) bus: Bus,
+    pub(crate) apics: Arc<Apics>,
+    pub(crate) irqs: Arc<Irqs>,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Held while a vCPU is made.
@@ -69,11 +73,15 @@ impl<B: Backend> Vm<B> {
     pub(crate) fn new(machine: Arc<Machine<B>>) -> Result<Arc<Self>> {
         let caps = machine.backend.ept_caps();
         let pid = current!().pid();
+        let apics = Apics::new()?;
+        let irqs = Irqs::new(&apics)?;
         Arc::pin_init(
             try_pin_init!(Self {
                 machine,
                 memory <- GuestMemory::new(caps),
                 bus <- Bus::new(),
+                apics,
+                irqs,
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus { ids: 0, ring: 0 }),
                 stats_id: CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}"))?,
@@ -109,6 +117,7 @@ impl<B: Backend> Vm<B> {
             KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
                 self.set_dirty_ring(cap.args[0] as u32)?;
             }
+            crate::bindings::KVM_CAP_SPLIT_IRQCHIP => self.irqs.set_split(),
             _ => return Err(EINVAL),
         }
         Ok(0)
@@ -125,6 +134,11 @@ impl<B: Backend> Vm<B> {
         vcpus.ring = bytes;
         self.memory.use_rings();
         Ok(())
+    }
+
+    /// The vCPU that starts the machine, by its identifier.
+    pub(crate) fn boot_cpu_id(&self) -> u32 {
+        0
     }
 
     /// KVM_SET_TSS_ADDR. An unrestricted guest needs no TSS in its memory: the address is checked and

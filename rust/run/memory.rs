@@ -286,7 +286,15 @@ impl<L: Loaded> Run<'_, L> {
             let arch = &mut *self.arch;
             let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
             match arch.emulator.step(&mut cpu, &mut memory) {
-                Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
+                Outcome::MmioWrite { gpa, data, len } => {
+                    if !self.apic_write(gpa, &data, len) && !self.device_write(gpa, &data, len) {
+                        break Outcome::MmioWrite { gpa, data, len };
+                    }
+                }
+                Outcome::MmioRead { gpa, len } => match self.apic_read(gpa, len) {
+                    Some(data) => self.arch.emulator.complete_read(data),
+                    None => break Outcome::MmioRead { gpa, len },
+                },
                 outcome => break outcome,
             }
         };
