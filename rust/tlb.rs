@@ -105,8 +105,13 @@ impl VcpuShared {
         ring: Option<DirtyRing>,
         apic: Option<SharedApic>,
     ) -> impl PinInit<Self, Error> {
+        // Nobody takes requests of an APIC where there is none.
+        let requests = match apic {
+            Some(_) => Request::WriteLogging as u32 | Request::EoiVectors as u32,
+            None => Request::WriteLogging as u32,
+        };
         try_pin_init!(Self {
-            requests: AtomicU32::new(Request::WriteLogging as u32 | Request::EoiVectors as u32),
+            requests: AtomicU32::new(requests),
             mode: AtomicU32::new(OUTSIDE_GUEST),
             cpu: AtomicI32::new(-1),
             ring,

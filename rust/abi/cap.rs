@@ -37,7 +37,9 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_MEMORY_FAULT_INFO
         | b::KVM_CAP_PRE_FAULT_MEMORY
         | b::KVM_CAP_CHECK_EXTENSION_VM
-        | b::KVM_CAP_ENABLE_CAP_VM => 1,
+        | b::KVM_CAP_ENABLE_CAP_VM
+        | b::KVM_CAP_SPLIT_IRQCHIP
+        | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
         b::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => crate::mem::log::MANUAL_CAPS as isize,
         b::KVM_CAP_DIRTY_LOG_RING | b::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
             crate::mem::ring::MAX_BYTES as isize
