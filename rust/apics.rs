@@ -11,6 +11,8 @@
 //! answers to, and read under SRCU: a message is delivered from any context, hard interrupts included,
 //! and without a lock.
 
+mod posted;
+
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
 use crate::tlb::Request;
@@ -38,26 +40,48 @@ use kernel::prelude::*;
 use kernel::sync::new_mutex;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
+use posted::Posted;
 
 /// The page of an APIC's registers. Whoever delivers an interrupt writes to it, and with APIC
 /// virtualisation the processor does too.
-pub(crate) struct Registers(KernelPage);
+pub(crate) struct Registers {
+    page: KernelPage,
+    posted: Posted,
+}
 
 impl Registers {
     /// Zeroed registers: ENOMEM.
     pub(crate) fn new() -> Result<Arc<Self>> {
-        Ok(Arc::new(Self(KernelPage::new()?), GFP_KERNEL_ACCOUNT)?)
+        let registers = Self {
+            page: KernelPage::new()?,
+            posted: Posted::new(),
+        };
+        Ok(Arc::new(registers, GFP_KERNEL_ACCOUNT)?)
     }
 
     /// The page's physical address.
     pub(crate) fn phys(&self) -> u64 {
-        self.0.phys()
+        self.page.phys()
+    }
+
+    /// What has been posted for the processor.
+    pub(crate) fn posted(&self) -> &Posted {
+        &self.posted
+    }
+
+    /// Moves what has been posted to the request register.
+    pub(crate) fn take_posted(&self) {
+        self.posted.take(|word, vectors| {
+            if let Some(requests) = self.word(IRR + (u16::from(word) << 4)) {
+                requests.fetch_or(vectors, Ordering::SeqCst);
+            }
+        });
     }
 
     #[inline]
     fn word(&self, offset: u16) -> Option<&AtomicU32> {
         // The mask keeps the compiler from looking any further whether it is in the page.
-        self.0.atomic(usize::from(offset & 0xffc))
+        self.page.atomic(usize::from(offset & 0xffc))
     }
 }
 
@@ -88,9 +112,52 @@ impl ApicPage for Arc<Registers> {
     }
 }
 
+/// Where the request register is.
+const IRR: u16 = 0x200;
+
+/// The registers as those see them who deliver: where a processor may be delivering interrupts from
+/// the page itself, requests are posted.
+struct Inbox {
+    registers: Arc<Registers>,
+    posts: bool,
+}
+
+impl Inbox {
+    /// The word of the posted requests that stands for a word of the page.
+    fn posted_word(&self, offset: u16) -> Option<usize> {
+        let word = offset.wrapping_sub(IRR) >> 4;
+        (self.posts && word < 8).then_some(usize::from(word))
+    }
+}
+
+impl ApicPage for Inbox {
+    #[inline]
+    fn read(&self, offset: u16) -> u32 {
+        self.registers.read(offset)
+    }
+
+    #[inline]
+    fn write(&self, offset: u16, value: u32) {
+        self.registers.write(offset, value);
+    }
+
+    #[inline]
+    fn fetch_or(&self, offset: u16, bits: u32) -> u32 {
+        match self.posted_word(offset) {
+            Some(word) => self.registers.posted.post(word, bits),
+            None => self.registers.fetch_or(offset, bits),
+        }
+    }
+
+    #[inline]
+    fn fetch_and(&self, offset: u16, bits: u32) -> u32 {
+        self.registers.fetch_and(offset, bits)
+    }
+}
+
 /// What others reach of a vCPU's APIC.
 pub(crate) struct SharedApic {
-    registers: Arc<Registers>,
+    inbox: Inbox,
     id: u32,
     /// The [`ApicMode`], as [`mode_code`] has it. Written by the vCPU.
     mode: AtomicU8,
@@ -107,10 +174,11 @@ const fn mode_code(mode: ApicMode) -> u8 {
 }
 
 impl SharedApic {
-    /// The APIC with these registers and this ID, in xAPIC mode.
-    pub(crate) fn new(registers: Arc<Registers>, id: u32) -> Self {
+    /// The APIC with these registers and this ID, in xAPIC mode. `posts` is whether the processor delivers
+    /// its interrupts.
+    pub(crate) fn new(registers: Arc<Registers>, id: u32, posts: bool) -> Self {
         Self {
-            registers,
+            inbox: Inbox { registers, posts },
             id,
             mode: AtomicU8::new(mode_code(ApicMode::Xapic)),
             events: AtomicU32::new(0),
@@ -122,13 +190,13 @@ impl SharedApic {
         self.mode.store(mode_code(mode), Ordering::Relaxed);
     }
 
-    fn view(&self, ids: IdFormat) -> ApicView<'_, Arc<Registers>> {
+    fn view(&self, ids: IdFormat) -> ApicView<'_, Inbox> {
         let mode = match self.mode.load(Ordering::Relaxed) {
             0 => ApicMode::Disabled,
             1 => ApicMode::Xapic,
             _ => ApicMode::X2apic,
         };
-        ApicView::new(&self.registers, mode, self.id, ids)
+        ApicView::new(&self.inbox, mode, self.id, ids)
     }
 
     fn change(&self, mut f: impl FnMut(ApicEvents) -> ApicEvents) -> ApicEvents {
@@ -155,9 +223,15 @@ impl SharedApic {
         self.change(|_| ApicEvents::empty())
     }
 
-    /// The events that wait.
-    pub(crate) fn events(&self) -> ApicEvents {
-        ApicEvents::new(self.events.load(Ordering::SeqCst))
+    /// Whether interrupts may have been posted that the processor has not taken.
+    #[inline]
+    pub(crate) fn has_posted(&self) -> bool {
+        self.inbox.posts && self.inbox.registers.posted.is_notified()
+    }
+
+    /// Moves them to the request register.
+    pub(crate) fn take_posted(&self) {
+        self.inbox.registers.take_posted();
     }
 }
 
@@ -274,6 +348,11 @@ impl VcpuShared {
             return false;
         };
         match apic.view(ids).deliver(message) {
+            Delivered::Queued if apic.inbox.posts => {
+                if apic.inbox.registers.posted.notify() {
+                    self.notify_posted();
+                }
+            }
             Delivered::Queued => self.request_and_kick(Request::Interrupts),
             // Who requested it first has told the vCPU.
             Delivered::Coalesced => {}
@@ -340,7 +419,9 @@ impl Apics {
         // From now on, and for ever if there is no memory for another map, each APIC is asked.
         self.changes.fetch_add(1, Ordering::SeqCst);
         if self.change(|_| Ok(())).is_err() {
-            kernel::pr_warn_once!("no memory for a map of local APICs: interrupts are delivered slowly\n");
+            kernel::pr_warn_once!(
+                "no memory for a map of local APICs: interrupts are delivered slowly\n"
+            );
         }
     }
 

@@ -60,6 +60,15 @@ fn ticks_to_ns(ticks: u64, khz: u32) -> u64 {
         .saturating_add(rest * NS_PER_MS / khz)
 }
 
+/// How many ticks of a counter of `khz` kHz so many nanoseconds take.
+fn ns_to_ticks(ns: u64, khz: u32) -> u64 {
+    const NS_PER_MS: u64 = 1_000_000;
+    let khz = u64::from(khz);
+    let (ms, rest) = (ns / NS_PER_MS, ns % NS_PER_MS);
+    ms.saturating_mul(khz)
+        .saturating_add(rest * khz / NS_PER_MS)
+}
+
 /// Tells a vCPU that its timer has expired.
 struct WakeUp(Arc<VcpuShared>);
 
@@ -73,11 +82,14 @@ impl OnExpiry for WakeUp {
 /// The local APIC of a vCPU.
 pub(crate) struct LocalApic {
     pub(crate) model: Model,
+    registers: Arc<Registers>,
     timer: HrTimer<WakeUp>,
     /// The timer of the host is armed.
     armed: bool,
     /// When the timer last went off, in nanoseconds of CLOCK_MONOTONIC.
     last_expiry: u64,
+    /// The processor delivers interrupts by itself.
+    pub(crate) virtualised: bool,
     /// [`Model::pending_interrupt`] may be other than it was when it was last none.
     pub(crate) recheck: bool,
     /// The vectors whose ends the I/O APICs want to know of.
@@ -96,18 +108,29 @@ impl LocalApic {
         registers: Arc<Registers>,
         config: Config,
         shared: Arc<VcpuShared>,
+        virtualised: bool,
     ) -> Result<Self> {
         Ok(Self {
-            model: Apic::new(registers, config),
+            model: Apic::new(registers.clone(), config),
+            registers,
             timer: HrTimer::new(WakeUp(shared))?,
             armed: false,
             last_expiry: 0,
+            virtualised,
             recheck: true,
             eoi_vectors: [0; 4],
             extint: None,
             ioapic_eoi: None,
             known: None,
         })
+    }
+
+    /// Moves what has been posted for the processor to the request register.
+    pub(crate) fn take_posted(&mut self) {
+        if self.virtualised {
+            self.registers.take_posted();
+            self.recheck = true;
+        }
     }
 
     /// The interrupt that the processor would take, if there is one that its priority lets through.
@@ -120,6 +143,17 @@ impl LocalApic {
         // Until something changes, it stays so.
         self.recheck = pending.is_some();
         pending
+    }
+
+    /// The class that the task priority has to sink below for an interrupt to be let through; 0 if there is
+    /// none that it holds back.
+    pub(crate) fn priority_threshold(&self) -> u8 {
+        let class = self.model.highest_requested().unwrap_or(0) >> 4;
+        if class <= self.model.cr8() {
+            class
+        } else {
+            0
+        }
     }
 
     /// Whether what it answers to is other than it was when this was last asked.
@@ -150,9 +184,29 @@ impl LocalApic {
         delivered
     }
 
+    /// When the timer goes off next, by the host's time-stamp counter; none if it is not armed.
+    pub(crate) fn expires_tsc(&self, clock: &GuestClock, tsc_khz: u32) -> Option<u64> {
+        match self.model.timer().next_expiry()? {
+            Deadline::Tsc(tsc) => {
+                // A deadline that has passed must not be taken for one at the counter's other end.
+                let ticks = tsc.saturating_sub(clock.tsc());
+                Some(host_msr::rdtsc().saturating_add(ticks))
+            }
+            Deadline::Ns(_) => {
+                let left = self
+                    .expires_ns(clock, tsc_khz)?
+                    .saturating_sub(hrtimer::now());
+                Some(host_msr::rdtsc().saturating_add(ns_to_ticks(left, tsc_khz)))
+            }
+        }
+    }
+
     /// When the timer goes off next, in nanoseconds of CLOCK_MONOTONIC; none if it is not armed.
     fn expires_ns(&self, clock: &GuestClock, tsc_khz: u32) -> Option<u64> {
         match self.model.timer().next_expiry()? {
+            Deadline::Ns(ns) if self.model.timer().mode() == TimerMode::Periodic => {
+                Some(ns.max(self.last_expiry.saturating_add(MIN_PERIOD)))
+            }
             Deadline::Ns(ns) => Some(ns),
             Deadline::Tsc(tsc) => {
                 let ticks = tsc.saturating_sub(clock.tsc());
@@ -164,10 +218,7 @@ impl LocalApic {
     /// Arms the host's timer for the next expiry, or stops it.
     pub(crate) fn arm_timer(&mut self, clock: &GuestClock, tsc_khz: u32) {
         match self.expires_ns(clock, tsc_khz) {
-            Some(mut ns) => {
-                if self.model.timer().mode() == TimerMode::Periodic {
-                    ns = ns.max(self.last_expiry.saturating_add(MIN_PERIOD));
-                }
+            Some(ns) => {
                 self.timer.arm(ns);
                 self.armed = true;
             }

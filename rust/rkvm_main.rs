@@ -62,6 +62,14 @@ module! {
             default: 1,
             description: "Let the processor log the guest's writes, if it can (default 1)",
         },
+        apicv: u8 {
+            default: 1,
+            description: "Let the processor deliver the guest's interrupts, if it can (default 1)",
+        },
+        preemption_timer: u8 {
+            default: 1,
+            description: "Use the VMX-preemption timer for the guest's, if there is one (default 1)",
+        },
     },
 }
 
@@ -70,6 +78,16 @@ mod parameters {
     /// Page-modification logging may be used.
     pub(crate) fn pml() -> bool {
         *crate::module_parameters::pml.value() != 0
+    }
+
+    /// Interrupts may be delivered by the processor.
+    pub(crate) fn apicv() -> bool {
+        *crate::module_parameters::apicv.value() != 0
+    }
+
+    /// The VMX-preemption timer may be used.
+    pub(crate) fn preemption_timer() -> bool {
+        *crate::module_parameters::preemption_timer.value() != 0
     }
 }
 

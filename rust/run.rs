@@ -156,7 +156,7 @@ impl<L: Loaded> Run<'_, L> {
                 return Ok(());
             }
             if self.arch.apic.is_some() && !self.attend() {
-                self.shared.sleep();
+                self.sleep();
             } else if let Some(exit) = self.enter_once() {
                 if self.handle(exit)? == Next::User {
                     return Ok(());
@@ -246,6 +246,7 @@ impl<L: Loaded> Run<'_, L> {
             return None;
         }
 
+        self.prepare_apic();
         if delivery.exit_at_once {
             // It waits for interrupts to be on, which is in the guest, after the delivery.
             preempt.interrupt_self();
@@ -386,6 +387,22 @@ impl<L: Loaded> Run<'_, L> {
                 linear,
             } => self.page_fault(gpa, access, linear),
             Exit::Hlt => self.halt(),
+            Exit::Timer => {
+                self.shared.request(Request::Timer);
+                Ok(Next::Guest)
+            }
+            Exit::PriorityBelowThreshold => {
+                self.recheck_interrupts();
+                Ok(Next::Guest)
+            }
+            Exit::InterruptEnd(vector) => {
+                self.interrupt_end(vector);
+                Ok(Next::Guest)
+            }
+            Exit::ApicWrite(offset) => {
+                self.register_written(offset);
+                Ok(Next::Guest)
+            }
             Exit::Rdmsr => {
                 if self.rdmsr() {
                     Ok(Next::Guest)

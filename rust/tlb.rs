@@ -145,6 +145,25 @@ impl VcpuShared {
         }
     }
 
+    /// Interrupts have been posted: a processor that runs the guest is told, and takes them without an
+    /// exit; else the vCPU is. In any context.
+    pub(crate) fn notify_posted(&self) {
+        // The poster's barrier between what it posted and this look; pairs with the vCPU's between its
+        // mode and its look for posted interrupts.
+        if self.mode.load(Ordering::SeqCst) == IN_GUEST {
+            if let Some(cpu) = CpuId::from_i32(self.cpu()) {
+                ipi::post_interrupt(cpu);
+            }
+        } else {
+            self.request_and_kick(Request::Interrupts);
+        }
+    }
+
+    /// The barrier between what the vCPU has said of its mode and what it looks for next.
+    pub(crate) fn order_after_exit(&self) {
+        core::sync::atomic::fence(Ordering::SeqCst);
+    }
+
     /// Waits until there is a request that wakes the vCPU, or the thread has a signal. By who holds the
     /// vCPU's mutex.
     pub(crate) fn sleep(&self) {

@@ -81,12 +81,14 @@ impl<B: Backend> State<B> {
         registers: Option<Arc<Registers>>,
     ) -> impl PinInit<Self, Error> + 'a {
         pin_init::pin_init_scope(move || {
-            let (hw, follows) = vm.machine.backend.new_vcpu(vm.memory.eptp())?;
+            let backend = &vm.machine.backend;
+            let (hw, follows) = backend.new_vcpu(vm.memory.eptp(), registers.clone())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, vm.apics.ids(), vm.apics.bus());
-                let apic = LocalApic::new(registers, config, shared.clone())?;
+                let virtualised = backend.virtualises_apics();
+                let apic = LocalApic::new(registers, config, shared.clone(), virtualised)?;
                 arch.apic = Some(KBox::new(apic, GFP_KERNEL_ACCOUNT)?);
                 if !boots {
                     arch.mp_state = crate::bindings::KVM_MP_STATE_UNINITIALIZED;
@@ -109,7 +111,10 @@ impl<B: Backend> Vcpu<B> {
             Mode::None => None,
             Mode::Split | Mode::Kernel => Some(Registers::new()?),
         };
-        let apic = registers.clone().map(|page| SharedApic::new(page, id));
+        let posts = vm.machine.backend.virtualises_apics();
+        let apic = registers
+            .clone()
+            .map(|page| SharedApic::new(page, id, posts));
         let shared = Arc::pin_init(VcpuShared::new(ring, apic), GFP_KERNEL_ACCOUNT)?;
         let (vm, shared) = (&vm, &shared);
         let pid = current!().pid();

@@ -345,5 +345,7 @@ void rkvm_interrupt_cpu(int cpu)
 
 void rkvm_post_interrupt(int cpu)
 {
+	BUILD_BUG_ON(RKVM_POSTED_INTR_VECTOR != POSTED_INTR_VECTOR);
+
 	__apic_send_IPI_mask(cpumask_of(cpu), POSTED_INTR_VECTOR);
 }

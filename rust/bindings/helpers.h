@@ -111,6 +111,7 @@ void rkvm_rcuwait_sleep(struct rcuwait *w, const u32 *word, u32 mask);
 /* Has a CPU leave what it does, or sends it the posted-interrupt vector. */
 void rkvm_interrupt_cpu(int cpu);
 void rkvm_post_interrupt(int cpu);
+#define RKVM_POSTED_INTR_VECTOR 0xf2
 
 struct mutex;
 /* 0, or -EINTR if the thread is being killed. */

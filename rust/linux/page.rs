@@ -10,6 +10,12 @@ use kernel::prelude::*;
 /// Bytes in a page.
 pub(crate) const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
 
+/// The physical address of something that the kernel's allocator made.
+pub(crate) fn phys_of<T>(place: &T) -> u64 {
+    // SAFETY: An address calculation: for what is elsewhere it is wrong, and nothing else.
+    unsafe { bindings::rkvm_virt_to_phys(core::ptr::from_ref(place).cast()) }
+}
+
 /// A page of kernel memory that hardware or user space sees too.
 ///
 /// # Invariants

@@ -14,8 +14,10 @@ use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
 use crate::x86::apic::message::Target;
+use crate::x86::apic::timer::Clock;
 use crate::x86::apic::Effect;
 use crate::x86::apic::Eoi;
+use crate::x86::cpuid::features::Features;
 use crate::x86::event::InterruptSource;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Gpr;
@@ -56,7 +58,8 @@ impl InterruptSource for Controllers<'_> {
     fn waits(&mut self) -> bool {
         match &mut self.apic {
             Some(apic) => {
-                Self::outside_waits(apic, self.irqs) || apic.pending_interrupt().is_some()
+                Self::outside_waits(apic, self.irqs)
+                    || (!apic.virtualised && apic.pending_interrupt().is_some())
             }
             None => false,
         }
@@ -65,6 +68,7 @@ impl InterruptSource for Controllers<'_> {
     fn acknowledge(&mut self) -> Option<u8> {
         let apic = self.apic.as_deref_mut()?;
         if !Self::outside_waits(apic, self.irqs) {
+            apic.recheck = true;
             return apic.model.acknowledge();
         }
         let left_by_vmm = apic.extint.take();
@@ -87,20 +91,36 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
             let sender = apic.model.config().id;
             around.apics.send(&message, Some(sender));
         }
-        Effect::Timer => apic.arm_timer(&clock, tsc_khz),
+        Effect::Timer => set_timer(hw, apic, &clock, tsc_khz),
         Effect::Identity => {
             apic.recheck = true;
-            apic.arm_timer(&clock, tsc_khz);
+            set_timer(hw, apic, &clock, tsc_khz);
             if apic.identity_changed(around.apics.ids()) {
                 if let Some(shared) = around.shared.apic() {
                     shared.set_mode(apic.model.mode());
                 }
+                hw.set_apic_mode(apic.model.mode());
                 around.apics.rebuild();
                 around.shared.request(Request::EoiVectors);
                 let cr4 = hw.cr4();
                 arch.refresh_cpuid(around.host, cr4);
             }
         }
+    }
+}
+
+/// The timer may go off at another moment than before.
+pub(super) fn set_timer(
+    hw: &mut impl Loaded,
+    apic: &mut LocalApic,
+    clock: &GuestClock,
+    tsc_khz: u32,
+) {
+    if hw.has_timer() {
+        // The host's own timer is for when the vCPU sleeps.
+        hw.set_timer(apic.expires_tsc(clock, tsc_khz));
+    } else {
+        apic.arm_timer(clock, tsc_khz);
     }
 }
 
@@ -184,6 +204,7 @@ impl<L: Loaded> Run<'_, L> {
         let done = match msr {
             Msr::X2APIC_EOI => self.eoi_at_once(value),
             Msr::X2APIC_ICR => self.command_at_once(msr, value),
+            Msr::TSC_DEADLINE => self.deadline_at_once(value),
             _ => false,
         };
         if done {
@@ -215,6 +236,75 @@ impl<L: Loaded> Run<'_, L> {
                 true
             }
             Err(_) => false,
+        }
+    }
+
+    /// A deadline that is still to come.
+    fn deadline_at_once(&mut self, value: u64) -> bool {
+        let clock = clock(&mut self.hw);
+        let tsc_khz = self.arch.tsc_khz;
+        if !self.arch.features.has(Features::TSC_DEADLINE) || !self.hw.has_timer() {
+            return false;
+        }
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return false;
+        };
+        if value != 0 && value <= clock.tsc() {
+            return false;
+        }
+        if apic.model.set_tsc_deadline(value) == Effect::Timer {
+            self.hw.set_timer(apic.expires_tsc(&clock, tsc_khz));
+        }
+        true
+    }
+
+    /// Before an entry, interrupts off: what has been posted, and what the processor has to know of a
+    /// virtual APIC that was changed behind its back.
+    #[inline]
+    pub(super) fn prepare_apic(&mut self) {
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return;
+        };
+        if !apic.virtualised {
+            self.hw.set_priority_threshold(apic.priority_threshold());
+            return;
+        }
+        let posted = self.shared.apic().filter(|shared| shared.has_posted());
+        if let Some(shared) = posted {
+            shared.take_posted();
+        }
+        if apic.recheck {
+            apic.recheck = false;
+            let in_service = apic.model.highest_in_service().unwrap_or(0);
+            let requested = apic.model.highest_requested().unwrap_or(0);
+            self.hw.set_interrupt_status(in_service, requested);
+        } else if posted.is_some() {
+            let requested = apic.model.highest_requested().unwrap_or(0);
+            self.hw.raise_requested(requested);
+        }
+    }
+
+    /// The processor has ended an interrupt of the guest's by itself.
+    pub(super) fn interrupt_end(&mut self, vector: u8) {
+        if let Some(apic) = self.arch.apic.as_deref() {
+            let effect = Effect::Eoi(apic.model.ended(vector));
+            self.apply(effect);
+        }
+    }
+
+    /// The guest has written to a register in the virtual APIC's page that does more than keep a value.
+    pub(super) fn register_written(&mut self, offset: u16) {
+        let clock = clock(&mut self.hw);
+        if let Some(apic) = self.arch.apic.as_deref_mut() {
+            let effect = apic.model.written(offset, &clock);
+            self.apply(effect);
+        }
+    }
+
+    /// The interrupt controllers, for the events model.
+    pub(super) fn recheck_interrupts(&mut self) {
+        if let Some(apic) = self.arch.apic.as_deref_mut() {
+            apic.recheck = true;
         }
     }
 

@@ -5,6 +5,7 @@
 
 use super::apic::apply;
 use super::apic::clock;
+use super::apic::set_timer;
 use super::apic::Around;
 use super::apic::Controllers;
 use super::Next;
@@ -54,7 +55,7 @@ impl<L: Loaded> Run<'_, L> {
         if self.page.immediate_exit() {
             return Err(EINTR);
         }
-        self.shared.sleep();
+        self.sleep();
         self.take_apic_requests();
         if task::signal_pending() {
             self.page.set_exit_reason(abi::exit::INTR);
@@ -62,6 +63,20 @@ impl<L: Loaded> Run<'_, L> {
             return Err(EINTR);
         }
         Err(EAGAIN)
+    }
+
+    /// Waits for a request that wakes the vCPU, or a signal.
+    pub(super) fn sleep(&mut self) {
+        let clock = clock(&mut self.hw);
+        let tsc_khz = self.arch.tsc_khz;
+        let by_hardware = self.hw.has_timer();
+        if let Some(apic) = self.arch.apic.as_deref_mut().filter(|_| by_hardware) {
+            apic.arm_timer(&clock, tsc_khz);
+        }
+        self.shared.sleep();
+        if let Some(apic) = self.arch.apic.as_deref_mut().filter(|_| by_hardware) {
+            apic.disarm_timer();
+        }
     }
 
     /// Looks what has come for the APIC, and returns if the vCPU runs.
@@ -83,11 +98,35 @@ impl<L: Loaded> Run<'_, L> {
         if self.arch.events.has_deliverable(gate) {
             return true;
         }
+        if !gate.interrupts_enabled || gate.shadow != Shadow::None {
+            return false;
+        }
+        if self.virtual_interrupt_waits() {
+            return true;
+        }
         let mut controllers = Controllers {
             apic: self.arch.apic.as_deref_mut(),
             irqs: self.irqs,
         };
-        gate.interrupts_enabled && gate.shadow == Shadow::None && controllers.waits()
+        controllers.waits()
+    }
+
+    /// Whether there is an interrupt that the processor would deliver by itself.
+    fn virtual_interrupt_waits(&mut self) -> bool {
+        let Some(apic) = self
+            .arch
+            .apic
+            .as_deref_mut()
+            .filter(|apic| apic.virtualised)
+        else {
+            return false;
+        };
+        self.shared.order_after_exit();
+        if let Some(shared) = self.shared.apic().filter(|shared| shared.has_posted()) {
+            shared.take_posted();
+            apic.recheck = true;
+        }
+        apic.model.pending_interrupt().is_some()
     }
 
     fn take_apic_requests(&mut self) {
@@ -113,7 +152,7 @@ impl<L: Loaded> Run<'_, L> {
             if let Delivered::Event(ApicEvent::Nmi) = apic.run_timer(&clock) {
                 self.arch.events.queue_nmi();
             }
-            apic.arm_timer(&clock, tsc_khz);
+            set_timer(&mut self.hw, apic, &clock, tsc_khz);
         }
         if shared.take(Request::Watchdog) {
             if let Delivered::Event(ApicEvent::Nmi) = apic.model.deliver_local(LvtEntry::Lint0) {
@@ -125,6 +164,7 @@ impl<L: Loaded> Run<'_, L> {
             apic.eoi_vectors = self
                 .irqs
                 .eoi_vectors(&identity, &|vector| apic.model.holds(vector));
+            self.hw.set_eoi_exits(&apic.eoi_vectors);
         }
     }
 }
@@ -171,6 +211,7 @@ fn init(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>) {
     let Some(apic) = arch.apic.as_deref_mut() else {
         return;
     };
+    apic.take_posted();
     apic.model.reset(Reset::Init);
     apic.extint = None;
     arch.mp_state = match apic.model.config().role {

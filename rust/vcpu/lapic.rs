@@ -100,6 +100,7 @@ impl<L: Loaded> Locked<'_, L> {
         self.configure_apic();
         let clock = apic::clock(self.hw);
         let apic = self.arch.apic.as_deref_mut().ok_or(EINVAL)?;
+        apic.take_posted();
         let mut image: Image = [0; 1024];
         apic.model.save(&mut image, &clock);
         for (to, from) in state.regs.iter_mut().zip(image) {
@@ -117,6 +118,7 @@ impl<L: Loaded> Locked<'_, L> {
         for (to, from) in image.iter_mut().zip(state.regs) {
             *to = from;
         }
+        apic.take_posted();
         let effect = apic.model.restore(&image, &clock).map_err(|_| EINVAL)?;
         self.apply(effect);
         self.around.shared.request(Request::EoiVectors);
