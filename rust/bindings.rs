@@ -27,6 +27,8 @@ use kernel::bindings::{
     file,
     file_operations,
     folio,
+    hrtimer,
+    hrtimer_restart,
     inode,
     lock_class_key,
     mm_struct,

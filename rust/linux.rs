@@ -10,6 +10,7 @@ pub(crate) mod debug;
 pub(crate) mod eventfd;
 pub(crate) mod file;
 pub(crate) mod fpu;
+pub(crate) mod hrtimer;
 pub(crate) mod ipi;
 pub(crate) mod irq;
 pub(crate) mod mm;
@@ -23,6 +24,8 @@ pub(crate) mod spinlock;
 pub(crate) mod srcu;
 pub(crate) mod task;
 pub(crate) mod user;
+
+pub(crate) mod wait;
 pub(crate) mod work;
 
 /// ENOSPC, which the kernel crate does not name.

@@ -10,6 +10,7 @@
 //! | [`system`], [`vm`], [`vcpu`] | the three kinds of file and their ioctls |
 //! | [`run`] | KVM_RUN: enter, exit, dispatch |
 //! | [`bus`], [`coalesced`] | what of a guest's I/O stays in the kernel |
+//! | [`apics`], [`lapic`] | the local APICs, as others and as their vCPUs see them |
 //! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
@@ -28,12 +29,14 @@ use system::System;
 use vmx::Vmx;
 
 mod abi;
+mod apics;
 mod arch;
 mod backend;
 mod bindings;
 mod bus;
 mod coalesced;
 mod events;
+mod lapic;
 mod linux;
 mod mem;
 mod mmu;

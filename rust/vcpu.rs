@@ -84,7 +84,7 @@ impl<B: Backend> State<B> {
 impl<B: Backend> Vcpu<B> {
     /// Makes a vCPU of `vm`, with the dirty ring that it is to have, and a file for it.
     pub(crate) fn create(vm: Arc<Vm<B>>, id: u32, ring: Option<DirtyRing>) -> Result<isize> {
-        let shared = Arc::new(VcpuShared::new(ring), GFP_KERNEL_ACCOUNT)?;
+        let shared = Arc::pin_init(VcpuShared::new(ring, None), GFP_KERNEL_ACCOUNT)?;
         let (vm, shared) = (&vm, &shared);
         let pid = current!().pid();
         let stats_id = CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}/vcpu-{id}"))?;
