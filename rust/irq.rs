@@ -97,10 +97,10 @@ const MODE_KERNEL: u32 = 2;
 
 impl Irqs {
     /// Without controllers and routes: ENOMEM.
-    pub(crate) fn new(apics: Arc<Apics>) -> Result<Arc<Self>> {
+    pub(crate) fn new(apics: &Arc<Apics>) -> Result<Arc<Self>> {
         Arc::pin_init(
             try_pin_init!(Self {
-                apics,
+                apics: apics.clone(),
                 mode: AtomicU32::new(MODE_NONE),
                 update <- new_mutex!((), "rkvm_routes"),
                 routes <- SrcuCell::new(Table::empty()?),

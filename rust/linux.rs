@@ -24,7 +24,6 @@ pub(crate) mod spinlock;
 pub(crate) mod srcu;
 pub(crate) mod task;
 pub(crate) mod user;
-
 pub(crate) mod wait;
 pub(crate) mod work;
 

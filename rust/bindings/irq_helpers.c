@@ -5,6 +5,7 @@
 #include <linux/spinlock.h>
 #include <linux/wait.h>
 #include <linux/workqueue.h>
+#include <asm/cpufeature.h>
 
 #include "irq_helpers.h"
 
@@ -62,6 +63,12 @@ int rkvm_eventfd_follow(struct file *file, wait_queue_entry_t *entry, wait_queue
 	if (follow.error)
 		return follow.error;
 	return events & EPOLLIN ? 1 : 0;
+}
+
+bool rkvm_guest_may_mwait(void)
+{
+	return boot_cpu_has(X86_FEATURE_MWAIT) && boot_cpu_has(X86_FEATURE_ARAT) &&
+	       !boot_cpu_has_bug(X86_BUG_MONITOR);
 }
 
 void rkvm_work_init(struct work_struct *work, void (*f)(struct work_struct *))

@@ -33,6 +33,9 @@ u32 rkvm_eventfd_news(void *key);
  */
 int rkvm_eventfd_follow(struct file *file, wait_queue_entry_t *entry, wait_queue_func_t func);
 
+/* Whether a guest may put a CPU to sleep by itself: MWAIT, and timers that go on. */
+bool rkvm_guest_may_mwait(void);
+
 void rkvm_work_init(struct work_struct *work, void (*f)(struct work_struct *));
 void rkvm_work_queue(struct work_struct *work);
 
