@@ -25,6 +25,7 @@ pub(crate) use crate::bindings::kvm_irq_level;
 pub(crate) use crate::bindings::kvm_irq_routing;
 pub(crate) use crate::bindings::kvm_irqchip;
 pub(crate) use crate::bindings::kvm_irqfd;
+pub(crate) use crate::bindings::kvm_lapic_state;
 pub(crate) use crate::bindings::kvm_mp_state;
 pub(crate) use crate::bindings::kvm_msi;
 pub(crate) use crate::bindings::kvm_msr_entry;
@@ -41,8 +42,10 @@ pub(crate) use crate::bindings::kvm_signal_mask;
 pub(crate) use crate::bindings::kvm_sregs;
 pub(crate) use crate::bindings::kvm_stats_desc;
 pub(crate) use crate::bindings::kvm_stats_header;
+pub(crate) use crate::bindings::kvm_tpr_access_ctl;
 pub(crate) use crate::bindings::kvm_userspace_memory_region;
 pub(crate) use crate::bindings::kvm_userspace_memory_region2;
+pub(crate) use crate::bindings::kvm_vapic_addr;
 pub(crate) use crate::bindings::kvm_vcpu_events;
 pub(crate) use crate::bindings::kvm_xcrs;
 
@@ -82,6 +85,7 @@ pub(crate) mod exit {
     pub(crate) use crate::bindings::KVM_EXIT_INTERNAL_ERROR as INTERNAL_ERROR;
     pub(crate) use crate::bindings::KVM_EXIT_INTR as INTR;
     pub(crate) use crate::bindings::KVM_EXIT_IO as IO;
+    pub(crate) use crate::bindings::KVM_EXIT_IOAPIC_EOI as IOAPIC_EOI;
     pub(crate) use crate::bindings::KVM_EXIT_IRQ_WINDOW_OPEN as IRQ_WINDOW_OPEN;
     pub(crate) use crate::bindings::KVM_EXIT_MEMORY_FAULT as MEMORY_FAULT;
     pub(crate) use crate::bindings::KVM_EXIT_MMIO as MMIO;

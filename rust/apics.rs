@@ -193,11 +193,17 @@ struct Table {
     map: ApicMap<KVVec<Entry>>,
     ids: IdFormat,
     broadcast: Broadcast,
+    /// What [`Apics::changes`] was before the map was made: if it is another now, the map is out of date.
+    changes: u32,
 }
 
 impl Table {
     /// Makes the map from what the APICs answer to now: ENOMEM.
-    fn new(members: KVVec<Arc<VcpuShared>>, settings: &Settings) -> Result<KBox<Self>> {
+    fn new(
+        members: KVVec<Arc<VcpuShared>>,
+        settings: &Settings,
+        changes: u32,
+    ) -> Result<KBox<Self>> {
         let ids = settings.ids;
         let apics = || members.iter().filter_map(|vcpu| vcpu.apic());
         let len = apics().map(|apic| apic.id as usize).max().unwrap_or(0) + 1;
@@ -214,6 +220,7 @@ impl Table {
             map,
             ids,
             broadcast,
+            changes,
         };
         Ok(KBox::new(table, GFP_KERNEL_ACCOUNT)?)
     }
@@ -296,6 +303,8 @@ pub(crate) struct Apics {
     settings: Mutex<Settings>,
     #[pin]
     table: SrcuCell<Table>,
+    /// How often an APIC has changed what it answers to.
+    changes: AtomicU32,
 }
 
 /// The flags of KVM_CAP_X2APIC_API that are known.
@@ -311,7 +320,8 @@ impl Apics {
         Arc::pin_init(
             try_pin_init!(Self {
                 settings <- new_mutex!(Settings::default(), "rkvm_apics"),
-                table <- SrcuCell::new(Table::new(KVVec::new(), &Settings::default())?),
+                table <- SrcuCell::new(Table::new(KVVec::new(), &Settings::default(), 0)?),
+                changes: AtomicU32::new(0),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -322,9 +332,25 @@ impl Apics {
         self.change(|members| Ok(members.push(vcpu, GFP_KERNEL_ACCOUNT)?))
     }
 
-    /// An APIC has changed what it answers to: ENOMEM, and then destinations mean what they did.
-    pub(crate) fn rebuild(&self) -> Result {
-        self.change(|_| Ok(()))
+    /// Takes a vCPU out.
+    pub(crate) fn remove(&self, vcpu: &Arc<VcpuShared>) {
+        let gone = self.change(|members| {
+            members.retain(|other| !Arc::ptr_eq(other, vcpu));
+            Ok(())
+        });
+        // Without memory for another table it stays in this one, and takes what nobody will see.
+        let _ = gone;
+    }
+
+    /// An APIC has changed what it answers to. Sleeps.
+    pub(crate) fn rebuild(&self) {
+        // From now on, and for ever if there is no memory for another map, each APIC is asked.
+        self.changes.fetch_add(1, Ordering::SeqCst);
+        if self.change(|_| Ok(())).is_err() {
+            kernel::pr_warn_once!(
+                "no memory for a map of local APICs: interrupts are delivered slowly\n"
+            );
+        }
     }
 
     fn change(&self, f: impl FnOnce(&mut KVVec<Arc<VcpuShared>>) -> Result) -> Result {
@@ -334,7 +360,8 @@ impl Apics {
             members.push(vcpu.clone(), GFP_KERNEL_ACCOUNT)?;
         }
         f(&mut members)?;
-        drop(self.table.replace(Table::new(members, &settings)?));
+        let changes = self.changes.load(Ordering::SeqCst);
+        drop(self.table.replace(Table::new(members, &settings, changes)?));
         Ok(())
     }
 
@@ -347,8 +374,10 @@ impl Apics {
     pub(crate) fn send(&self, message: &Message, sender: Option<u32>) -> Delivery {
         let table = self.table.read();
         let mut targets = match table.map.lookup(message.target) {
-            Lookup::Found(targets) => targets,
-            Lookup::Scan => return table.scan(message, sender),
+            Lookup::Found(targets) if table.changes == self.changes.load(Ordering::SeqCst) => {
+                targets
+            }
+            _ => return table.scan(message, sender),
         };
         let mut delivery = Delivery::default();
         if message.mode == DeliveryMode::LowestPriority {
@@ -399,7 +428,8 @@ impl Apics {
                 settings.broadcast = Broadcast::ByMode;
             }
         }
-        self.rebuild()
+        self.rebuild();
+        Ok(())
     }
 
     /// Whom 0xff means in the message of a device. In any context.

@@ -78,6 +78,7 @@ abi_types! {
     kvm_irq_routing_entry,
     kvm_irqchip,
     kvm_irqfd,
+    kvm_lapic_state,
     kvm_mp_state,
     kvm_msr_entry,
     kvm_msi,
@@ -91,8 +92,10 @@ abi_types! {
     kvm_sregs,
     kvm_stats_desc,
     kvm_stats_header,
+    kvm_tpr_access_ctl,
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
+    kvm_vapic_addr,
     kvm_vcpu_events,
     kvm_xcrs,
 }

@@ -143,13 +143,11 @@ impl List {
         }
         let at = self.position(&key);
         let mut next = Self::with_room(self.0.len().saturating_add(1))?;
-        let (before, after) = self.0.split_at_checked(at).unwrap_or((&self.0, &[]));
-        for entry in before.iter().cloned().chain([(key, eventfd)]) {
+        for entry in self.0.iter().cloned() {
             next.push(entry, GFP_KERNEL_ACCOUNT)?;
         }
-        for entry in after.iter().cloned() {
-            next.push(entry, GFP_KERNEL_ACCOUNT)?;
-        }
+        next.insert_within_capacity(at, (key, eventfd))
+            .map_err(|_| ENOMEM)?;
         // INVARIANT: Put where it belongs, and it collides with none.
         Ok(KBox::new(Self(next), GFP_KERNEL_ACCOUNT)?)
     }

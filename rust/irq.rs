@@ -152,8 +152,7 @@ impl Irqs {
 
     /// Goes on from [`Self::check_pins`].
     pub(crate) fn create_split(&self, pins: u32) {
-        self.mode
-            .store(pins << 2 | MODE_SPLIT, Ordering::Release);
+        self.mode.store(pins << 2 | MODE_SPLIT, Ordering::Release);
     }
 
     /// KVM_SET_GSI_ROUTING, `arg` being the user's address: EINVAL without controllers, for too many

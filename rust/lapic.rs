@@ -12,9 +12,13 @@ use crate::linux::hrtimer::OnExpiry;
 use crate::linux::msr as host_msr;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
+use crate::x86::apic::map::Software;
+use crate::x86::apic::message::IdFormat;
+use crate::x86::apic::message::Identity;
 use crate::x86::apic::timer::Clock;
 use crate::x86::apic::timer::Deadline;
 use crate::x86::apic::timer::Expiry;
+use crate::x86::apic::timer::TimerMode;
 use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Apic;
 use crate::x86::apic::Config;
@@ -46,6 +50,16 @@ impl Clock for GuestClock {
     }
 }
 
+/// How many nanoseconds so many ticks of a counter of `khz` kHz take.
+fn ticks_to_ns(ticks: u64, khz: u32) -> u64 {
+    const NS_PER_MS: u64 = 1_000_000;
+    let khz = u64::from(khz.max(1));
+    // In two parts, of which the second stays far below 2^64.
+    let (ms, rest) = (ticks / khz, ticks % khz);
+    ms.saturating_mul(NS_PER_MS)
+        .saturating_add(rest * NS_PER_MS / khz)
+}
+
 /// Tells a vCPU that its timer has expired.
 struct WakeUp(Arc<VcpuShared>);
 
@@ -62,12 +76,18 @@ pub(crate) struct LocalApic {
     timer: HrTimer<WakeUp>,
     /// The timer of the host is armed.
     armed: bool,
+    /// When the timer last went off, in nanoseconds of CLOCK_MONOTONIC.
+    last_expiry: u64,
     /// [`Model::pending_interrupt`] may be other than it was when it was last none.
     pub(crate) recheck: bool,
     /// The vectors whose ends the I/O APICs want to know of.
     pub(crate) eoi_vectors: [u64; 4],
     /// What the VMM's interrupt controller has left by KVM_INTERRUPT.
     pub(crate) extint: Option<u8>,
+    /// A vector whose end the VMM's I/O APIC is to be told of.
+    pub(crate) ioapic_eoi: Option<u8>,
+    /// What the map of all APICs was last made with.
+    known: Option<(Identity, Software)>,
 }
 
 impl LocalApic {
@@ -81,9 +101,12 @@ impl LocalApic {
             model: Apic::new(registers, config),
             timer: HrTimer::new(WakeUp(shared))?,
             armed: false,
+            last_expiry: 0,
             recheck: true,
             eoi_vectors: [0; 4],
             extint: None,
+            ioapic_eoi: None,
+            known: None,
         })
     }
 
@@ -99,6 +122,17 @@ impl LocalApic {
         pending
     }
 
+    /// Whether what it answers to is other than it was when this was last asked.
+    pub(crate) fn identity_changed(&mut self, ids: IdFormat) -> bool {
+        let view = self.model.view();
+        let identity = Identity {
+            ids,
+            ..view.identity()
+        };
+        let now = Some((identity, view.software()));
+        core::mem::replace(&mut self.known, now) != now
+    }
+
     /// Whether the end of a vector is to be told to the I/O APICs.
     pub(crate) fn tells_eoi(&self, vector: u8) -> bool {
         self.eoi_vectors
@@ -110,6 +144,7 @@ impl LocalApic {
     pub(crate) fn run_timer(&mut self, clock: &GuestClock) -> Delivered {
         let (expiry, delivered) = self.model.run_timer(clock);
         if let Expiry::Fired { .. } = expiry {
+            self.last_expiry = hrtimer::now();
             self.recheck = true;
         }
         delivered
@@ -121,9 +156,7 @@ impl LocalApic {
             Deadline::Ns(ns) => Some(ns),
             Deadline::Tsc(tsc) => {
                 let ticks = tsc.saturating_sub(clock.tsc());
-                let khz = u128::from(tsc_khz.max(1));
-                let ns = u128::from(ticks).saturating_mul(1_000_000) / khz;
-                Some(hrtimer::now().saturating_add(u64::try_from(ns).unwrap_or(u64::MAX)))
+                Some(hrtimer::now().saturating_add(ticks_to_ns(ticks, tsc_khz)))
             }
         }
     }
@@ -131,7 +164,10 @@ impl LocalApic {
     /// Arms the host's timer for the next expiry, or stops it.
     pub(crate) fn arm_timer(&mut self, clock: &GuestClock, tsc_khz: u32) {
         match self.expires_ns(clock, tsc_khz) {
-            Some(ns) => {
+            Some(mut ns) => {
+                if self.model.timer().mode() == TimerMode::Periodic {
+                    ns = ns.max(self.last_expiry.saturating_add(MIN_PERIOD));
+                }
                 self.timer.arm(ns);
                 self.armed = true;
             }

@@ -37,8 +37,7 @@ struct IrqFd {
 impl OnEvent for IrqFd {
     fn signalled(&self) {
         if self.resampler.is_some() {
-            self.irqs
-                .set_line(self.gsi, Source::RESAMPLE, Signal::High);
+            self.irqs.set_line(self.gsi, Source::RESAMPLE, Signal::High);
         } else {
             self.irqs.pulse(self.gsi, Source::USER);
         }

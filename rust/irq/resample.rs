@@ -44,14 +44,13 @@ impl Resamplers {
     fn copy(&self, another: Option<Arc<Resampler>>) -> Result<KBox<Self>> {
         let room = self.0.len().saturating_add(1);
         let mut next = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
-        let at = match &another {
-            Some(another) => self.0.partition_point(|old| old.gsi <= another.gsi),
-            None => self.0.len(),
-        };
-        let (before, after) = self.0.split_at_checked(at).unwrap_or((&self.0, &[]));
-        let here = |half: &'_ [Arc<Resampler>]| half.iter().filter(|old| old.is_here()).cloned();
-        for resampler in here(before).chain(another).chain(here(after)) {
-            next.push(resampler, GFP_KERNEL_ACCOUNT)?;
+        for resampler in self.0.iter().filter(|old| old.is_here()) {
+            next.push(resampler.clone(), GFP_KERNEL_ACCOUNT)?;
+        }
+        if let Some(another) = another {
+            let at = next.partition_point(|old: &Arc<Resampler>| old.gsi <= another.gsi);
+            next.insert_within_capacity(at, another)
+                .map_err(|_| ENOMEM)?;
         }
         // INVARIANT: Where it was put keeps the order.
         Ok(KBox::new(Self(next), GFP_KERNEL_ACCOUNT)?)

@@ -306,7 +306,11 @@ impl<L: Loaded> Run<'_, L> {
             let arch = &mut *self.arch;
             let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
             match arch.emulator.step(&mut cpu, &mut memory) {
-                Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
+                Outcome::MmioWrite { gpa, data, len } => {
+                    if !self.apic_write(gpa, &data, len) && !self.device_write(gpa, &data, len) {
+                        break Outcome::MmioWrite { gpa, data, len };
+                    }
+                }
                 Outcome::MmioRead { gpa, len } => match self.device_read(gpa, len) {
                     Some(data) => self.arch.emulator.complete_read(data),
                     None => break Outcome::MmioRead { gpa, len },
@@ -355,7 +359,10 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Offers a device read to the devices in the kernel; returns what one answered.
-    fn device_read(&self, gpa: u64, len: u8) -> Option<[u8; 8]> {
+    fn device_read(&mut self, gpa: u64, len: u8) -> Option<[u8; 8]> {
+        if let Some(data) = self.apic_read(gpa, len) {
+            return Some(data);
+        }
         let mut data = [0; 8];
         let part = data.get_mut(..usize::from(len))?;
         self.bus.read(Space::Memory, gpa, part).then_some(data)

@@ -57,7 +57,7 @@ impl<L: Loaded> Run<'_, L> {
             self.page.set_port_data(data);
         } else {
             let mut data = [0; 4];
-            if self.device_read(&access, &mut data) {
+            if self.port_device_read(&access, &mut data) {
                 self.finish_input(&access, data, len);
                 return Ok(Next::Guest);
             }
@@ -73,7 +73,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Offers a read of one element to the devices in the kernel; returns if one answered.
-    fn device_read(&self, access: &PortAccess, data: &mut [u8]) -> bool {
+    fn port_device_read(&self, access: &PortAccess, data: &mut [u8]) -> bool {
         data.get_mut(..usize::from(access.size))
             .is_some_and(|data| self.bus.read(Space::Ports, access.port.into(), data))
     }
@@ -151,7 +151,9 @@ impl<L: Loaded> Run<'_, L> {
         if access.input {
             // One at a time: what is read is written before the next.
             let mut data = [0; 4];
-            if let (Some(first), true) = (transfer.first(1), self.device_read(&access, &mut data)) {
+            if let (Some(first), true) =
+                (transfer.first(1), self.port_device_read(&access, &mut data))
+            {
                 let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
                 if let Err(error) = first.scatter(&mut memory, &data) {
                     return self.string_error(error);
