@@ -386,6 +386,13 @@ pub(crate) struct Apics {
     changes: AtomicU32,
 }
 
+/// The flags of KVM_CAP_X2APIC_API that are known.
+pub(crate) const X2APIC_API: u64 = WIDE | BY_MODE;
+/// KVM_X2APIC_API_USE_32BIT_IDS.
+const WIDE: u64 = 1 << 0;
+/// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
+const BY_MODE: u64 = 1 << 1;
+
 impl Apics {
     /// No APIC: ENOMEM.
     pub(crate) fn new() -> Result<Arc<Self>> {
@@ -488,11 +495,7 @@ impl Apics {
 
     /// KVM_CAP_X2APIC_API: EINVAL for flags that are not known.
     pub(crate) fn set_x2apic_api(&self, flags: u64) -> Result {
-        /// KVM_X2APIC_API_USE_32BIT_IDS.
-        const WIDE: u64 = 1 << 0;
-        /// KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK.
-        const BY_MODE: u64 = 1 << 1;
-        if flags & !(WIDE | BY_MODE) != 0 {
+        if flags & !X2APIC_API != 0 {
             return Err(EINVAL);
         }
         {

@@ -9,7 +9,8 @@
 //! | [`abi`] | the numbers and structures that user space sees |
 //! | [`system`], [`vm`], [`vcpu`] | the three kinds of file and their ioctls |
 //! | [`run`] | KVM_RUN: enter, exit, dispatch |
-//! | [`bus`], [`coalesced`] | what of a guest's I/O stays in the kernel |
+//! | [`bus`], [`coalesced`], [`ioeventfd`] | what of a guest's I/O stays in the kernel |
+//! | [`irq`] | interrupts, from devices to the local APICs |
 //! | [`apics`], [`lapic`] | the local APICs, as others and as their vCPUs see them |
 //! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
 //! | [`x86`] | the architecture as a model, without the kernel |
@@ -36,6 +37,7 @@ mod bindings;
 mod bus;
 mod coalesced;
 mod events;
+mod ioeventfd;
 mod irq;
 mod lapic;
 mod linux;
