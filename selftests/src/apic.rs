@@ -336,6 +336,28 @@ impl Guest {
         n: usize,
         prepare: impl FnOnce(&Vm) -> Outcome,
     ) -> Result<Self, Verdict> {
+        let g = Self::build(env, chip, n, prepare)?;
+        for id in 0..n {
+            g.reset(id)?;
+        }
+        Ok(g)
+    }
+
+    /// A VM with `n` vCPUs as they are created: the first in real mode, the others not started.
+    ///
+    /// # Errors
+    ///
+    /// As [`Guest::new`].
+    pub fn created(env: &Env, chip: Chip, n: usize) -> Result<Self, Verdict> {
+        Self::build(env, chip, n, |_| Ok(()))
+    }
+
+    fn build(
+        env: &Env,
+        chip: Chip,
+        n: usize,
+        prepare: impl FnOnce(&Vm) -> Outcome,
+    ) -> Result<Self, Verdict> {
         assert!(n <= MAX_CPUS);
         let kvm = env.open()?;
         need(&kvm, chip)?;
@@ -367,7 +389,6 @@ impl Guest {
             set_apic_id(&mut own, id);
             vcpu.set_cpuid(&own)?;
             g.vcpus.push(vcpu);
-            g.reset(id)?;
         }
         Ok(g)
     }
