@@ -198,7 +198,7 @@ fn logical_cluster(env: &Env) -> Outcome {
 fn logical_x2apic(env: &Env) -> Outcome {
     let g = guest(env, Chip::Split, 20, true)?;
     for id in [0usize, 1, 15, 16, 19] {
-        let ldr = ((id / 16) << 16 | 1 << (id % 16)) as u64;
+        let ldr = (((id / 16) << 16) | (1 << (id % 16))) as u64;
         ensure_eq!(g.cpu(id).xread(reg::LDR)?, ldr, "LDR of vCPU {id}");
     }
     for (dest, want) in [
