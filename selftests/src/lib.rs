@@ -10,8 +10,10 @@
 pub mod backing;
 pub mod check;
 pub mod dirty;
+pub mod eventfd;
 pub mod guest;
 pub mod host;
+pub mod irq;
 pub mod machine;
 pub mod mem;
 pub mod ops;
