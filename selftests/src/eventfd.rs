@@ -27,6 +27,20 @@ impl EventFd {
         Ok(EventFd { fd: Fd(fd) })
     }
 
+    /// Another descriptor of the same.
+    ///
+    /// # Errors
+    ///
+    /// The failure of `dup`.
+    pub fn duplicate(&self) -> Result<Self, Error> {
+        // SAFETY: Takes a number only.
+        let fd = unsafe { libc::dup(self.fd.0) };
+        if fd < 0 {
+            return Err(Error::last("dup"));
+        }
+        Ok(EventFd { fd: Fd(fd) })
+    }
+
     /// Its descriptor.
     #[must_use]
     pub fn raw(&self) -> RawFd {
