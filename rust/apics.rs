@@ -13,6 +13,8 @@
 
 mod posted;
 
+use crate::bindings::KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
+use crate::bindings::KVM_X86_QUIRK_LINT0_REENABLED;
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
 use crate::tlb::Request;
@@ -356,11 +358,12 @@ impl VcpuShared {
             Delivered::Queued => self.request_and_kick(Request::Interrupts),
             // Who requested it first has told the vCPU.
             Delivered::Coalesced => {}
+            // There is no system-management mode, and the controllers outside have a way of their own.
+            Delivered::Event(ApicEvent::Smi | ApicEvent::ExtInt) | Delivered::Dropped => return false,
             Delivered::Event(event) => {
                 apic.post(event);
                 self.request_and_kick(Request::ApicEvents);
             }
-            Delivered::Dropped => return false,
         }
         true
     }
@@ -384,7 +387,13 @@ pub(crate) struct Apics {
     table: SrcuCell<Table>,
     /// How often an APIC has changed what it answers to.
     changes: AtomicU32,
+    /// KVM_X86_QUIRK_* that the VMM does without.
+    disabled_quirks: AtomicU32,
 }
+
+/// The quirks of KVM's that a VMM may do without: LINT0 is open after reset, and where the APIC's page is
+/// not there is a hole that reads as ones.
+pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
 
 /// The flags of KVM_CAP_X2APIC_API that are known.
 pub(crate) const X2APIC_API: u64 = WIDE | BY_MODE;
@@ -401,6 +410,7 @@ impl Apics {
                 settings <- new_mutex!(Settings::default(), "rkvm_apics"),
                 table <- SrcuCell::new(Table::new(KVVec::new(), &Settings::default(), 0)?),
                 changes: AtomicU32::new(0),
+                disabled_quirks: AtomicU32::new(0),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -491,6 +501,17 @@ impl Apics {
         for vcpu in self.table.read().members.iter() {
             vcpu.request_and_kick(Request::EoiVectors);
         }
+    }
+
+    /// KVM_CAP_DISABLE_QUIRKS and its successor: what of these is no quirk here is ignored.
+    pub(crate) fn disable_quirks(&self, quirks: u64) {
+        self.disabled_quirks
+            .fetch_or(quirks as u32 & QUIRKS, Ordering::Relaxed);
+    }
+
+    /// Whether one of [`QUIRKS`] is the VMM's wish, as it is if it says nothing.
+    pub(crate) fn has_quirk(&self, quirk: u32) -> bool {
+        self.disabled_quirks.load(Ordering::Relaxed) & quirk == 0
     }
 
     /// KVM_CAP_X2APIC_API: EINVAL for flags that are not known.

@@ -10,6 +10,10 @@ use crate::abi::kvm_pit_config;
 use crate::abi::kvm_reinject_control;
 use crate::abi::MAX_VCPUS;
 use crate::backend::Backend;
+use crate::backend::FreeInstructions;
+use crate::apics::QUIRKS;
+use crate::bindings::KVM_CAP_DISABLE_QUIRKS;
+use crate::bindings::KVM_CAP_DISABLE_QUIRKS2;
 use crate::bindings::KVM_CAP_SPLIT_IRQCHIP;
 use crate::bindings::KVM_CAP_X2APIC_API;
 use crate::bindings::KVM_CAP_X86_APIC_BUS_CYCLES_NS;
@@ -151,7 +155,22 @@ impl<B: Backend> Vm<B> {
                 self.apics.set_bus_cycle(cap.args[0])
             }
             KVM_CAP_X86_DISABLE_EXITS => self.disable_exits(cap.args[0]),
+            KVM_CAP_DISABLE_QUIRKS2 if cap.args[0] & !u64::from(QUIRKS) != 0 => Err(EINVAL),
+            KVM_CAP_DISABLE_QUIRKS | KVM_CAP_DISABLE_QUIRKS2 => {
+                self.apics.disable_quirks(cap.args[0]);
+                Ok(())
+            }
             _ => Err(EINVAL),
+        }
+    }
+
+    /// What KVM_CAP_X86_DISABLE_EXITS has set.
+    pub(crate) fn free_instructions(&self) -> FreeInstructions {
+        let exits = self.disabled_exits.load(Ordering::Relaxed);
+        FreeInstructions {
+            hlt: exits & KVM_X86_DISABLE_EXITS_HLT != 0,
+            mwait: exits & KVM_X86_DISABLE_EXITS_MWAIT != 0,
+            pause: exits & KVM_X86_DISABLE_EXITS_PAUSE != 0,
         }
     }
 

@@ -454,7 +454,12 @@ impl Loaded for LoadedVcpu<'_> {
         self.set_primary(PrimaryControls::NMI_WINDOW, open);
     }
 
+    fn end_halt(&mut self) {
+        LoadedVcpu::end_halt(self);
+    }
+
     fn inject(&mut self, injection: &Injection) {
+        LoadedVcpu::end_halt(self);
         let (kind, vector, error, len) = match injection {
             Injection::Exception(e) => {
                 let kind = match e.vector {
