@@ -48,9 +48,14 @@ impl<B: Backend> Vm<B> {
         match cmd {
             ioctl::CREATE_IRQCHIP => self.create_irqchip()?,
             ioctl::IRQ_LINE => {
-                self.irq_line(arg)?;
+                let (_, gsi, signal) = self.irq_line(arg)?;
+                self.irqs.set_line(gsi, Source::USER, signal);
             }
-            ioctl::IRQ_LINE_STATUS => user::write(arg, &self.irq_line(arg)?)?,
+            ioctl::IRQ_LINE_STATUS => {
+                let (mut level, gsi, signal) = self.irq_line(arg)?;
+                level.set_status(self.irqs.set_line_status(gsi, signal) as i32);
+                user::write(arg, &level)?;
+            }
             ioctl::GET_IRQCHIP => self.irqs.get_chip(arg)?,
             ioctl::SET_IRQCHIP => self.irqs.set_chip(arg)?,
             ioctl::SET_GSI_ROUTING => self.irqs.set_routes(arg)?,
@@ -107,16 +112,13 @@ impl<B: Backend> Vm<B> {
         Ok(())
     }
 
-    /// KVM_IRQ_LINE, and what KVM_IRQ_LINE_STATUS returns: ENXIO without interrupt controllers.
-    fn irq_line(&self, arg: usize) -> Result<kvm_irq_level> {
-        let mut level = user::read::<kvm_irq_level>(arg)?;
+    /// What KVM_IRQ_LINE and KVM_IRQ_LINE_STATUS ask for: EFAULT; ENXIO without interrupt controllers.
+    fn irq_line(&self, arg: usize) -> Result<(kvm_irq_level, u32, Signal)> {
+        let level = user::read::<kvm_irq_level>(arg)?;
         if !self.irqs.in_kernel() {
             return Err(ENXIO);
         }
-        let signal = Signal::new(level.level != 0);
-        let status = self.irqs.set_line(level.irq(), Source::USER, signal);
-        level.set_status(status as i32);
-        Ok(level)
+        Ok((level, level.irq(), Signal::new(level.level != 0)))
     }
 
     /// KVM_CREATE_PIT2: EEXIST, ENOENT without an 8259A, ENOMEM.
