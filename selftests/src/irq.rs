@@ -170,12 +170,12 @@ pub struct Guest {
 /// A skip if the device has no such controllers, or what the kernel answered.
 pub fn vm_with(env: &Env, chips: Chips) -> Result<(Kvm, Vm, Mapping), Verdict> {
     let kvm = env.open()?;
-    let (cap, name) = match chips {
-        Chips::Split(_) => (kb::KVM_CAP_SPLIT_IRQCHIP, "KVM_CAP_SPLIT_IRQCHIP"),
-        _ => (kb::KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP"),
-    };
-    if kvm.capability(cap) <= 0 {
-        skip!("no {name}");
+    match chips {
+        Chips::Split(_) if kvm.capability(kb::KVM_CAP_SPLIT_IRQCHIP) <= 0 => {
+            skip!("no KVM_CAP_SPLIT_IRQCHIP")
+        }
+        Chips::Full if kvm.capability(kb::KVM_CAP_IRQCHIP) <= 0 => skip!("no KVM_CAP_IRQCHIP"),
+        _ => {}
     }
     let mem = Mapping::new(SIZE, false)?;
     let vm = kvm.create_vm()?;
@@ -186,7 +186,7 @@ pub fn vm_with(env: &Env, chips: Chips) -> Result<(Kvm, Vm, Mapping), Verdict> {
 }
 
 impl Guest {
-    /// A guest with `n` vCPUs, their local APICs enabled, that stopped with interrupts disabled. Its
+    /// A guest with `n` vCPUs, their local APICs enabled (if they are in the kernel), that stopped with interrupts disabled. Its
     /// handlers end interrupts at the local APIC.
     ///
     /// # Errors
@@ -194,15 +194,6 @@ impl Guest {
     /// A skip if the device has no such controllers, or a failure.
     pub fn new(env: &Env, chips: Chips, n: usize) -> Result<Self, Verdict> {
         let (kvm, vm, mem) = vm_with(env, chips)?;
-        Self::of(kvm, vm, mem, n)
-    }
-
-    /// As [`Guest::new`], of a VM that the caller made.
-    ///
-    /// # Errors
-    ///
-    /// A failure.
-    pub fn of(kvm: Kvm, vm: Vm, mem: Mapping, n: usize) -> Result<Self, Verdict> {
         ensure!(n <= MAX_VCPUS, "{n} vCPUs");
         guest::write_gdt(&mem);
         guest::write_idt(&mem, true);
@@ -235,8 +226,10 @@ impl Guest {
         };
         for id in 0..n {
             guest.restart(id)?;
-            guest.set_how(id, how::APIC);
-            guest.write(id, APIC + 0xf0, 0x1ff)?;
+            if chips != Chips::None {
+                guest.set_how(id, how::APIC);
+                guest.write(id, APIC + 0xf0, 0x1ff)?;
+            }
         }
         Ok(guest)
     }
