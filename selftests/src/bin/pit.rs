@@ -86,9 +86,19 @@ fn guest(env: &Env) -> Result<Guest, Verdict> {
     Ok(g)
 }
 
+/// A control word: the channel, which bytes are accessed (1 the low, 2 the high, 3 both), the mode.
+fn control(channel: u8, bytes: u8, mode: u8) -> u8 {
+    (channel << 6) | (bytes << 4) | (mode << 1)
+}
+
+/// The read-back command for one channel; what it does not latch: 0x10 the status, 0x20 the counter.
+fn read_back(channel: u16, except: u8) -> u8 {
+    0xc0 | except | (2 << channel)
+}
+
 /// Programs a channel: the mode, and the counter in two bytes.
 fn program(g: &Guest, channel: u8, mode: u8, count: u16) -> Outcome {
-    g.out8(CONTROL, channel << 6 | 3 << 4 | mode << 1)?;
+    g.out8(CONTROL, control(channel, 3, mode))?;
     let [low, high] = count.to_le_bytes();
     g.out8(COUNTER + u16::from(channel), low)?;
     g.out8(COUNTER + u16::from(channel), high)
@@ -252,7 +262,7 @@ fn programming(env: &Env) -> Outcome {
             );
         }
         // The low byte only, the high byte only.
-        g.out8(CONTROL, i << 6 | 1 << 4 | 1)?;
+        g.out8(CONTROL, control(i, 1, 0) | 1)?;
         g.out8(port, 0x9a)?;
         let c = channel(i.into())?;
         ensure_eq!(
@@ -260,7 +270,7 @@ fn programming(env: &Env) -> Outcome {
             (0x9a, 1, 1),
             "channel {i}: low byte"
         );
-        g.out8(CONTROL, i << 6 | 2 << 4)?;
+        g.out8(CONTROL, control(i, 2, 0))?;
         g.out8(port, 0x9a)?;
         let c = channel(i.into())?;
         ensure_eq!(
@@ -269,7 +279,7 @@ fn programming(env: &Env) -> Outcome {
             "channel {i}: high byte"
         );
         // Half of a counter is none.
-        g.out8(CONTROL, i << 6 | 3 << 4)?;
+        g.out8(CONTROL, control(i, 3, 0))?;
         g.out8(port, 0x11)?;
         ensure_eq!(
             channel(i.into())?.count,
@@ -294,14 +304,14 @@ fn programming(env: &Env) -> Outcome {
 fn latches(env: &Env) -> Outcome {
     let g = guest(env)?;
     for i in [0u16, 2] {
-        let select = (i as u8) << 6;
+        let latch = control(i as u8, 0, 0);
         program(&g, i as u8, 2, 0xffff)?;
-        g.out8(CONTROL, select)?;
+        g.out8(CONTROL, latch)?;
         let latched = get(&g.vm)?.channels[usize::from(i)];
         ensure_eq!(latched.count_latched, 3, "latched");
         sleep_ms(2);
         // A second latch changes nothing.
-        g.out8(CONTROL, select)?;
+        g.out8(CONTROL, latch)?;
         ensure_eq!(
             word(&g, i)?,
             latched.latched_count,
@@ -310,7 +320,7 @@ fn latches(env: &Env) -> Outcome {
         let c = get(&g.vm)?.channels[usize::from(i)];
         ensure_eq!(c.count_latched, 0, "channel {i}: latched, once read");
         // By the read-back command: status and counter, of this channel.
-        g.out8(CONTROL, 0xc0 | 2 << i)?;
+        g.out8(CONTROL, read_back(i, 0))?;
         let c = get(&g.vm)?.channels[usize::from(i)];
         ensure_eq!(
             (c.status_latched, c.count_latched),
@@ -324,22 +334,22 @@ fn latches(env: &Env) -> Outcome {
             "channel 1"
         );
         let status = g.in8(COUNTER + i)?;
-        ensure_eq!(status & 0x3f, 3 << 4 | 2 << 1, "channel {i}: status");
+        ensure_eq!(status & 0x3f, control(0, 3, 2), "channel {i}: status");
         ensure_eq!(
             word(&g, i)?,
             c.latched_count,
             "channel {i}: counter behind the status"
         );
         // Only one of them, and one byte at a time.
-        g.out8(CONTROL, select | 2 << 4 | 3 << 1)?;
+        g.out8(CONTROL, control(i as u8, 2, 3))?;
         g.out8(COUNTER + i, 0xff)?;
-        g.out8(CONTROL, 0xe0 | 2 << i)?;
+        g.out8(CONTROL, read_back(i, 0x20))?;
         ensure_eq!(
             g.in8(COUNTER + i)? & 0x3f,
-            2 << 4 | 3 << 1,
+            control(0, 2, 3),
             "channel {i}: status alone"
         );
-        g.out8(CONTROL, 0xd0 | 2 << i)?;
+        g.out8(CONTROL, read_back(i, 0x10))?;
         let c = get(&g.vm)?.channels[usize::from(i)];
         ensure_eq!(
             (c.status_latched, c.count_latched),
@@ -357,7 +367,7 @@ fn counting(env: &Env) -> Outcome {
     let g = guest(env)?;
     g.out8(SPEAKER, 1)?;
     let latched = |i: u16| -> Result<u16, Verdict> {
-        g.out8(CONTROL, (i as u8) << 6)?;
+        g.out8(CONTROL, control(i as u8, 0, 0))?;
         word(&g, i)
     };
     for (i, mode) in [(0, 2), (2, 2), (2, 0)] {
