@@ -4,14 +4,17 @@
 
 use crate::abi;
 use crate::backend::Loaded;
+use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
 use crate::run::Pending;
+use crate::x86::apic::base::ApicMode;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
 use crate::x86::cpuid::CpuidEntry;
 use crate::x86::emulate::Emulator;
 use crate::x86::event::PendingEvents;
+use crate::x86::event::Shadow;
 use crate::x86::msr::state::MsrState;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -31,10 +34,14 @@ pub(crate) type Cpuid = CpuidTable<KVVec<CpuidEntry>>;
 /// Registers, events and whatever is half done.
 pub(crate) struct Arch {
     pub(crate) events: PendingEvents,
-    /// KVM_MP_STATE_*; only RUNNABLE does anything without a local APIC in the kernel.
+    /// KVM_MP_STATE_*: always RUNNABLE without a local APIC in the kernel.
     pub(crate) mp_state: u32,
-    /// The task priority, which the VMM's local APIC has and tells in `kvm_run`.
-    pub(crate) cr8: u64,
+    /// Where a SIPI that KVM_SET_MP_STATE brings begins.
+    pub(crate) sipi_vector: u8,
+    /// The local APIC, if it is in the kernel.
+    pub(crate) apic: Option<KBox<LocalApic>>,
+    /// The task priority, if the VMM's local APIC has it and tells in `kvm_run`.
+    vmm_cr8: u64,
     /// DR0 to DR3.
     pub(crate) dr: [u64; 4],
     pub(crate) dr6: u64,
@@ -66,7 +73,9 @@ impl Arch {
         Ok(Self {
             events: PendingEvents::new(),
             mp_state: crate::bindings::KVM_MP_STATE_RUNNABLE,
-            cr8: 0,
+            sipi_vector: 0,
+            apic: None,
+            vmm_cr8: 0,
             dr: [0; 4],
             dr6: Dr6::RESET.bits(),
             breakpoints_armed: false,
@@ -84,6 +93,28 @@ impl Arch {
         })
     }
 
+    /// CR8: the class of the task priority.
+    #[inline]
+    pub(crate) fn cr8(&self) -> u64 {
+        match &self.apic {
+            Some(apic) => apic.model.cr8().into(),
+            None => self.vmm_cr8,
+        }
+    }
+
+    /// Sets the task priority that a local APIC of the VMM's has.
+    pub(crate) fn set_vmm_cr8(&mut self, cr8: u64) {
+        self.vmm_cr8 = cr8;
+    }
+
+    /// IA32_APIC_BASE.
+    pub(crate) fn apic_base(&self) -> u64 {
+        match &self.apic {
+            Some(apic) => apic.model.base().bits(),
+            None => self.msrs.apic_base(),
+        }
+    }
+
     /// Brings CPUID up to date with the registers that show in it.
     pub(crate) fn refresh_cpuid(&mut self, host: &crate::system::Host, cr4: Cr4) {
         self.cpuid.update(
@@ -91,7 +122,10 @@ impl Arch {
                 cr4,
                 xcr0: crate::x86::regs::Xcr0::new(self.xcr0),
                 xss: 0,
-                apic_enabled: None,
+                apic_enabled: self
+                    .apic
+                    .as_ref()
+                    .map(|apic| apic.model.mode() != ApicMode::Disabled),
             },
             &host.xsave,
         );
@@ -100,6 +134,28 @@ impl Arch {
 
 /// Puts the registers that a backend holds into the state after power-up (SDM vol. 3, table 10-1).
 pub(crate) fn reset(hw: &mut impl Loaded) {
+    reset_registers(hw, Cr0::CD | Cr0::NW);
+    // The counter starts from zero.
+    hw.set_tsc_offset(crate::linux::msr::rdtsc().wrapping_neg());
+}
+
+/// INIT: the state after power-up, but for what that table keeps: the time-stamp counter, the FPU, MSRs,
+/// and whether caches are on.
+pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
+    let caches = hw.cr0().and(Cr0::CD | Cr0::NW);
+    reset_registers(hw, caches);
+    hw.set_shadow(Shadow::None);
+    hw.set_nmi_blocked(false);
+    hw.flush_guest_tlb();
+    arch.events = PendingEvents::new();
+    arch.dr = [0; 4];
+    arch.dr6 = Dr6::RESET.bits();
+    arch.breakpoints_armed = false;
+    arch.emulator.abort();
+    arch.pending = Pending::Nothing;
+}
+
+fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {
     for r in Gpr::ALL {
         hw.set_gpr(r, 0);
     }
@@ -120,10 +176,8 @@ pub(crate) fn reset(hw: &mut impl Loaded) {
     hw.set_cr3(0);
     hw.set_cr4(Cr4::empty());
     hw.set_efer(Efer::empty());
-    hw.set_cr0(Cr0::ET | Cr0::CD | Cr0::NW);
+    hw.set_cr0(caches.with(Cr0::ET));
     hw.set_dr7(Dr7::RESET);
-    // The counter starts from zero.
-    hw.set_tsc_offset(crate::linux::msr::rdtsc().wrapping_neg());
 }
 
 /// The mode that the vCPU is in.

@@ -6,6 +6,7 @@
 //! A backend is chosen once, when the module loads, and everything above is instantiated for it: no
 //! function pointer is called on an exit.
 
+use crate::apics::Registers;
 use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::linux::preempt::Followed;
@@ -14,6 +15,7 @@ use crate::linux::preempt::NotifiersOn;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
+use crate::x86::apic::base::ApicMode;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
@@ -82,6 +84,14 @@ pub(crate) enum Exit {
     TripleFault,
     InterruptWindow,
     NmiWindow,
+    /// The task priority sank below what [`Loaded::set_priority_threshold`] set.
+    PriorityBelowThreshold,
+    /// The processor ended an interrupt of the virtual APIC, of this vector, which somebody wants to know.
+    InterruptEnd(u8),
+    /// The guest has written to the virtual APIC's page, at this offset.
+    ApicWrite(u16),
+    /// It is time: [`Loaded::set_timer`].
+    Timer,
     Cpuid,
     Hlt,
     Pause,
@@ -151,8 +161,16 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
     /// Instructions that a guest can only have with the hardware's help.
     fn features(&self) -> Features;
 
-    /// Makes the state of a vCPU, and the part of it that follows the thread.
-    fn new_vcpu(&self, eptp: u64) -> Result<(Self::Vcpu, Self::Follows)>;
+    /// Whether the processor delivers the interrupts of APICs in the kernel, and takes posted ones.
+    fn virtualises_apics(&self) -> bool;
+
+    /// Makes the state of a vCPU, and the part of it that follows the thread. `apic` is its local APIC's
+    /// registers, if that is in the kernel.
+    fn new_vcpu(
+        &self,
+        eptp: u64,
+        apic: Option<Arc<Registers>>,
+    ) -> Result<(Self::Vcpu, Self::Follows)>;
 
     /// Loads a vCPU on this CPU until the result is dropped.
     fn load<'a>(
@@ -240,6 +258,24 @@ pub(crate) trait Loaded {
     fn has_logged_writes(&mut self) -> bool;
     /// Takes them out of its log, by guest-physical address.
     fn take_logged_writes(&mut self, f: impl FnMut(u64));
+
+    /// Whether the processor delivers the APIC's interrupts.
+    fn virtualises_apic(&mut self) -> bool;
+    /// Has the guest exit when the class of its task priority sinks below this one; 0 for never. Where
+    /// the processor cannot, every write of CR8 exits.
+    fn set_priority_threshold(&mut self, class: u8);
+    /// How the guest accesses its APIC.
+    fn set_apic_mode(&mut self, mode: ApicMode);
+    /// The highest vectors of the virtual APIC's in service and requested registers; 0 for none.
+    fn set_interrupt_status(&mut self, in_service: u8, requested: u8);
+    /// A vector has been requested beside those that the processor knows of.
+    fn raise_requested(&mut self, requested: u8);
+    /// The vectors whose end is to exit.
+    fn set_eoi_exits(&mut self, vectors: &[u64; 4]);
+    /// Whether [`set_timer`](Self::set_timer) does anything.
+    fn has_timer(&mut self) -> bool;
+    /// Has the guest exit at this value of the host's time-stamp counter, or not.
+    fn set_timer(&mut self, deadline: Option<u64>);
 
     /// Puts into the hardware what an entry needs and only leaves with the thread. Before the first
     /// [`Self::enter`] since interrupts were last on.

@@ -7,6 +7,7 @@ use crate::stats::VcpuStats;
 use crate::x86::event::Exception;
 use crate::x86::event::Gate;
 use crate::x86::event::Injection;
+use crate::x86::event::InterruptSource;
 use crate::x86::event::PendingEvents;
 use crate::x86::exception::Vector;
 use crate::x86::regs::Dr6;
@@ -38,22 +39,23 @@ pub(crate) fn ready_for_interrupt(hw: &mut impl Loaded, events: &PendingEvents) 
 
 /// Before an entry: hands the event that comes first to the hardware, and opens windows for those
 /// that must wait. `dr6` is the vCPU's; `window_wanted` says that the VMM waits for the guest to be
-/// able to take an interrupt.
+/// able to take an interrupt, `source` is the interrupt controllers in the kernel.
 #[inline]
 pub(crate) fn deliver(
     hw: &mut impl Loaded,
     events: &mut PendingEvents,
     dr6: &mut u64,
     window_wanted: bool,
+    source: &mut impl InterruptSource,
     stats: &VcpuStats,
 ) -> Delivery {
-    if events.is_idle() {
+    if events.is_idle() && !source.waits() {
         hw.set_interrupt_window(window_wanted);
         hw.set_nmi_window(false);
         return Delivery::default();
     }
     events.set_nmi_masked(hw.nmi_blocked());
-    let selection = events.select(gate(hw));
+    let selection = events.select(gate(hw), source);
     hw.set_interrupt_window(selection.interrupt_window || window_wanted);
     hw.set_nmi_window(selection.nmi_window);
     if let Some(injection) = &selection.inject {

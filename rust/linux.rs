@@ -7,8 +7,10 @@
 
 pub(crate) mod cpu;
 pub(crate) mod debug;
+pub(crate) mod eventfd;
 pub(crate) mod file;
 pub(crate) mod fpu;
+pub(crate) mod hrtimer;
 pub(crate) mod ipi;
 pub(crate) mod irq;
 pub(crate) mod mm;
@@ -18,9 +20,12 @@ pub(crate) mod mutex;
 pub(crate) mod page;
 pub(crate) mod preempt;
 pub(crate) mod rwlock;
+pub(crate) mod spinlock;
 pub(crate) mod srcu;
 pub(crate) mod task;
 pub(crate) mod user;
+pub(crate) mod wait;
+pub(crate) mod work;
 
 /// ENOSPC, which the kernel crate does not name.
 pub(crate) fn no_space() -> kernel::error::Error {

@@ -9,7 +9,9 @@
 //! | [`abi`] | the numbers and structures that user space sees |
 //! | [`system`], [`vm`], [`vcpu`] | the three kinds of file and their ioctls |
 //! | [`run`] | KVM_RUN: enter, exit, dispatch |
-//! | [`bus`], [`coalesced`] | what of a guest's I/O stays in the kernel |
+//! | [`bus`], [`coalesced`], [`ioeventfd`] | what of a guest's I/O stays in the kernel |
+//! | [`irq`] | interrupts, from devices to the local APICs |
+//! | [`apics`], [`lapic`] | the local APICs, as others and as their vCPUs see them |
 //! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
@@ -28,12 +30,16 @@ use system::System;
 use vmx::Vmx;
 
 mod abi;
+mod apics;
 mod arch;
 mod backend;
 mod bindings;
 mod bus;
 mod coalesced;
 mod events;
+mod ioeventfd;
+mod irq;
+mod lapic;
 mod linux;
 mod mem;
 mod mmu;
@@ -58,6 +64,14 @@ module! {
             default: 1,
             description: "Let the processor log the guest's writes, if it can (default 1)",
         },
+        apicv: u8 {
+            default: 1,
+            description: "Let the processor deliver the guest's interrupts, if it can (default 1)",
+        },
+        preemption_timer: u8 {
+            default: 1,
+            description: "Use the VMX-preemption timer for the guest's, if there is one (default 1)",
+        },
     },
 }
 
@@ -66,6 +80,16 @@ mod parameters {
     /// Page-modification logging may be used.
     pub(crate) fn pml() -> bool {
         *crate::module_parameters::pml.value() != 0
+    }
+
+    /// Interrupts may be delivered by the processor.
+    pub(crate) fn apicv() -> bool {
+        *crate::module_parameters::apicv.value() != 0
+    }
+
+    /// The VMX-preemption timer may be used.
+    pub(crate) fn preemption_timer() -> bool {
+        *crate::module_parameters::preemption_timer.value() != 0
     }
 }
 

@@ -6,17 +6,22 @@
 //! [`Run::enter_once`] stays with interrupts off and handles what needs nothing else;
 //! [`Run::handle`] takes the others, with interrupts on, and decides whether to go back in.
 
+pub(crate) mod apic;
 pub(crate) mod cr;
+pub(crate) mod halt;
 mod memory;
 pub(crate) mod msr;
 mod port;
 
 use crate::abi;
+use crate::apics::Apics;
 use crate::arch::Arch;
 use crate::backend::Exit;
 use crate::backend::Loaded;
 use crate::bus::Bus;
 use crate::events;
+use crate::irq::Irqs;
+use crate::irq::Mode;
 use crate::linux::debug;
 use crate::linux::fpu::Swapped;
 use crate::linux::irq::IrqsOff;
@@ -37,6 +42,7 @@ use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use apic::Controllers;
 use kernel::prelude::*;
 
 pub(crate) use memory::PendingMmio;
@@ -85,6 +91,8 @@ pub(crate) struct Run<'a, L: Loaded> {
     pub(crate) fpu: Swapped<'a>,
     pub(crate) memory: &'a GuestMemory,
     pub(crate) bus: &'a Bus,
+    pub(crate) apics: &'a Apics,
+    pub(crate) irqs: &'a Irqs,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) page: &'a RunPages,
     pub(crate) host: &'a Host,
@@ -95,22 +103,24 @@ impl<L: Loaded> Run<'_, L> {
     /// how what comes before went: the outputs come after a failure too.
     pub(crate) fn run(&mut self, prepared: Result) -> Result {
         let result = prepared.and_then(|()| self.run_inner());
-        let ready = events::ready_for_interrupt(&mut self.hw, &self.arch.events);
+        let ready = self.irqs.mode() == Mode::Kernel || self.ready_for_interrupt();
         let interrupts_on = self.hw.rflags().has(Rflags::IF);
-        self.page.set_outputs(
-            ready,
-            interrupts_on,
-            self.arch.cr8,
-            self.arch.msrs.apic_base(),
-        );
+        self.page
+            .set_outputs(ready, interrupts_on, self.arch.cr8(), self.arch.apic_base());
         result
     }
 
     fn run_inner(&mut self) -> Result {
-        if self.page.cr8() > 15 {
-            return Err(EINVAL);
+        if halt::is_uninitialised(self.arch.mp_state) {
+            return self.wait_for_startup();
         }
-        self.arch.cr8 = self.page.cr8();
+        if self.arch.apic.is_none() {
+            let cr8 = self.page.cr8();
+            if cr8 > 15 {
+                return Err(EINVAL);
+            }
+            self.arch.set_vmm_cr8(cr8);
+        }
         if self.complete_pending()? == Next::User {
             return Ok(());
         }
@@ -145,8 +155,14 @@ impl<L: Loaded> Run<'_, L> {
                 self.shared.stats.request_irq_exits.bump();
                 return Ok(());
             }
-            if let Some(exit) = self.enter_once() {
+            if self.arch.apic.is_some() && !self.attend() {
+                self.sleep();
+            } else if let Some(exit) = self.enter_once() {
                 if self.handle(exit)? == Next::User {
+                    return Ok(());
+                }
+                if let Some(vector) = self.ended_for_vmm() {
+                    self.page.set_ioapic_eoi(vector);
                     return Ok(());
                 }
             }
@@ -163,19 +179,53 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Whether the VMM waits for a moment to queue an interrupt, and this is it.
     fn window_is_open(&mut self) -> bool {
-        self.page.request_interrupt_window()
-            && events::ready_for_interrupt(&mut self.hw, &self.arch.events)
+        self.vmm_wants_window() && self.ready_for_interrupt()
+    }
+
+    /// Whether the VMM waits for a moment to queue an interrupt, and has a way to.
+    fn vmm_wants_window(&self) -> bool {
+        if !self.page.request_interrupt_window() {
+            return false;
+        }
+        match &self.arch.apic {
+            None => true,
+            Some(apic) => {
+                self.irqs.mode() == Mode::Split
+                    && apic.extint.is_none()
+                    && apic.model.accepts_extint()
+            }
+        }
+    }
+
+    /// Whether an interrupt that the VMM queued now would be delivered at once.
+    fn ready_for_interrupt(&mut self) -> bool {
+        let taken = self
+            .arch
+            .apic
+            .as_ref()
+            .is_none_or(|apic| apic.extint.is_none() && apic.model.accepts_extint());
+        taken && events::ready_for_interrupt(&mut self.hw, &self.arch.events)
+    }
+
+    /// The interrupt whose end the VMM's I/O APIC has to be told of.
+    fn ended_for_vmm(&mut self) -> Option<u8> {
+        self.arch.apic.as_deref_mut()?.ioapic_eoi.take()
     }
 
     /// Enters the guest, unless something came up: `None` then, or if the exit is dealt with.
     fn enter_once(&mut self) -> Option<Exit> {
-        let wanted = self.page.request_interrupt_window();
+        let wanted = self.vmm_wants_window();
         let arch = &mut *self.arch;
+        let mut controllers = Controllers {
+            apic: arch.apic.as_deref_mut(),
+            irqs: self.irqs,
+        };
         let delivery = events::deliver(
             &mut self.hw,
             &mut arch.events,
             &mut arch.dr6,
             wanted,
+            &mut controllers,
             &self.shared.stats,
         );
 
@@ -187,7 +237,8 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.pending() {
             self.take_requests();
         }
-        if task::guest_entry_work_pending(&irqs) {
+        // What the requests that are left ask for may sleep.
+        if self.shared.pending() || task::guest_entry_work_pending(&irqs) {
             self.shared.leave_guest_mode();
             drop(irqs);
             drop(preempt);
@@ -195,6 +246,7 @@ impl<L: Loaded> Run<'_, L> {
             return None;
         }
 
+        self.prepare_apic();
         if delivery.exit_at_once {
             // It waits for interrupts to be on, which is in the guest, after the delivery.
             preempt.interrupt_self();
@@ -248,6 +300,7 @@ impl<L: Loaded> Run<'_, L> {
                 // Reading changes nothing that an entry prepares; writing may. Nor may an
                 // exception be raised here: what was injected before is not concluded yet.
                 Exit::Rdmsr if self.rdmsr() => {}
+                Exit::Wrmsr if self.wrmsr_at_once() => {}
                 exit => return exit,
             }
             if self.shared.pending() || task::guest_entry_work_pending(irqs) {
@@ -333,12 +386,22 @@ impl<L: Loaded> Run<'_, L> {
                 access,
                 linear,
             } => self.page_fault(gpa, access, linear),
-            Exit::Hlt => {
-                self.shared.stats.halt_exits.bump();
-                self.skip();
-                // Without a local APIC in the kernel, only the VMM knows what may wake the vCPU.
-                self.page.set_exit_reason(abi::exit::HLT);
-                Ok(Next::User)
+            Exit::Hlt => self.halt(),
+            Exit::Timer => {
+                self.shared.request(Request::Timer);
+                Ok(Next::Guest)
+            }
+            Exit::PriorityBelowThreshold => {
+                self.recheck_interrupts();
+                Ok(Next::Guest)
+            }
+            Exit::InterruptEnd(vector) => {
+                self.interrupt_end(vector);
+                Ok(Next::Guest)
+            }
+            Exit::ApicWrite(offset) => {
+                self.register_written(offset);
+                Ok(Next::Guest)
             }
             Exit::Rdmsr => {
                 if self.rdmsr() {

@@ -250,6 +250,13 @@ impl RunPages {
         self.set_internal_error(abi::internal::EMULATION, &words);
     }
 
+    /// KVM_EXIT_IOAPIC_EOI.
+    pub(crate) fn set_ioapic_eoi(&self, vector: u8) {
+        self.set_exit_reason(abi::exit::IOAPIC_EOI);
+        self.run
+            .write(offset_of!(kvm_run, __bindgen_anon_1.eoi.vector), vector);
+    }
+
     /// KVM_EXIT_EXCEPTION.
     pub(crate) fn set_exception(&self, vector: u32, error_code: u32) {
         self.set_exit_reason(abi::exit::EXCEPTION);

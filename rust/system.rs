@@ -64,7 +64,7 @@ impl Host {
             spec_ctrl: false,
             arch_capabilities: false,
             tsc_adjust: true,
-            kernel_apic: false,
+            kernel_apic: true,
             mappable_bits: 48,
         };
         let mut host = Self {

@@ -25,7 +25,9 @@
 //! for the first time, must request [`Request::TlbFlush`] of itself.** That also covers a root page
 //! freed by one VM and allocated by another.
 
+use crate::apics::SharedApic;
 use crate::linux::ipi;
+use crate::linux::wait::Sleeper;
 use crate::mem::ring::DirtyRing;
 use crate::stats::VcpuStats;
 use core::sync::atomic::AtomicI32;
@@ -51,14 +53,36 @@ pub(crate) enum Request {
     /// Look again if writes are logged. Also made to have a vCPU leave the guest, which empties its
     /// processor's log.
     WriteLogging = 1 << 1,
+    /// An interrupt may have come: in the APIC's request register, or from the interrupt controller
+    /// outside.
+    Interrupts = 1 << 2,
+    /// Something else came to the APIC.
+    ApicEvents = 1 << 3,
+    /// The APIC's timer may have gone off.
+    Timer = 1 << 4,
+    /// Ask again which vectors' ends the I/O APICs want to know of.
+    EoiVectors = 1 << 5,
+    /// The PIT has ticked, for an APIC that makes an NMI of it.
+    Watchdog = 1 << 6,
+}
+
+impl Request {
+    /// Those that wake a vCPU that is halted.
+    pub(crate) const WAKE: u32 = Self::Interrupts as u32
+        | Self::ApicEvents as u32
+        | Self::Timer as u32
+        | Self::Watchdog as u32;
 }
 
 /// The vCPU executes host code, or is not loaded at all.
 const OUTSIDE_GUEST: u32 = 0;
 /// The vCPU is past its last check for requests, or in the guest.
 const IN_GUEST: u32 = 1;
+/// The same, and it has been interrupted, so that it will leave.
+const LEAVING_GUEST: u32 = 2;
 
 /// What other CPUs must know of a vCPU.
+#[pin_data]
 pub(crate) struct VcpuShared {
     requests: AtomicU32,
     mode: AtomicU32,
@@ -66,20 +90,89 @@ pub(crate) struct VcpuShared {
     cpu: AtomicI32,
     /// The dirty ring, if the VM has them.
     ring: Option<DirtyRing>,
+    /// The APIC, if it is in the kernel.
+    apic: Option<SharedApic>,
+    /// Where the vCPU's thread waits while the vCPU is halted.
+    #[pin]
+    sleeper: Sleeper,
     /// Counted by who holds the vCPU's mutex, read by anyone.
     pub(crate) stats: VcpuStats,
 }
 
 impl VcpuShared {
     /// That of a vCPU which never ran.
-    pub(crate) const fn new(ring: Option<DirtyRing>) -> Self {
-        Self {
-            requests: AtomicU32::new(Request::WriteLogging as u32),
+    pub(crate) fn new(
+        ring: Option<DirtyRing>,
+        apic: Option<SharedApic>,
+    ) -> impl PinInit<Self, Error> {
+        // Nobody takes requests of an APIC where there is none.
+        let requests = match apic {
+            Some(_) => Request::WriteLogging as u32 | Request::EoiVectors as u32,
+            None => Request::WriteLogging as u32,
+        };
+        try_pin_init!(Self {
+            requests: AtomicU32::new(requests),
             mode: AtomicU32::new(OUTSIDE_GUEST),
             cpu: AtomicI32::new(-1),
             ring,
+            apic,
+            sleeper <- Sleeper::new(),
             stats: VcpuStats::new(),
+        }? Error)
+    }
+
+    /// The APIC, if it is in the kernel.
+    #[inline]
+    pub(crate) fn apic(&self) -> Option<&SharedApic> {
+        self.apic.as_ref()
+    }
+
+    /// Makes a request and has it noticed: the thread is woken if it waits, and made to leave the guest
+    /// if it is there. In any context.
+    pub(crate) fn request_and_kick(&self, request: Request) {
+        self.request(request);
+        if self.sleeper.wake() {
+            return;
         }
+        // One interrupt is enough.
+        let left =
+            self.mode
+                .compare_exchange(IN_GUEST, LEAVING_GUEST, Ordering::SeqCst, Ordering::SeqCst);
+        if left.is_ok() {
+            if let Some(cpu) = CpuId::from_i32(self.cpu()) {
+                ipi::interrupt(cpu);
+            }
+        }
+    }
+
+    /// Interrupts have been posted: a processor that runs the guest is told, and takes them without an
+    /// exit; else the vCPU is. In any context.
+    pub(crate) fn notify_posted(&self) {
+        // The poster's barrier between what it posted and this look; pairs with the vCPU's between its
+        // mode and its look for posted interrupts.
+        if self.mode.load(Ordering::SeqCst) == IN_GUEST {
+            if let Some(cpu) = CpuId::from_i32(self.cpu()) {
+                ipi::post_interrupt(cpu);
+            }
+        } else {
+            self.request_and_kick(Request::Interrupts);
+        }
+    }
+
+    /// The barrier between what the vCPU has said of its mode and what it looks for next.
+    pub(crate) fn order_after_exit(&self) {
+        core::sync::atomic::fence(Ordering::SeqCst);
+    }
+
+    /// Waits until there is a request that wakes the vCPU, or the thread has a signal. By who holds the
+    /// vCPU's mutex.
+    pub(crate) fn sleep(&self) {
+        self.sleeper.sleep_until(&self.requests, Request::WAKE);
+    }
+
+    /// Returns if there is a request that wakes the vCPU.
+    pub(crate) fn has_reason_to_wake(&self) -> bool {
+        self.requests.load(Ordering::SeqCst) & Request::WAKE != 0
     }
 
     /// The dirty ring, if the VM has them.

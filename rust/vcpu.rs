@@ -9,16 +9,21 @@
 mod cpuid;
 mod events;
 mod fpu;
+mod lapic;
 mod msrs;
 mod regs;
 pub(crate) mod sync;
 
 use crate::abi;
 use crate::abi::ioctl;
+use crate::apics::Registers;
+use crate::apics::SharedApic;
 use crate::arch;
 use crate::arch::Arch;
 use crate::backend::Backend;
 use crate::backend::Loaded;
+use crate::irq::Mode;
+use crate::lapic::LocalApic;
 use crate::linux::file;
 use crate::linux::file::FileObject;
 use crate::linux::file::NewVma;
@@ -29,6 +34,7 @@ use crate::linux::task;
 use crate::linux::task::SignalMask;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
+use crate::run::apic::Around;
 use crate::run::Run;
 use crate::run_page::RunPages;
 use crate::stats;
@@ -68,14 +74,31 @@ struct State<B: Backend> {
 }
 
 impl<B: Backend> State<B> {
-    fn new(vm: &Vm<B>, id: u32) -> impl PinInit<Self, Error> + '_ {
+    fn new<'a>(
+        vm: &'a Vm<B>,
+        id: u32,
+        shared: &'a Arc<VcpuShared>,
+        registers: Option<Arc<Registers>>,
+    ) -> impl PinInit<Self, Error> + 'a {
         pin_init::pin_init_scope(move || {
-            let (hw, follows) = vm.machine.backend.new_vcpu(vm.memory.eptp())?;
+            let backend = &vm.machine.backend;
+            let (hw, follows) = backend.new_vcpu(vm.memory.eptp(), registers.clone())?;
+            let boots = id == vm.boot_cpu_id();
+            let mut arch = Arch::new(boots)?;
+            if let Some(registers) = registers {
+                let config = lapic::config(id, boots, vm.apics.ids(), vm.apics.bus());
+                let virtualised = backend.virtualises_apics();
+                let apic = LocalApic::new(registers, config, shared.clone(), virtualised)?;
+                arch.apic = Some(KBox::new(apic, GFP_KERNEL_ACCOUNT)?);
+                if !boots {
+                    arch.mp_state = crate::bindings::KVM_MP_STATE_UNINITIALIZED;
+                }
+            }
             Ok(try_pin_init!(Self {
                 follows <- Followed::new(follows),
                 fpu <- GuestFpu::new(),
                 hw,
-                arch: Arch::new(id == 0)?,
+                arch,
             }))
         })
     }
@@ -84,7 +107,15 @@ impl<B: Backend> State<B> {
 impl<B: Backend> Vcpu<B> {
     /// Makes a vCPU of `vm`, with the dirty ring that it is to have, and a file for it.
     pub(crate) fn create(vm: Arc<Vm<B>>, id: u32, ring: Option<DirtyRing>) -> Result<isize> {
-        let shared = Arc::new(VcpuShared::new(ring), GFP_KERNEL_ACCOUNT)?;
+        let registers = match vm.irqs.mode() {
+            Mode::None => None,
+            Mode::Split | Mode::Kernel => Some(Registers::new()?),
+        };
+        let posts = vm.machine.backend.virtualises_apics();
+        let apic = registers
+            .clone()
+            .map(|page| SharedApic::new(page, id, posts));
+        let shared = Arc::pin_init(VcpuShared::new(ring, apic), GFP_KERNEL_ACCOUNT)?;
         let (vm, shared) = (&vm, &shared);
         let pid = current!().pid();
         let stats_id = CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}/vcpu-{id}"))?;
@@ -93,7 +124,7 @@ impl<B: Backend> Vcpu<B> {
                 pages: RunPages::new()?,
                 shared: shared.clone(),
                 state <- KillableMutex::new(
-                    State::new(vm, id),
+                    State::new(vm, id, shared, registers),
                     c"rkvm_vcpu",
                     static_lock_class!(),
                 ),
@@ -104,6 +135,9 @@ impl<B: Backend> Vcpu<B> {
             GFP_KERNEL_ACCOUNT,
         )?;
         vm.memory.vcpus().add(shared.clone())?;
+        if shared.apic().is_some() {
+            vm.apics.add(shared.clone())?;
+        }
         vcpu.with_loaded(|cpu| {
             arch::reset(cpu.hw);
             Ok(())
@@ -132,7 +166,17 @@ impl<B: Backend> Vcpu<B> {
             fpu: state.fpu.into_ref().get_ref(),
             vm: &self.vm.memory,
             host: &self.vm.machine.host,
+            around: self.around(),
         })
+    }
+
+    fn around(&self) -> Around<'_> {
+        Around {
+            shared: &self.shared,
+            apics: &self.vm.apics,
+            irqs: &self.vm.irqs,
+            host: &self.vm.machine.host,
+        }
     }
 
     /// KVM_SET_SIGNAL_MASK: the signals that are blocked during KVM_RUN, or, without an argument,
@@ -201,6 +245,7 @@ impl<B: Backend> Vcpu<B> {
                 fpu,
                 vm: memory,
                 host,
+                around: self.around(),
             }
             .take_synced(&self.pages)
         } else {
@@ -212,6 +257,8 @@ impl<B: Backend> Vcpu<B> {
             arch: state.arch,
             memory,
             bus: &self.vm.bus,
+            apics: &self.vm.apics,
+            irqs: &self.vm.irqs,
             shared: &self.shared,
             page: &self.pages,
             host,
@@ -224,6 +271,7 @@ impl<B: Backend> Vcpu<B> {
                 fpu,
                 vm: memory,
                 host,
+                around: self.around(),
             }
             .leave_synced(&self.pages);
         }
@@ -236,6 +284,9 @@ impl<B: Backend> Vcpu<B> {
 impl<B: Backend> PinnedDrop for Vcpu<B> {
     fn drop(self: Pin<&mut Self>) {
         self.vm.memory.vcpus().remove(&self.shared);
+        if self.shared.apic().is_some() {
+            self.vm.apics.remove(&self.shared);
+        }
     }
 }
 
@@ -246,6 +297,7 @@ pub(crate) struct Locked<'a, L: Loaded> {
     pub(crate) fpu: &'a GuestFpu,
     pub(crate) vm: &'a crate::mem::GuestMemory,
     pub(crate) host: &'a crate::system::Host,
+    pub(crate) around: Around<'a>,
 }
 
 impl<B: Backend> FileObject for Vcpu<B> {
@@ -278,7 +330,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 this.with_loaded(|cpu| cpu.set_sregs(&sregs))?;
             }
             ioctl::GET_MP_STATE => {
-                let mp_state = this.with_loaded(|cpu| Ok(cpu.arch.mp_state))?;
+                let mp_state = this.with_loaded(|cpu| Ok(cpu.get_mp_state()))?;
                 user::write(arg, &abi::kvm_mp_state { mp_state })?;
             }
             ioctl::SET_MP_STATE => {
@@ -293,6 +345,24 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 cpu.nmi();
                 Ok(())
             })?,
+            ioctl::GET_LAPIC => {
+                let mut state = KBox::new(abi::kvm_lapic_state::default(), GFP_KERNEL_ACCOUNT)?;
+                this.with_loaded(|cpu| cpu.get_lapic(&mut state))?;
+                user::write(arg, &*state)?;
+            }
+            ioctl::SET_LAPIC => {
+                let state = KBox::new(user::read(arg)?, GFP_KERNEL_ACCOUNT)?;
+                this.with_loaded(|cpu| cpu.set_lapic(&state))?;
+            }
+            ioctl::TPR_ACCESS_REPORTING => {
+                let control: abi::kvm_tpr_access_ctl = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.report_tpr_accesses(&control))?;
+                user::write(arg, &control)?;
+            }
+            ioctl::SET_VAPIC_ADDR => {
+                let vapic: abi::kvm_vapic_addr = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_vapic_addr(vapic.vapic_addr))?;
+            }
             ioctl::GET_VCPU_EVENTS => {
                 let events = this.with_loaded(|cpu| Ok(cpu.get_events()))?;
                 user::write(arg, &events)?;

@@ -5,16 +5,23 @@
 //! A VM lives as long as its file or any of its vCPUs' files are open, and holds the address space of
 //! the process that made it. Its ioctls are for that process: others get EIO.
 
+mod devices;
+
+pub(crate) use devices::disableable_exits;
+
 use crate::abi;
 use crate::abi::ioctl;
 use crate::abi::kvm_enable_cap;
 use crate::abi::kvm_userspace_memory_region;
 use crate::abi::kvm_userspace_memory_region2;
+use crate::apics::Apics;
 use crate::backend::Backend;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
 use crate::bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use crate::bus::Bus;
+use crate::irq::irqfd::IrqFds;
+use crate::irq::Irqs;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
@@ -25,6 +32,8 @@ use crate::stats::Description;
 use crate::system::no_arg;
 use crate::system::Machine;
 use crate::vcpu::Vcpu;
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::Ordering;
 use kernel::new_mutex;
 use kernel::prelude::*;
 use kernel::str::CString;
@@ -40,11 +49,18 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) memory: GuestMemory,
     #[pin]
     pub(crate) bus: Bus,
+    pub(crate) apics: Arc<Apics>,
+    pub(crate) irqs: Arc<Irqs>,
+    irqfds: IrqFds,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Held while a vCPU is made.
     #[pin]
     vcpus: Mutex<Vcpus>,
+    /// The identifier of the vCPU that starts the machine. Changed before there are vCPUs only.
+    boot_cpu_id: AtomicU32,
+    /// What does not make the guest exit (KVM_X86_DISABLE_EXITS_*). Changed before there are vCPUs only.
+    pub(crate) disabled_exits: AtomicU32,
     /// What statistics call it.
     stats_id: CString,
 }
@@ -69,13 +85,21 @@ impl<B: Backend> Vm<B> {
     pub(crate) fn new(machine: Arc<Machine<B>>) -> Result<Arc<Self>> {
         let caps = machine.backend.ept_caps();
         let pid = current!().pid();
+        let apics = Apics::new()?;
+        let irqs = Irqs::new(&apics)?;
+        let irqfds = IrqFds::new(irqs.clone())?;
         Arc::pin_init(
             try_pin_init!(Self {
                 machine,
                 memory <- GuestMemory::new(caps),
-                bus <- Bus::new(),
+                bus <- Bus::new(irqs.clone()),
+                apics,
+                irqs,
+                irqfds,
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus { ids: 0, ring: 0 }),
+                boot_cpu_id: AtomicU32::new(0),
+                disabled_exits: AtomicU32::new(0),
                 stats_id: CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}"))?,
             }),
             GFP_KERNEL_ACCOUNT,
@@ -109,7 +133,7 @@ impl<B: Backend> Vm<B> {
             KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
                 self.set_dirty_ring(cap.args[0] as u32)?;
             }
-            _ => return Err(EINVAL),
+            _ => self.enable_device_cap(cap)?,
         }
         Ok(0)
     }
@@ -125,6 +149,11 @@ impl<B: Backend> Vm<B> {
         vcpus.ring = bytes;
         self.memory.use_rings();
         Ok(())
+    }
+
+    /// The vCPU that starts the machine, by its identifier.
+    pub(crate) fn boot_cpu_id(&self) -> u32 {
+        self.boot_cpu_id.load(Ordering::Relaxed)
     }
 
     /// KVM_SET_TSS_ADDR. An unrestricted guest needs no TSS in its memory: the address is checked and
@@ -204,8 +233,13 @@ impl<B: Backend> FileObject for Vm<B> {
             ioctl::SET_NR_MMU_PAGES => Self::set_nr_mmu_pages(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),
             ioctl::GET_TSC_KHZ => no_arg(0, crate::linux::msr::tsc_khz() as isize),
-            _ => Err(ENOTTY),
+            _ => this.device_ioctl(cmd, arg),
         }
+    }
+
+    fn release(this: ArcBorrow<'_, Self>) {
+        // What refers to them refers to each other, too.
+        this.irqfds.release();
     }
 }
 

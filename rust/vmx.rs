@@ -5,6 +5,7 @@
 //! VMX itself belongs to the kernel: it is turned on for a CPU while somebody holds a reference to
 //! it there, and rkvm holds one on every CPU that is online, as kvm-intel does when it is loaded.
 
+mod apic;
 mod caps;
 mod exit;
 mod fields;
@@ -13,6 +14,7 @@ mod vcpu;
 mod vmcs;
 mod write_log;
 
+use crate::apics::Registers;
 use crate::backend::Backend;
 use crate::backend::Features;
 use crate::bindings;
@@ -85,6 +87,14 @@ impl HostState {
     }
 }
 
+/// Which accesses to an MSR do not exit.
+#[derive(Clone, Copy)]
+enum Pass {
+    Reads,
+    Writes,
+    Both,
+}
+
 /// The bitmap of the MSRs that a guest reads and writes without an exit (SDM vol. 3, 25.6.9). It is
 /// the same for all.
 struct MsrBitmap(KernelPage);
@@ -108,15 +118,38 @@ impl MsrBitmap {
             Msr::SYSENTER_ESP,
             Msr::SYSENTER_EIP,
         ] {
-            bitmap.pass(msr, true);
+            bitmap.pass(msr, Pass::Both);
         }
         for msr in [Msr::TSC, Msr::STAR, Msr::LSTAR, Msr::SYSCALL_MASK] {
-            bitmap.pass(msr, false);
+            bitmap.pass(msr, Pass::Reads);
         }
         Ok(bitmap)
     }
 
-    fn pass(&self, msr: Msr, write: bool) {
+    /// The same for a guest whose x2APIC registers the processor has: reads of all but the current count,
+    /// and writes of those that change nothing outside.
+    fn with_x2apic() -> Result<Self> {
+        const READ: [core::ops::RangeInclusive<u32>; 8] = [
+            0x802..=0x803,
+            0x808..=0x808,
+            0x80a..=0x80a,
+            0x80d..=0x80d,
+            0x80f..=0x828,
+            0x830..=0x830,
+            0x832..=0x838,
+            0x83e..=0x83e,
+        ];
+        let bitmap = Self::new()?;
+        for msr in READ.into_iter().flatten() {
+            bitmap.pass(Msr(msr), Pass::Reads);
+        }
+        for msr in [Msr::X2APIC_TPR, Msr::X2APIC_EOI, Msr::X2APIC_SELF_IPI] {
+            bitmap.pass(msr, Pass::Writes);
+        }
+        Ok(bitmap)
+    }
+
+    fn pass(&self, msr: Msr, what: Pass) {
         let Msr(msr) = msr;
         let base = if msr < 0x2000 {
             Self::READ_LOW
@@ -125,8 +158,10 @@ impl MsrBitmap {
         };
         let byte = base + (msr & 0x1fff) as usize / 8;
         let bit = 1u8 << (msr & 7);
-        self.0.write(byte, self.0.read::<u8>(byte) & !bit);
-        if write {
+        if !matches!(what, Pass::Writes) {
+            self.0.write(byte, self.0.read::<u8>(byte) & !bit);
+        }
+        if !matches!(what, Pass::Reads) {
             let byte = byte + Self::WRITE;
             self.0.write(byte, self.0.read::<u8>(byte) & !bit);
         }
@@ -195,6 +230,7 @@ pub(crate) struct Vmx {
     caps: VmxCaps,
     host: HostState,
     msr_bitmap: MsrBitmap,
+    x2apic_msr_bitmap: MsrBitmap,
     /// Last: VMX goes off after everything that needs it is gone.
     _on: HotplugState<VmxHold>,
 }
@@ -248,6 +284,7 @@ impl Vmx {
             caps: VmxCaps::probe()?,
             host: HostState::read()?,
             msr_bitmap: MsrBitmap::new()?,
+            x2apic_msr_bitmap: MsrBitmap::with_x2apic()?,
             _on: HotplugState::register()
                 .inspect_err(|_| pr_err!("VMX could not be turned on on every CPU\n"))?,
         })
@@ -300,12 +337,16 @@ impl Backend for Vmx {
         }
     }
 
-    fn new_vcpu(&self, eptp: u64) -> Result<(VmxVcpu, Loadable)> {
+    fn virtualises_apics(&self) -> bool {
+        self.caps.apicv
+    }
+
+    fn new_vcpu(&self, eptp: u64, apic: Option<Arc<Registers>>) -> Result<(VmxVcpu, Loadable)> {
         let vmcs = Arc::new(Vmcs::new(self.caps.revision)?, GFP_KERNEL_ACCOUNT)?;
         let vpid = Vpid::register(&vmcs)?;
         let rdtscp = self.caps.secondary.has(SecondaryControls::RDTSCP);
         Ok((
-            VmxVcpu::new(self, eptp, vpid)?,
+            VmxVcpu::new(self, eptp, vpid, apic)?,
             Loadable::new(vmcs, self.host.msrs, rdtscp),
         ))
     }

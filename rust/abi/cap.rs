@@ -7,6 +7,9 @@ use crate::bindings as b;
 use crate::linux::fpu;
 use crate::linux::task;
 
+/// How long a cycle of the local APICs' bus takes, if user space does not say.
+const APIC_BUS_CYCLE_NS: isize = 1;
+
 /// The answer for a capability (KVM API, 4.4): 0 if it is not there, 1 or more if it is.
 pub(crate) fn check(cap: usize) -> isize {
     let Ok(cap) = u32::try_from(cap) else {
@@ -37,7 +40,27 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_MEMORY_FAULT_INFO
         | b::KVM_CAP_PRE_FAULT_MEMORY
         | b::KVM_CAP_CHECK_EXTENSION_VM
-        | b::KVM_CAP_ENABLE_CAP_VM => 1,
+        | b::KVM_CAP_ENABLE_CAP_VM
+        | b::KVM_CAP_IRQCHIP
+        | b::KVM_CAP_SPLIT_IRQCHIP
+        | b::KVM_CAP_IRQ_INJECT_STATUS
+        | b::KVM_CAP_IOAPIC_POLARITY_IGNORED
+        | b::KVM_CAP_SIGNAL_MSI
+        | b::KVM_CAP_IRQFD
+        | b::KVM_CAP_IRQFD_RESAMPLE
+        | b::KVM_CAP_IOEVENTFD
+        | b::KVM_CAP_IOEVENTFD_NO_LENGTH
+        | b::KVM_CAP_IOEVENTFD_ANY_LENGTH
+        | b::KVM_CAP_PIT
+        | b::KVM_CAP_PIT2
+        | b::KVM_CAP_PIT_STATE2
+        | b::KVM_CAP_REINJECT_CONTROL
+        | b::KVM_CAP_SET_BOOT_CPU_ID
+        | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
+        b::KVM_CAP_IRQ_ROUTING => crate::irq::MAX_ROUTES as isize,
+        b::KVM_CAP_X2APIC_API => crate::apics::X2APIC_API as isize,
+        b::KVM_CAP_X86_APIC_BUS_CYCLES_NS => APIC_BUS_CYCLE_NS,
+        b::KVM_CAP_X86_DISABLE_EXITS => crate::vm::disableable_exits() as isize,
         b::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 => crate::mem::log::MANUAL_CAPS as isize,
         b::KVM_CAP_DIRTY_LOG_RING | b::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
             crate::mem::ring::MAX_BYTES as isize

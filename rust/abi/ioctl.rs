@@ -34,6 +34,23 @@ pub(crate) const RESET_DIRTY_RINGS: u32 = _IO(KVMIO, 0xc7);
 pub(crate) const SET_USER_MEMORY_REGION2: u32 = _IOW::<kvm_userspace_memory_region2>(KVMIO, 0x49);
 pub(crate) const REGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x67);
 pub(crate) const UNREGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x68);
+pub(crate) const CREATE_IRQCHIP: u32 = _IO(KVMIO, 0x60);
+pub(crate) const IRQ_LINE: u32 = _IOW::<kvm_irq_level>(KVMIO, 0x61);
+pub(crate) const GET_IRQCHIP: u32 = _IOWR::<kvm_irqchip>(KVMIO, 0x62);
+pub(crate) const SET_IRQCHIP: u32 = _IOR::<kvm_irqchip>(KVMIO, 0x63);
+pub(crate) const CREATE_PIT: u32 = _IO(KVMIO, 0x64);
+pub(crate) const GET_PIT: u32 = _IOWR::<kvm_pit_state>(KVMIO, 0x65);
+pub(crate) const SET_PIT: u32 = _IOR::<kvm_pit_state>(KVMIO, 0x66);
+pub(crate) const IRQ_LINE_STATUS: u32 = _IOWR::<kvm_irq_level>(KVMIO, 0x67);
+pub(crate) const SET_GSI_ROUTING: u32 = _IOW::<kvm_irq_routing>(KVMIO, 0x6a);
+pub(crate) const REINJECT_CONTROL: u32 = _IO(KVMIO, 0x71);
+pub(crate) const IRQFD: u32 = _IOW::<kvm_irqfd>(KVMIO, 0x76);
+pub(crate) const CREATE_PIT2: u32 = _IOW::<kvm_pit_config>(KVMIO, 0x77);
+pub(crate) const SET_BOOT_CPU_ID: u32 = _IO(KVMIO, 0x78);
+pub(crate) const IOEVENTFD: u32 = _IOW::<kvm_ioeventfd>(KVMIO, 0x79);
+pub(crate) const GET_PIT2: u32 = _IOR::<kvm_pit_state2>(KVMIO, 0x9f);
+pub(crate) const SET_PIT2: u32 = _IOW::<kvm_pit_state2>(KVMIO, 0xa0);
+pub(crate) const SIGNAL_MSI: u32 = _IOW::<kvm_msi>(KVMIO, 0xa5);
 
 // A vCPU.
 pub(crate) const RUN: u32 = _IO(KVMIO, 0x80);
@@ -60,6 +77,10 @@ pub(crate) const SET_DEBUGREGS: u32 = _IOW::<kvm_debugregs>(KVMIO, 0xa2);
 pub(crate) const SET_TSC_KHZ: u32 = _IO(KVMIO, 0xa2);
 /// Of a VM and of a vCPU.
 pub(crate) const GET_TSC_KHZ: u32 = _IO(KVMIO, 0xa3);
+pub(crate) const GET_LAPIC: u32 = _IOR::<kvm_lapic_state>(KVMIO, 0x8e);
+pub(crate) const SET_LAPIC: u32 = _IOW::<kvm_lapic_state>(KVMIO, 0x8f);
+pub(crate) const TPR_ACCESS_REPORTING: u32 = _IOWR::<kvm_tpr_access_ctl>(KVMIO, 0x92);
+pub(crate) const SET_VAPIC_ADDR: u32 = _IOW::<kvm_vapic_addr>(KVMIO, 0x93);
 pub(crate) const GET_XSAVE: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xa4);
 pub(crate) const SET_XSAVE: u32 = _IOW::<b::kvm_xsave>(KVMIO, 0xa5);
 /// Of a VM and of a vCPU.

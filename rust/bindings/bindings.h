@@ -23,5 +23,6 @@
 #include <asm/virt.h>
 
 #include "helpers.h"
+#include "irq_helpers.h"
 #include "mem_helpers.h"
 #include "../vmx/entry.h"

@@ -6,13 +6,16 @@
 #include <linux/entry-common.h>
 #include <linux/entry-virt.h>
 #include <linux/fs.h>
+#include <linux/hrtimer.h>
 #include <linux/kvm_host.h>
 #include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/preempt.h>
+#include <linux/rcuwait.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/smp.h>
+#include <asm/apic.h>
 #include <asm/cpu.h>
 #include <asm/cpu_entry_area.h>
 #include <asm/cpufeature.h>
@@ -22,6 +25,7 @@
 #include <asm/fpu/api.h>
 #include <asm/fpu/xcr.h>
 #include <asm/fred.h>
+#include <asm/irq_vectors.h>
 #include <asm/mce.h>
 #include <asm/mmu_context.h>
 #include <asm/msr.h>
@@ -307,3 +311,41 @@ static DEFINE_PER_CPU(u64, current_vmcs) = U64_MAX;
 
 u64 rkvm_current_vmcs(void) { return this_cpu_read(current_vmcs); }
 void rkvm_set_current_vmcs(u64 phys) { this_cpu_write(current_vmcs, phys); }
+
+void rkvm_hrtimer_setup(struct hrtimer *timer,
+			enum hrtimer_restart (*function)(struct hrtimer *))
+{
+	hrtimer_setup(timer, function, CLOCK_MONOTONIC, HRTIMER_MODE_ABS_HARD);
+}
+
+void rkvm_hrtimer_start(struct hrtimer *timer, s64 expires)
+{
+	hrtimer_start(timer, ns_to_ktime(expires), HRTIMER_MODE_ABS_HARD);
+}
+
+void rkvm_hrtimer_set_expires(struct hrtimer *timer, s64 expires)
+{
+	hrtimer_set_expires(timer, ns_to_ktime(expires));
+}
+
+void rkvm_rcuwait_init(struct rcuwait *w)
+{
+	rcuwait_init(w);
+}
+
+void rkvm_rcuwait_sleep(struct rcuwait *w, const u32 *word, u32 mask)
+{
+	rcuwait_wait_event(w, READ_ONCE(*word) & mask, TASK_INTERRUPTIBLE);
+}
+
+void rkvm_interrupt_cpu(int cpu)
+{
+	smp_send_reschedule(cpu);
+}
+
+void rkvm_post_interrupt(int cpu)
+{
+	BUILD_BUG_ON(RKVM_POSTED_INTR_VECTOR != POSTED_INTR_VECTOR);
+
+	__apic_send_IPI_mask(cpumask_of(cpu), POSTED_INTR_VECTOR);
+}

@@ -7,7 +7,9 @@
 #ifndef RKVM_HELPERS_H
 #define RKVM_HELPERS_H
 
+#include <linux/hrtimer.h>
 #include <linux/jump_label.h>
+#include <linux/rcuwait.h>
 #include <linux/types.h>
 
 struct fpu_guest;
@@ -89,6 +91,27 @@ u32 rkvm_fpu_uabi_size(struct fpu_guest *fpu);
 u32 rkvm_fpu_uabi_max_size(void);
 void *rkvm_fpu_fxsave(struct fpu_guest *fpu);
 void rkvm_fpu_set_fxsave(struct fpu_guest *fpu, const void *area);
+
+struct hrtimer;
+/*
+ * Timers of CLOCK_MONOTONIC that call back from the interrupt, by absolute
+ * times in nanoseconds.
+ */
+void rkvm_hrtimer_setup(struct hrtimer *timer,
+			enum hrtimer_restart (*function)(struct hrtimer *));
+void rkvm_hrtimer_start(struct hrtimer *timer, s64 expires);
+/* In the callback that restarts it. */
+void rkvm_hrtimer_set_expires(struct hrtimer *timer, s64 expires);
+
+struct rcuwait;
+void rkvm_rcuwait_init(struct rcuwait *w);
+/* Sleep until a bit of mask is set in the word, or a signal is pending. */
+void rkvm_rcuwait_sleep(struct rcuwait *w, const u32 *word, u32 mask);
+
+/* Has a CPU leave what it does, or sends it the posted-interrupt vector. */
+void rkvm_interrupt_cpu(int cpu);
+void rkvm_post_interrupt(int cpu);
+#define RKVM_POSTED_INTR_VECTOR 0xf2
 
 struct mutex;
 /* 0, or -EINTR if the thread is being killed. */

@@ -77,3 +77,9 @@ pub(crate) unsafe fn call_on(
     // SAFETY: As the caller promises. The error is that of a CPU that is offline.
     unsafe { bindings::rkvm_on_cpu(cpu, Some(f), arg) };
 }
+
+/// Returns if a guest may put its CPU to sleep with MWAIT and the host's timers go on meanwhile.
+pub(crate) fn guest_may_mwait() -> bool {
+    // SAFETY: Reads what the kernel found out of the processor.
+    unsafe { bindings::rkvm_guest_may_mwait() }
+}

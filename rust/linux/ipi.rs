@@ -3,6 +3,7 @@
 //! Interrupting other CPUs.
 
 use crate::bindings;
+use kernel::cpu::CpuId;
 use kernel::cpumask::CpumaskVar;
 
 /// Interrupts the CPUs of `mask`, but this one, waits until each has taken the interrupt, and
@@ -12,4 +13,20 @@ use kernel::cpumask::CpumaskVar;
 pub(crate) fn interrupt_and_wait(mask: &mut CpumaskVar) {
     // SAFETY: A valid mask, and nobody else uses it.
     unsafe { bindings::rkvm_ipi_and_wait(mask.as_raw()) };
+}
+
+/// Has a CPU leave the guest that it runs, if it does. In any context.
+#[inline]
+pub(crate) fn interrupt(cpu: CpuId) {
+    // SAFETY: The CPU looks if it must reschedule, no more. Should it have gone offline, nobody runs a
+    // guest there.
+    unsafe { bindings::rkvm_interrupt_cpu(cpu.as_u32() as i32) };
+}
+
+/// Tells a CPU that runs a guest that interrupts have been posted for it; outside of a guest, the CPU
+/// counts it and goes on. In any context.
+#[inline]
+pub(crate) fn post_interrupt(cpu: CpuId) {
+    // SAFETY: The kernel has a handler for the vector.
+    unsafe { bindings::rkvm_post_interrupt(cpu.as_u32() as i32) };
 }

@@ -4,10 +4,17 @@
 
 use crate::bindings;
 use core::ptr::NonNull;
+use core::sync::atomic::AtomicU32;
 use kernel::prelude::*;
 
 /// Bytes in a page.
 pub(crate) const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
+
+/// The physical address of something that the kernel's allocator made.
+pub(crate) fn phys_of<T>(place: &T) -> u64 {
+    // SAFETY: An address calculation: for what is elsewhere it is wrong, and nothing else.
+    unsafe { bindings::rkvm_virt_to_phys(core::ptr::from_ref(place).cast()) }
+}
 
 /// A page of kernel memory that hardware or user space sees too.
 ///
@@ -75,6 +82,15 @@ impl KernelPage {
             // SAFETY: The place is in the page and aligned, by `at`.
             unsafe { place.write_volatile(value) };
         }
+    }
+
+    /// A word that others may change at the same time, if it is in the page and aligned.
+    #[inline]
+    pub(crate) fn atomic(&self, offset: usize) -> Option<&AtomicU32> {
+        // SAFETY: The place is in the page and aligned, by `at`, and stays as long as the page. Who
+        // else writes there does so by whole words.
+        self.at::<u32>(offset)
+            .map(|place| unsafe { AtomicU32::from_ptr(place) })
     }
 
     /// Copies bytes out, as many as both sides have.

@@ -39,7 +39,7 @@ impl<L: Loaded> Run<'_, L> {
             CrAccess::Read { cr, gpr } => {
                 let value = match cr {
                     3 => self.hw.cr3(),
-                    8 => self.arch.cr8,
+                    8 => self.arch.cr8(),
                     _ => return self.raise(Fault::UD),
                 };
                 self.hw.set_gpr(gpr, value);
@@ -117,14 +117,21 @@ impl<L: Loaded> Run<'_, L> {
         Ok(())
     }
 
-    /// The VMM's local APIC wants to know when the task priority sinks: it may hold an interrupt back.
+    /// Without a local APIC in the kernel, the VMM's wants to know when the task priority sinks: it may hold an interrupt back.
     fn write_cr8(&mut self, value: u64) -> Result<Next> {
         let new = match cr::check_cr8(value) {
-            Ok(new) => u64::from(new),
+            Ok(new) => new,
             Err(fault) => return self.raise(fault),
         };
-        let old = core::mem::replace(&mut self.arch.cr8, new);
         self.skip();
+        if let Some(apic) = self.arch.apic.as_deref_mut() {
+            let effect = apic.model.set_cr8(new);
+            self.apply(effect);
+            return Ok(Next::Guest);
+        }
+        let old = self.arch.cr8();
+        self.arch.set_vmm_cr8(new.into());
+        let new = u64::from(new);
         if new >= old {
             return Ok(Next::Guest);
         }

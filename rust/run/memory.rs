@@ -231,6 +231,10 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             MemFault::Mmio => {
+                if linear.is_some() && self.took_any_write(gpa, access) {
+                    return Ok(Next::Guest);
+                }
+                let stats = &self.shared.stats;
                 stats.pf_emulate.bump();
                 let hint = linear.map(|linear| Hint {
                     linear,
@@ -247,6 +251,22 @@ impl<L: Loaded> Run<'_, L> {
             }
             MemFault::BadHva(_) => Err(self.unbacked(Unbacked(gpa))),
         }
+    }
+
+    /// Offers a write to the devices that take any: then the instruction is done, whatever it is, and
+    /// need not be looked at. What it wrote to registers besides would be lost: who has a device do so
+    /// knows that its driver uses plain stores.
+    fn took_any_write(&mut self, gpa: u64, access: Access) -> bool {
+        if !access.write || access.read || access.exec || self.hw.vectoring().is_some() {
+            return false;
+        }
+        // The manual does not promise a length for this exit. Where there is none, it is emulated.
+        let len = self.hw.instruction_len();
+        if !(1..=15).contains(&len) || !self.bus.write_any(gpa) {
+            return false;
+        }
+        super::skip(&mut self.hw, len);
+        true
     }
 
     /// Tells the VMM which page the host cannot reach; the error is for KVM_RUN to return.
@@ -286,7 +306,15 @@ impl<L: Loaded> Run<'_, L> {
             let arch = &mut *self.arch;
             let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
             match arch.emulator.step(&mut cpu, &mut memory) {
-                Outcome::MmioWrite { gpa, data, len } if self.device_write(gpa, &data, len) => {}
+                Outcome::MmioWrite { gpa, data, len } => {
+                    if !self.apic_write(gpa, &data, len) && !self.device_write(gpa, &data, len) {
+                        break Outcome::MmioWrite { gpa, data, len };
+                    }
+                }
+                Outcome::MmioRead { gpa, len } => match self.device_read(gpa, len) {
+                    Some(data) => self.arch.emulator.complete_read(data),
+                    None => break Outcome::MmioRead { gpa, len },
+                },
                 outcome => break outcome,
             }
         };
@@ -328,6 +356,16 @@ impl<L: Loaded> Run<'_, L> {
     fn device_write(&self, gpa: u64, data: &[u8; 8], len: u8) -> bool {
         let data = data.get(..usize::from(len)).unwrap_or(data);
         self.bus.write(Space::Memory, gpa, data)
+    }
+
+    /// Offers a device read to the devices in the kernel; returns what one answered.
+    fn device_read(&mut self, gpa: u64, len: u8) -> Option<[u8; 8]> {
+        if let Some(data) = self.apic_read(gpa, len) {
+            return Some(data);
+        }
+        let mut data = [0; 8];
+        let part = data.get_mut(..usize::from(len))?;
+        self.bus.read(Space::Memory, gpa, part).then_some(data)
     }
 
     fn leave_for_mmio(&mut self, read: bool) -> Result<Next> {

@@ -7,6 +7,7 @@ use super::Run;
 use crate::arch::Arch;
 use crate::backend::Loaded;
 use crate::system::Host;
+use crate::x86::apic::Effect;
 use crate::x86::cpuid::features::Features;
 use crate::x86::cr;
 use crate::x86::exception::Fault;
@@ -38,7 +39,8 @@ impl<L: Loaded> Run<'_, L> {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
         let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
         match write(&mut self.hw, self.arch, self.host, msr, value, false) {
-            Ok(()) => {
+            Ok(effect) => {
+                self.apply(effect);
                 self.skip();
                 Ok(Next::Guest)
             }
@@ -56,6 +58,7 @@ pub(crate) fn read(
 ) -> Result<u64, MsrError> {
     let features = &arch.features;
     match msr.class() {
+        Class::Emulated if msr == Msr::APIC_BASE => Ok(arch.apic_base()),
         Class::Emulated => arch.msrs.read(msr, features, by_host),
         Class::ControlStructure if msr == Msr::EFER => Ok(hw.efer().bits()),
         Class::Switched if msr == Msr::TSC_AUX && !by_host && !has_tsc_aux(arch) => {
@@ -80,7 +83,17 @@ pub(crate) fn read(
         Class::ControlStructure | Class::Switched | Class::Time => {
             hw.read_msr(msr).ok_or(MsrError::Unknown)
         }
-        Class::LocalApic | Class::Command | Class::Unknown => Err(MsrError::Unknown),
+        Class::LocalApic => {
+            let apic = arch.apic.as_ref().ok_or(MsrError::Unknown)?;
+            match msr {
+                Msr::TSC_DEADLINE if !by_host && !features.has(Features::TSC_DEADLINE) => {
+                    Err(MsrError::Unknown)
+                }
+                Msr::TSC_DEADLINE => Ok(apic.model.tsc_deadline()),
+                _ => apic.model.read_msr(msr, &super::apic::clock(hw)),
+            }
+        }
+        Class::Command | Class::Unknown => Err(MsrError::Unknown),
     }
 }
 
@@ -90,7 +103,8 @@ fn has_tsc_aux(arch: &Arch) -> bool {
         .has_any(Features::RDTSCP.with(Features::RDPID))
 }
 
-/// Writes an MSR. `by_host` is whether the VMM asks: it may set what the guest may not.
+/// Writes an MSR. `by_host` is whether the VMM asks: it may set what the guest may not. What is left to
+/// do is for [`apply`](super::apic::apply).
 pub(crate) fn write(
     hw: &mut impl Loaded,
     arch: &mut Arch,
@@ -98,17 +112,16 @@ pub(crate) fn write(
     msr: Msr,
     value: u64,
     by_host: bool,
-) -> Result<(), MsrError> {
+) -> Result<Effect, MsrError> {
     match msr.class() {
+        Class::Emulated if msr == Msr::APIC_BASE => return write_apic_base(arch, value, by_host),
         Class::Emulated => {
             let features = arch.features;
             arch.msrs.write(msr, value, &features, by_host)?;
-            Ok(())
         }
-        Class::ControlStructure if msr == Msr::EFER => write_efer(hw, arch, host, value, by_host),
+        Class::ControlStructure if msr == Msr::EFER => write_efer(hw, arch, host, value, by_host)?,
         Class::Time => {
             write_time(hw, arch, msr, value, by_host);
-            Ok(())
         }
         Class::ControlStructure | Class::Switched => {
             if msr == Msr::SPEC_CTRL {
@@ -116,13 +129,49 @@ pub(crate) fn write(
             }
             let cr4 = hw.cr4();
             let value = msr::check_value(msr, value, &arch.features, cr4, by_host)?;
-            if msr == Msr::XSS || hw.write_msr(msr, value) {
-                Ok(())
-            } else {
-                Err(MsrError::Unknown)
+            if msr != Msr::XSS && !hw.write_msr(msr, value) {
+                return Err(MsrError::Unknown);
             }
         }
-        Class::LocalApic | Class::Command | Class::Unknown => Err(MsrError::Unknown),
+        Class::LocalApic => return write_apic(hw, arch, msr, value, by_host),
+        Class::Command | Class::Unknown => return Err(MsrError::Unknown),
+    }
+    Ok(Effect::None)
+}
+
+/// IA32_APIC_BASE, of the local APIC in the kernel or of the VMM's.
+pub(crate) fn write_apic_base(
+    arch: &mut Arch,
+    value: u64,
+    by_host: bool,
+) -> Result<Effect, MsrError> {
+    let features = arch.features;
+    match arch.apic.as_deref_mut() {
+        Some(apic) => apic.model.set_base(value, &features, by_host),
+        None => {
+            arch.msrs.write(Msr::APIC_BASE, value, &features, by_host)?;
+            Ok(Effect::None)
+        }
+    }
+}
+
+/// The registers of x2APIC mode, and the deadline of the timer.
+fn write_apic(
+    hw: &mut impl Loaded,
+    arch: &mut Arch,
+    msr: Msr,
+    value: u64,
+    by_host: bool,
+) -> Result<Effect, MsrError> {
+    let clock = super::apic::clock(hw);
+    let has_deadline = by_host || arch.features.has(Features::TSC_DEADLINE);
+    let apic = arch.apic.as_deref_mut().ok_or(MsrError::Unknown)?;
+    if msr != Msr::TSC_DEADLINE {
+        apic.model.write_msr(msr, value, &clock)
+    } else if has_deadline {
+        Ok(apic.model.set_tsc_deadline(value))
+    } else {
+        Err(MsrError::Unknown)
     }
 }
 

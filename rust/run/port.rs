@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Port I/O: IN, OUT, INS and OUTS leave to user space (KVM API, KVM_EXIT_IO), but for outputs that a
-//! device in the kernel takes.
+//! Port I/O: IN, OUT, INS and OUTS leave to user space (KVM API, KVM_EXIT_IO), but for what a device in
+//! the kernel takes or answers.
 //!
 //! An instruction stays where it is until the VMM comes back: RIP, and the registers of a string
 //! instruction, move when KVM_RUN completes it.
@@ -55,6 +55,12 @@ impl<L: Loaded> Run<'_, L> {
                 return Ok(Next::Guest);
             }
             self.page.set_port_data(data);
+        } else {
+            let mut data = [0; 4];
+            if self.port_device_read(&access, &mut data) {
+                self.finish_input(&access, data, len);
+                return Ok(Next::Guest);
+            }
         }
         let at = LinearRip::of(&mut self.hw);
         let pending = PendingPort {
@@ -64,6 +70,26 @@ impl<L: Loaded> Run<'_, L> {
             transfer: None,
         };
         self.leave_for_port(pending, 1)
+    }
+
+    /// Offers a read of one element to the devices in the kernel; returns if one answered.
+    fn port_device_read(&self, access: &PortAccess, data: &mut [u8]) -> bool {
+        data.get_mut(..usize::from(access.size))
+            .is_some_and(|data| self.bus.read(Space::Ports, access.port.into(), data))
+    }
+
+    /// Completes an IN of `len` bytes.
+    fn finish_input(&mut self, access: &PortAccess, data: [u8; 4], len: u8) {
+        let value = u64::from(u32::from_le_bytes(data));
+        let old = self.hw.gpr(Gpr::Rax);
+        // A 32-bit destination clears the upper half; narrower ones leave the rest alone.
+        let kept = match access.size {
+            1 => old & !0xff,
+            2 => old & !0xffff,
+            _ => 0,
+        };
+        self.hw.set_gpr(Gpr::Rax, kept | value);
+        super::skip(&mut self.hw, len);
     }
 
     fn leave_for_port(&mut self, pending: PendingPort, count: u32) -> Result<Next> {
@@ -122,6 +148,20 @@ impl<L: Loaded> Run<'_, L> {
             }
             self.page.set_port_data(data);
         }
+        if access.input {
+            // One at a time: what is read is written before the next.
+            let mut data = [0; 4];
+            if let (Some(first), true) =
+                (transfer.first(1), self.port_device_read(&access, &mut data))
+            {
+                let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
+                if let Err(error) = first.scatter(&mut memory, &data) {
+                    return self.string_error(error);
+                }
+                self.finish_string(&first, len);
+                return Ok(Next::Guest);
+            }
+        }
         let count = transfer.count();
         let at = LinearRip::of(&mut self.hw);
         let pending = PendingPort {
@@ -159,17 +199,10 @@ impl<L: Loaded> Run<'_, L> {
                 let size = usize::from(access.size).min(4);
                 self.page
                     .port_data(data.get_mut(..size).unwrap_or(&mut [0; 0]));
-                let value = u64::from(u32::from_le_bytes(data));
-                let old = self.hw.gpr(Gpr::Rax);
-                // A 32-bit destination clears the upper half; narrower ones leave the rest alone.
-                let kept = match size {
-                    1 => old & !0xff,
-                    2 => old & !0xffff,
-                    _ => 0,
-                };
-                self.hw.set_gpr(Gpr::Rax, kept | value);
+                self.finish_input(access, data, pending.len);
+            } else {
+                super::skip(&mut self.hw, pending.len);
             }
-            super::skip(&mut self.hw, pending.len);
             return Ok(Next::Guest);
         };
 

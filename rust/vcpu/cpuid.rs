@@ -51,6 +51,7 @@ impl<L: Loaded> Locked<'_, L> {
         }
         // What the VMM promises and the host has not got stays out of the registers.
         self.arch.features = features.limited_to(&self.host.supported);
+        self.configure_apic();
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use super::Locked;
 use crate::abi::kvm_vcpu_events;
 use crate::backend::Loaded;
 use crate::bindings as b;
+use crate::irq::Mode;
 use crate::x86::event::EventsState;
 use crate::x86::event::Exception;
 use crate::x86::event::Interrupt;
@@ -14,10 +15,22 @@ use crate::x86::exception::Vector;
 use kernel::prelude::*;
 
 impl<L: Loaded> Locked<'_, L> {
-    /// KVM_INTERRUPT: EINVAL for a vector that is none.
+    /// KVM_INTERRUPT: EINVAL for a vector that is none. With the local APIC in the kernel it is what the
+    /// VMM's interrupt controller has behind it: EEXIST if there is one already, and ENXIO if that
+    /// controller is in the kernel as well.
     pub(super) fn interrupt(&mut self, irq: u32) -> Result {
         let vector = u8::try_from(irq).map_err(|_| EINVAL)?;
-        self.arch.events.queue_interrupt(vector);
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            self.arch.events.queue_interrupt(vector);
+            return Ok(());
+        };
+        if self.around.irqs.mode() == Mode::Kernel {
+            return Err(ENXIO);
+        }
+        if apic.extint.is_some() {
+            return Err(EEXIST);
+        }
+        apic.extint = Some(vector);
         Ok(())
     }
 
@@ -115,6 +128,9 @@ impl<L: Loaded> Locked<'_, L> {
         };
         self.arch.events.set_state(&state).map_err(|_| EINVAL)?;
         self.hw.set_nmi_blocked(state.nmi_masked);
+        if events.flags & b::KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 {
+            self.arch.sipi_vector = events.sipi_vector as u8;
+        }
         if events.flags & b::KVM_VCPUEVENT_VALID_SHADOW != 0 {
             let shadow = u32::from(events.interrupt.shadow);
             // As in KVM, the greater one if both are asked for.

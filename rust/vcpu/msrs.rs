@@ -33,8 +33,9 @@ impl<L: Loaded> Locked<'_, L> {
         let mut done = 0;
         for entry in &entries {
             let msr = Msr(entry.index);
-            if msr::write(self.hw, self.arch, self.host, msr, entry.data, true).is_err() {
-                break;
+            match msr::write(self.hw, self.arch, self.host, msr, entry.data, true) {
+                Ok(effect) => self.apply(effect),
+                Err(_) => break,
             }
             done += 1;
         }

@@ -13,7 +13,6 @@ use crate::backend::TableReg;
 use crate::run::cr::load_pdptes;
 use crate::x86::cr;
 use crate::x86::cr::DebugReg;
-use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Dr6;
@@ -155,9 +154,9 @@ impl<L: Loaded> Locked<'_, L> {
             cr2: hw.cr2(),
             cr3: hw.cr3(),
             cr4: hw.cr4().bits(),
-            cr8: self.arch.cr8,
+            cr8: self.arch.cr8(),
             efer: hw.efer().bits(),
-            apic_base: self.arch.msrs.apic_base(),
+            apic_base: self.arch.apic_base(),
             interrupt_bitmap: [0; 4],
         };
         if let Some(vector) = self.arch.events.interrupt_in_bitmap() {
@@ -177,10 +176,7 @@ impl<L: Loaded> Locked<'_, L> {
         if !cr::sregs_are_valid(cr0, sregs.cr3, cr4, efer, cs.attr, &own) {
             return Err(EINVAL);
         }
-        self.arch
-            .msrs
-            .write(Msr::APIC_BASE, sregs.apic_base, &own, true)
-            .map_err(|_| EINVAL)?;
+        self.set_apic_base(sregs.apic_base)?;
 
         let hw = &mut *self.hw;
         hw.set_idtr(table_from_abi(&sregs.idt));
@@ -210,7 +206,7 @@ impl<L: Loaded> Locked<'_, L> {
 
         // Only the low four bits are a priority; KVM drops the value then.
         if sregs.cr8 <= 15 {
-            self.arch.cr8 = sregs.cr8;
+            self.set_cr8(sregs.cr8);
         }
         if let Some((n, word)) = (0u8..)
             .zip(sregs.interrupt_bitmap)
@@ -246,15 +242,6 @@ impl<L: Loaded> Locked<'_, L> {
         let dr7 = Dr7::new(dr7);
         self.arch.breakpoints_armed = dr7.any_enabled();
         self.hw.set_dr7(dr7);
-        Ok(())
-    }
-
-    /// KVM_SET_MP_STATE: without a local APIC in the kernel, a vCPU is runnable or EINVAL.
-    pub(super) fn set_mp_state(&mut self, mp_state: u32) -> Result {
-        if mp_state != crate::bindings::KVM_MP_STATE_RUNNABLE {
-            return Err(EINVAL);
-        }
-        self.arch.mp_state = mp_state;
         Ok(())
     }
 

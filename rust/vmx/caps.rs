@@ -17,6 +17,7 @@ const MSR_VMX_PINBASED: u32 = 0x481;
 const MSR_VMX_PROCBASED: u32 = 0x482;
 const MSR_VMX_EXIT: u32 = 0x483;
 const MSR_VMX_ENTRY: u32 = 0x484;
+const MSR_VMX_MISC: u32 = 0x485;
 const MSR_VMX_CR0_FIXED0: u32 = 0x486;
 const MSR_VMX_CR4_FIXED1: u32 = 0x489;
 const MSR_VMX_PROCBASED2: u32 = 0x48b;
@@ -25,6 +26,11 @@ const MSR_VMX_TRUE_PINBASED: u32 = 0x48d;
 const MSR_VMX_TRUE_PROCBASED: u32 = 0x48e;
 const MSR_VMX_TRUE_EXIT: u32 = 0x48f;
 const MSR_VMX_TRUE_ENTRY: u32 = 0x490;
+
+/// What APIC virtualisation consists of.
+const APICV: SecondaryControls = SecondaryControls::X2APIC
+    .with(SecondaryControls::APIC_REGISTERS)
+    .with(SecondaryControls::INTERRUPT_DELIVERY);
 
 /// The control words that every VMCS starts from, and the capabilities that decide at run time.
 #[derive(Clone, Copy)]
@@ -48,6 +54,13 @@ pub(crate) struct VmxCaps {
     pub(crate) ept_ad: bool,
     /// The processor logs pages whose dirty bit it sets, and is to.
     pub(crate) pml: bool,
+    /// There is a TPR shadow.
+    pub(crate) tpr_shadow: bool,
+    /// The processor can deliver the APIC's interrupts and take posted ones, and is to.
+    pub(crate) apicv: bool,
+    /// How many bits of the time-stamp counter the preemption timer leaves out, if there is one and it is
+    /// to be used.
+    pub(crate) timer_shift: Option<u8>,
     /// INVEPT of a single context exists; else all contexts are invalidated.
     pub(crate) invept_single: bool,
     /// INVVPID of a single context exists.
@@ -106,8 +119,9 @@ impl VmxCaps {
         )?
         .choose(
             (PinControls::EXTERNAL_INTERRUPT | PinControls::NMI | PinControls::VIRTUAL_NMIS).bits(),
-            0,
+            (PinControls::PREEMPTION_TIMER | PinControls::POSTED_INTERRUPTS).bits(),
         )?;
+        let pin = PinControls::new(pin);
 
         let primary = Allowed::read(
             "primary controls",
@@ -128,8 +142,9 @@ impl VmxCaps {
                 | PrimaryControls::NMI_WINDOW
                 | PrimaryControls::SECONDARY)
                 .bits(),
-            0,
+            (PrimaryControls::TPR_SHADOW | PrimaryControls::PAUSE).bits(),
         )?;
+        let tpr_shadow = primary & PrimaryControls::TPR_SHADOW.bits() != 0;
         // The windows are opened when there is something to inject; CR3 and INVLPG are the guest's
         // own business with EPT, and only processors without the newer MSRs insist on their exits.
         let primary = PrimaryControls::new(primary).without(
@@ -137,7 +152,9 @@ impl VmxCaps {
                 | PrimaryControls::NMI_WINDOW
                 | PrimaryControls::CR3_LOAD
                 | PrimaryControls::CR3_STORE
-                | PrimaryControls::INVLPG,
+                | PrimaryControls::INVLPG
+                | PrimaryControls::TPR_SHADOW
+                | PrimaryControls::PAUSE,
         );
 
         let secondary = Allowed::read("secondary controls", MSR_VMX_PROCBASED2)?.choose(
@@ -147,7 +164,8 @@ impl VmxCaps {
                 | SecondaryControls::RDTSCP
                 | SecondaryControls::INVPCID
                 | SecondaryControls::ENCLS
-                | SecondaryControls::PML)
+                | SecondaryControls::PML
+                | APICV)
                 .with_if(
                     // IA32_XSS is not switched: a guest that saved by it would see the host's state.
                     SecondaryControls::XSAVES,
@@ -193,9 +211,21 @@ impl VmxCaps {
         let pml = secondary.has(SecondaryControls::PML) && has(21) && crate::parameters::pml();
         let secondary = secondary.without(SecondaryControls::PML);
 
+        // Of a vCPU that has an APIC in the kernel.
+        let apicv = tpr_shadow
+            && secondary.has(APICV)
+            && pin.has(PinControls::POSTED_INTERRUPTS)
+            && crate::parameters::apicv();
+        let secondary = secondary.without(APICV);
+        let misc = msr::read_safe(MSR_VMX_MISC).map_err(|_| unsupported())?;
+        let timer_shift = (pin.has(PinControls::PREEMPTION_TIMER)
+            && crate::parameters::preemption_timer())
+        .then_some((misc & 0x1f) as u8);
+        let pin = pin.without(PinControls::PREEMPTION_TIMER | PinControls::POSTED_INTERRUPTS);
+
         Ok(Self {
             revision: basic as u32 & 0x7fff_ffff,
-            pin: PinControls::new(pin),
+            pin,
             primary,
             secondary,
             exit: ExitControls::new(exit),
@@ -207,6 +237,9 @@ impl VmxCaps {
             ept_1g: has(17),
             ept_ad: has(21),
             pml,
+            tpr_shadow,
+            apicv,
+            timer_shift,
             invept_single: has(25),
             invvpid_single: has(41),
             io_info: basic & 1 << 54 != 0,

@@ -21,6 +21,7 @@ use crate::bindings;
 use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::mmu::ept::Access;
+use crate::x86::apic::base::ApicMode;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Interrupt;
@@ -60,6 +61,10 @@ mod reason {
     pub(super) const RDMSR: u32 = 31;
     pub(super) const WRMSR: u32 = 32;
     pub(super) const MACHINE_CHECK_AT_ENTRY: u32 = 41;
+    pub(super) const TPR_BELOW_THRESHOLD: u32 = 43;
+    pub(super) const VIRTUALISED_EOI: u32 = 45;
+    pub(super) const PREEMPTION_TIMER: u32 = 52;
+    pub(super) const APIC_WRITE: u32 = 56;
     pub(super) const MWAIT: u32 = 36;
     pub(super) const MONITOR: u32 = 39;
     pub(super) const PAUSE: u32 = 40;
@@ -222,6 +227,12 @@ impl LoadedVcpu<'_> {
                 self.restore_nmi_blocking(qualification & 1 << 12 != 0);
                 Exit::Handled
             }
+            reason::TPR_BELOW_THRESHOLD => Exit::PriorityBelowThreshold,
+            reason::VIRTUALISED_EOI => Exit::InterruptEnd(self.read(f::EXIT_QUALIFICATION) as u8),
+            reason::APIC_WRITE => {
+                Exit::ApicWrite((self.read(f::EXIT_QUALIFICATION) & 0xfff) as u16)
+            }
+            reason::PREEMPTION_TIMER => Exit::Timer,
             reason::WBINVD => Exit::Wbinvd,
             reason::XSETBV => Exit::Xsetbv,
             // The guest has neither VMX nor SMX.
@@ -567,6 +578,41 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     #[inline]
+    fn virtualises_apic(&mut self) -> bool {
+        LoadedVcpu::virtualises_apic(self)
+    }
+
+    #[inline]
+    fn set_priority_threshold(&mut self, class: u8) {
+        self.set_tpr_threshold(class);
+    }
+
+    fn set_apic_mode(&mut self, mode: ApicMode) {
+        LoadedVcpu::set_apic_mode(self, mode);
+    }
+
+    fn set_interrupt_status(&mut self, in_service: u8, requested: u8) {
+        LoadedVcpu::set_interrupt_status(self, in_service, requested);
+    }
+
+    fn raise_requested(&mut self, requested: u8) {
+        LoadedVcpu::raise_requested(self, requested);
+    }
+
+    fn set_eoi_exits(&mut self, vectors: &[u64; 4]) {
+        LoadedVcpu::set_eoi_exits(self, vectors);
+    }
+
+    fn has_timer(&mut self) -> bool {
+        self.vmx.caps.timer_shift.is_some()
+    }
+
+    #[inline]
+    fn set_timer(&mut self, deadline: Option<u64>) {
+        LoadedVcpu::set_timer(self, deadline);
+    }
+
+    #[inline]
     fn prepare(&mut self, preempt: &PreemptOff) {
         self.follow.get().prepare(preempt);
     }
@@ -577,6 +623,7 @@ impl Loaded for LoadedVcpu<'_> {
             self.flush_tlb();
         }
         self.flush();
+        self.start_timer();
         self.refresh_host_state();
 
         let launched = self.follow.get().vmcs().launched();

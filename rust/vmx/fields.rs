@@ -57,6 +57,8 @@ macro_rules! fields {
 // Natural-width fields are u64 here: the host is always in 64-bit mode.
 fields! {
     VPID: u16 = 0x0000;
+    POSTED_NOTIFICATION_VECTOR: u16 = 0x0002;
+    GUEST_INTERRUPT_STATUS: u16 = 0x0810;
     PML_INDEX: u16 = 0x0812;
     HOST_ES: u16 = 0x0c00;
     HOST_CS: u16 = 0x0c02;
@@ -69,6 +71,8 @@ fields! {
     MSR_BITMAP: u64 = 0x2004;
     PML_ADDRESS: u64 = 0x200e;
     TSC_OFFSET: u64 = 0x2010;
+    VIRTUAL_APIC_ADDRESS: u64 = 0x2012;
+    POSTED_DESCRIPTOR_ADDRESS: u64 = 0x2016;
     EPT_POINTER: u64 = 0x201a;
     XSS_EXITING_BITMAP: u64 = 0x202c;
     ENCLS_EXITING_BITMAP: u64 = 0x202e;
@@ -98,6 +102,7 @@ fields! {
     ENTRY_INTR_INFO: u32 = 0x4016;
     ENTRY_ERROR_CODE: u32 = 0x4018;
     ENTRY_INSTRUCTION_LENGTH: u32 = 0x401a;
+    TPR_THRESHOLD: u32 = 0x401c;
     SECONDARY_CONTROLS: u32 = 0x401e;
     INSTRUCTION_ERROR: u32 = 0x4400;
     EXIT_INTR_INFO: u32 = 0x4404;
@@ -111,6 +116,7 @@ fields! {
     GUEST_INTERRUPTIBILITY: u32 = 0x4824;
     GUEST_ACTIVITY: u32 = 0x4826;
     GUEST_SYSENTER_CS: u32 = 0x482a;
+    PREEMPTION_TIMER_VALUE: u32 = 0x482e;
     HOST_SYSENTER_CS: u32 = 0x4c00;
 
     CR0_MASK: u64 = 0x6000;
@@ -143,6 +149,14 @@ fields! {
     HOST_SYSENTER_EIP: u64 = 0x6c12;
     HOST_RIP: u64 = 0x6c16;
 }
+
+/// The vectors whose end exits, 64 in each.
+pub(crate) const EOI_EXIT_BITMAPS: [Field<u64>; 4] = [
+    Field::new(0x201c),
+    Field::new(0x201e),
+    Field::new(0x2020),
+    Field::new(0x2022),
+];
 
 /// The four fields of a guest's segment register, in the order of [`crate::x86::segment::SegReg`].
 #[derive(Clone, Copy)]
@@ -182,6 +196,8 @@ bit_flags! {
         VIRTUAL_NMIS = 1 << 5;
         /// The preemption timer counts.
         PREEMPTION_TIMER = 1 << 6;
+        /// Posted interrupts are taken while the guest runs.
+        POSTED_INTERRUPTS = 1 << 7;
     }
 }
 
@@ -210,6 +226,8 @@ bit_flags! {
         CR8_LOAD = 1 << 19;
         /// MOV from CR8 exits.
         CR8_STORE = 1 << 20;
+        /// CR8 is the priority in the virtual-APIC page.
+        TPR_SHADOW = 1 << 21;
         /// Exit as soon as an NMI could be taken.
         NMI_WINDOW = 1 << 22;
         /// MOV to and from debug registers exits.
@@ -234,12 +252,20 @@ bit_flags! {
         EPT = 1 << 1;
         /// RDTSCP does not fault.
         RDTSCP = 1 << 3;
+        /// RDMSR and WRMSR of x2APIC registers go to the virtual-APIC page.
+        X2APIC = 1 << 4;
         /// TLB entries carry the VPID.
         VPID = 1 << 5;
         /// WBINVD exits.
         WBINVD = 1 << 6;
         /// The guest may run unpaged and in real mode.
         UNRESTRICTED_GUEST = 1 << 7;
+        /// Reads of the APIC are answered from the virtual-APIC page.
+        APIC_REGISTERS = 1 << 8;
+        /// The processor delivers the virtual APIC's interrupts.
+        INTERRUPT_DELIVERY = 1 << 9;
+        /// PAUSE exits if it is executed in a loop.
+        PAUSE_LOOP = 1 << 10;
         /// RDRAND exits.
         RDRAND = 1 << 11;
         /// INVPCID does not fault.

@@ -6,9 +6,11 @@
 //! wanted and once an exit; what is written is kept until the next entry. Segments and tables, which
 //! only ioctls and the emulator ask for, are read and written where they are.
 
+use super::apic::VmcsApic;
 use super::fields as f;
 use super::fields::EntryControls;
 use super::fields::Interruptibility;
+use super::fields::PinControls;
 use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
 use super::fields::SegmentFields;
@@ -17,6 +19,7 @@ use super::vmcs::vmread;
 use super::vmcs::vmwrite;
 use super::write_log::WriteLog;
 use super::Vmx;
+use crate::apics::Registers;
 use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::msr as host_msr;
@@ -32,6 +35,7 @@ use crate::x86::segment::SegAttr;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 /// IA32_PAT after reset (SDM vol. 3, table 12-12).
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -76,6 +80,7 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    pub(super) pin: PinControls,
     pub(super) primary: PrimaryControls,
     pub(super) secondary: SecondaryControls,
     entry_controls: EntryControls,
@@ -90,6 +95,10 @@ pub(crate) struct VmxVcpu {
     /// The TLB is flushed before the next entry.
     pub(super) flush_memory: bool,
     pub(super) flush_guest: bool,
+    /// The APIC, if it is in the kernel.
+    pub(super) apic: Option<VmcsApic>,
+    /// When the guest is to exit, in ticks of the host's time-stamp counter.
+    pub(super) deadline: Option<u64>,
     /// Where the processor logs writes, if it can.
     pub(super) write_log: Option<WriteLog>,
     /// The fields of the VMCS that never change have been written.
@@ -109,7 +118,12 @@ pub(crate) struct LoadedVcpu<'a> {
 
 impl VmxVcpu {
     /// The state after power-up, but for what the VMCS holds.
-    pub(super) fn new(vmx: &Vmx, eptp: u64, vpid: super::Vpid) -> Result<Self> {
+    pub(super) fn new(
+        vmx: &Vmx,
+        eptp: u64,
+        vpid: super::Vpid,
+        apic: Option<Arc<Registers>>,
+    ) -> Result<Self> {
         let write_log = match vmx.caps.pml {
             true => Some(WriteLog::new()?),
             false => None,
@@ -125,6 +139,7 @@ impl VmxVcpu {
             cr3: 0,
             cr4: 0,
             efer: Efer::empty(),
+            pin: vmx.caps.pin,
             primary: vmx.caps.primary,
             secondary: vmx.caps.secondary,
             entry_controls: vmx.caps.entry,
@@ -137,6 +152,8 @@ impl VmxVcpu {
             vpid,
             flush_memory: true,
             flush_guest: true,
+            apic: apic.map(|registers| VmcsApic::new(registers, vmx.caps.apicv)),
+            deadline: None,
             write_log,
             initialised: false,
         })
@@ -173,7 +190,7 @@ impl<'a> LoadedVcpu<'a> {
         let caps = &self.vmx.caps;
 
         self.write(f::VMCS_LINK_POINTER, u64::MAX);
-        self.write(f::PIN_CONTROLS, caps.pin.bits());
+        self.write(f::PIN_CONTROLS, self.v.pin.bits());
         self.write(f::PRIMARY_CONTROLS, self.v.primary.bits());
         self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
@@ -200,6 +217,7 @@ impl<'a> LoadedVcpu<'a> {
             self.write(f::ENCLS_EXITING_BITMAP, u64::MAX);
         }
         self.initialise_write_log();
+        self.initialise_apic();
         self.write(f::CR0_MASK, !CR0_GUEST_OWNED);
         self.write(f::CR4_MASK, !(CR4_GUEST_OWNED));
         self.write(f::GUEST_DEBUGCTL, 0);

@@ -393,6 +393,12 @@ impl<P: ApicPage> Apic<P> {
         page::highest(&self.page, Bank::Isr)
     }
 
+    /// Whether a vector is requested or in service.
+    #[must_use]
+    pub fn holds(&self, vector: u8) -> bool {
+        page::test(&self.page, Bank::Irr, vector) || page::test(&self.page, Bank::Isr, vector)
+    }
+
     /// The interrupt that the processor would get if it took one: the highest that is requested, if its class is above the processor
     /// priority.
     #[must_use]

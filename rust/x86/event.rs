@@ -128,6 +128,28 @@ pub enum Injection {
     Interrupt(Interrupt),
 }
 
+/// Where external interrupts come from, if not from KVM_INTERRUPT: interrupt controllers.
+pub trait InterruptSource {
+    /// Whether one waits that the processor's priority lets through.
+    fn waits(&mut self) -> bool;
+    /// Takes the one that comes first: it is in service from now on.
+    fn acknowledge(&mut self) -> Option<u8>;
+}
+
+/// No interrupt controller.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoSource;
+
+impl InterruptSource for NoSource {
+    fn waits(&mut self) -> bool {
+        false
+    }
+
+    fn acknowledge(&mut self) -> Option<u8> {
+        None
+    }
+}
+
 /// What holds events back at an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gate {
@@ -326,7 +348,7 @@ impl PendingEvents {
 
     /// Picks what the next entry takes, in the order of SDM vol. 3, table 7-2: what was being delivered, then an exception, the NMI,
     /// an interrupt. What is picked is injected from here on.
-    pub fn select(&mut self, gate: Gate) -> Selection {
+    pub fn select(&mut self, gate: Gate, source: &mut impl InterruptSource) -> Selection {
         let mut selection = Selection::default();
 
         if let Some(exception) = self.exception_injected {
@@ -366,19 +388,22 @@ impl PendingEvents {
             }
         }
 
-        if let Some(vector) = self.interrupt_pending {
-            if selection.inject.is_none() && Self::interrupt_allowed(gate) {
+        if selection.inject.is_none() && Self::interrupt_allowed(gate) {
+            let vector = match self.interrupt_pending.take() {
+                None if source.waits() => source.acknowledge(),
+                queued => queued,
+            };
+            if let Some(vector) = vector {
                 let interrupt = Interrupt {
                     vector,
                     insn_len: 0,
                 };
-                self.interrupt_pending = None;
                 self.interrupt_injected = Some(interrupt);
                 selection.inject = Some(Injection::Interrupt(interrupt));
-            } else {
-                selection.interrupt_window = true;
             }
         }
+        // Whatever is left waits for the handler to let it in.
+        selection.interrupt_window = self.interrupt_pending.is_some() || source.waits();
         selection
     }
 

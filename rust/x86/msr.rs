@@ -131,6 +131,14 @@ msrs! {
     TSC_DEADLINE = 0x6e0;
     /// The first x2APIC register.
     X2APIC_FIRST = 0x800;
+    /// The task priority, in x2APIC mode.
+    X2APIC_TPR = 0x808;
+    /// The end of an interrupt, in x2APIC mode.
+    X2APIC_EOI = 0x80b;
+    /// The interrupt command register, in x2APIC mode.
+    X2APIC_ICR = 0x830;
+    /// The vector of an interrupt to itself, in x2APIC mode.
+    X2APIC_SELF_IPI = 0x83f;
     /// The last x2APIC register.
     X2APIC_LAST = 0x8ff;
     /// State components that XSAVES handles beyond XCR0.

@@ -8,20 +8,20 @@ import secrets
 import initramfs
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# The interrupt controllers, the timer and the UART are the VMM's; ACPI, PCI and
-# the local APIC are not there, and CPUID says so.
+# No device that the VMM's machine lacks is in need of an option.
 CMDLINE = "console=ttyS0,115200 panic=-1"
 
 
 class Guest:
     """A Linux kernel, an initramfs of ours, and the line by which its init reports."""
 
-    def __init__(self, kernel, append="", memory=256, timeout=240):
+    def __init__(self, kernel, append="", memory=256, timeout=240, options="--irqchip none"):
         self.kernel = kernel
         self.nonce = secrets.token_hex(8)
         self.cmdline = f"{CMDLINE} rkvm.nonce={self.nonce} {append}".strip()
         self.memory = memory
         self.timeout = timeout
+        self.options = options
         self.report = re.compile(rf"guest {self.nonce}: init is up on Linux ([^\s,]+)")
 
     def stage(self, directory):
@@ -37,5 +37,5 @@ class Guest:
     def command(self, device, directory):
         """The shell command that boots it inside, with its files in DIRECTORY."""
         return (f"rkvm-vmm --device {device} --kernel {directory}/vmlinuz "
-                f"--initrd {directory}/initramfs --memory {self.memory} "
+                f"--initrd {directory}/initramfs --memory {self.memory} {self.options} "
                 f"--timeout {self.timeout} --cmdline '{self.cmdline}'")

@@ -7,6 +7,7 @@
 //! The expectations are those of `Documentation/virt/kvm/api.rst` and of the in-tree KVM: every test
 //! that is not about the module's own name passes on `/dev/kvm` as well.
 
+pub mod apic;
 pub mod backing;
 pub mod check;
 pub mod dirty;
@@ -19,6 +20,7 @@ pub mod mem;
 pub mod ops;
 pub mod pressure;
 pub mod probe;
+pub mod smp;
 pub mod stats;
 pub mod sys;
 pub mod tap;

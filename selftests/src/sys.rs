@@ -110,6 +110,7 @@ ioctls! {
     KVM_SET_USER_MEMORY_REGION2: WRITE, 0x49, size::<kb::kvm_userspace_memory_region2>();
     KVM_CREATE_IRQCHIP: 0, 0x60, 0;
     KVM_IRQ_LINE: WRITE, 0x61, 8;
+    KVM_SET_BOOT_CPU_ID: 0, 0x78, 0;
     KVM_GET_IRQCHIP: READ | WRITE, 0x62, size::<kb::kvm_irqchip>();
     KVM_SET_IRQCHIP: READ, 0x63, size::<kb::kvm_irqchip>();
     KVM_CREATE_PIT: 0, 0x64, 0;
@@ -139,6 +140,8 @@ ioctls! {
     KVM_SET_LAPIC: WRITE, 0x8f, size::<kb::kvm_lapic_state>();
     KVM_SET_CPUID2: WRITE, 0x90, 8;
     KVM_GET_CPUID2: READ | WRITE, 0x91, 8;
+    KVM_TPR_ACCESS_REPORTING: READ | WRITE, 0x92, size::<kb::kvm_tpr_access_ctl>();
+    KVM_SET_VAPIC_ADDR: WRITE, 0x93, size::<kb::kvm_vapic_addr>();
     KVM_GET_MP_STATE: READ, 0x98, size::<kb::kvm_mp_state>();
     KVM_SET_MP_STATE: WRITE, 0x99, size::<kb::kvm_mp_state>();
     KVM_NMI: 0, 0x9a, 0;

@@ -69,7 +69,7 @@ impl ApicBase {
     }
 
     /// What writing `value` makes of the register. `host` is whether a VMM asks: it restores a state, so it may go from any mode to
-    /// any other, and to x2APIC mode before it has set a CPUID that tells of it.
+    /// any other.
     ///
     /// # Errors
     ///
@@ -83,7 +83,7 @@ impl ApicBase {
     ) -> Result<Self, MsrError> {
         let new = Self::new(value);
         let mut reserved = features.reserved_gpa_bits() | 0x2ff;
-        if !host && !features.has(Features::X2APIC) {
+        if !features.has(Features::X2APIC) {
             reserved |= Self::X2APIC.bits();
         }
         let exists = new.has(Self::ENABLED) || !new.has(Self::X2APIC);

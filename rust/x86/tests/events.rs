@@ -95,7 +95,7 @@ fn an_exception_is_taken_with_its_payload() {
     assert!(e.is_idle() && !e.has_deliverable(OPEN));
     e.raise(pf());
     assert!(!e.is_idle() && e.has_deliverable(SHUT));
-    let s = e.select(SHUT);
+    let s = e.select(SHUT, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Exception(pf())));
     assert!(!s.exit_at_once && !s.interrupt_window && !s.nmi_window);
     // The entry was not made after all: it is taken again, and CR2 is in place.
@@ -103,13 +103,13 @@ fn an_exception_is_taken_with_its_payload() {
         payload: None,
         ..pf()
     };
-    assert_eq!(e.select(SHUT).inject, Some(Injection::Exception(again)));
+    assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Exception(again)));
     // It was delivered.
     e.redeliver(None);
     assert!(e.is_idle());
     // It was not.
     e.redeliver(Some(Vectoring::Exception(gp())));
-    assert_eq!(e.select(OPEN).inject, Some(Injection::Exception(gp())));
+    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(gp())));
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn exceptions_pile_up_to_a_shutdown() {
         payload: None,
         insn_len: 0,
     };
-    assert_eq!(e.select(OPEN).inject, Some(Injection::Exception(df)));
+    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(df)));
     assert!(!e.take_triple_fault());
     e.raise(gp());
     assert!(e.take_triple_fault());
@@ -131,13 +131,13 @@ fn exceptions_pile_up_to_a_shutdown() {
     // One that broke the delivery of another counts the same.
     e.redeliver(Some(Vectoring::Exception(gp())));
     e.raise(gp());
-    assert_eq!(e.select(OPEN).inject, Some(Injection::Exception(df)));
+    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(df)));
     // A benign one takes the place.
     let mut e = PendingEvents::new();
     e.raise(gp());
     e.raise(Fault::UD.into());
     assert_eq!(
-        e.select(OPEN).inject,
+        e.select(OPEN, &mut NoSource).inject,
         Some(Injection::Exception(Fault::UD.into()))
     );
     e.redeliver(None);
@@ -158,21 +158,21 @@ fn interrupts_wait_for_the_gate() {
     assert!(!e.ready_for_interrupt(OPEN));
     for gate in [SHUT, STI] {
         assert!(!e.has_deliverable(gate));
-        let s = e.select(gate);
+        let s = e.select(gate, &mut NoSource);
         assert!(s.inject.is_none() && s.interrupt_window && !s.exit_at_once);
     }
     assert!(e.has_deliverable(OPEN));
-    let s = e.select(OPEN);
+    let s = e.select(OPEN, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(!s.interrupt_window);
     assert_eq!(e.interrupt_in_bitmap(), Some(0x20));
     // Until it is delivered the next one waits, and the entry does not take two.
     e.queue_interrupt(0x21);
-    let s = e.select(OPEN);
+    let s = e.select(OPEN, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.interrupt_window);
     e.redeliver(None);
-    assert_eq!(e.select(OPEN).inject, Some(Injection::Interrupt(int(0x21))));
+    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Interrupt(int(0x21))));
 }
 
 #[test]
@@ -184,7 +184,7 @@ fn redelivered_interrupts_need_no_gate() {
     };
     for i in [int(0x30), soft] {
         e.redeliver(Some(Vectoring::Interrupt(i)));
-        assert_eq!(e.select(SHUT).inject, Some(Injection::Interrupt(i)));
+        assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Interrupt(i)));
         assert_eq!(e.interrupt_in_bitmap(), (!i.is_soft()).then_some(i.vector));
     }
 }
@@ -196,24 +196,24 @@ fn priorities() {
     e.queue_interrupt(0x20);
     e.queue_nmi();
     e.raise(gp());
-    let s = e.select(OPEN);
+    let s = e.select(OPEN, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Exception(gp())));
     assert!(s.exit_at_once && s.interrupt_window);
     e.redeliver(None);
-    let s = e.select(OPEN);
+    let s = e.select(OPEN, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Nmi));
     assert!(s.interrupt_window && !s.nmi_window);
     e.redeliver(None);
     assert!(e.nmi_masked());
-    assert_eq!(e.select(OPEN).inject, Some(Injection::Interrupt(int(0x20))));
+    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Interrupt(int(0x20))));
     // What began is finished first; a new exception comes right after.
     e.redeliver(Some(Vectoring::Interrupt(int(0x20))));
     e.raise(gp());
-    let s = e.select(SHUT);
+    let s = e.select(SHUT, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.exit_at_once);
     e.redeliver(None);
-    assert_eq!(e.select(SHUT).inject, Some(Injection::Exception(gp())));
+    assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Exception(gp())));
 }
 
 #[test]
@@ -223,22 +223,22 @@ fn nmis_are_two_at_most() {
         e.queue_nmi();
     }
     // Interrupts being off is nothing to an NMI; a shadow is.
-    assert!(e.select(STI).nmi_window);
-    let s = e.select(SHUT);
+    assert!(e.select(STI, &mut NoSource).nmi_window);
+    let s = e.select(SHUT, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Nmi));
     assert!(s.nmi_window, "another waits");
     e.redeliver(None);
     assert!(e.nmi_masked() && !e.has_deliverable(OPEN));
     e.queue_nmi();
-    let s = e.select(OPEN);
+    let s = e.select(OPEN, &mut NoSource);
     assert!(s.inject.is_none() && s.nmi_window);
     e.set_nmi_masked(false);
-    let s = e.select(OPEN);
+    let s = e.select(OPEN, &mut NoSource);
     assert_eq!(s.inject, Some(Injection::Nmi));
     assert!(!s.nmi_window, "that was all");
     // Its delivery was broken off.
     e.redeliver(Some(Vectoring::Nmi));
-    assert_eq!(e.select(OPEN).inject, Some(Injection::Nmi));
+    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Nmi));
 }
 
 #[test]
@@ -253,7 +253,7 @@ fn state_goes_out_and_in() {
     let mut copy = PendingEvents::new();
     copy.set_state(&state).unwrap();
     assert_eq!(copy.state(), state);
-    assert_eq!(copy.select(OPEN), e.select(OPEN));
+    assert_eq!(copy.select(OPEN, &mut NoSource), e.select(OPEN, &mut NoSource));
     let state = e.state();
     assert_eq!(state.exception_injected.unwrap().vector, Vector::PF);
     copy.set_state(&state).unwrap();
@@ -299,13 +299,13 @@ fn state_goes_out_and_in() {
     e.queue_interrupt(0x31);
     let waiting = e.state();
     assert_eq!(waiting.interrupt_injected, Some(int(0x31)));
-    e.select(OPEN);
+    e.select(OPEN, &mut NoSource);
     assert_eq!(e.state(), waiting);
     let mut copy = PendingEvents::new();
     copy.set_state(&waiting).unwrap();
-    assert!(copy.select(SHUT).interrupt_window);
+    assert!(copy.select(SHUT, &mut NoSource).interrupt_window);
     assert_eq!(
-        copy.select(OPEN).inject,
+        copy.select(OPEN, &mut NoSource).inject,
         Some(Injection::Interrupt(int(0x31)))
     );
     // One of software is not asked for again: its delivery goes on.
@@ -318,7 +318,7 @@ fn state_goes_out_and_in() {
         ..EventsState::default()
     })
     .unwrap();
-    assert_eq!(copy.select(SHUT).inject, Some(Injection::Interrupt(soft)));
+    assert_eq!(copy.select(SHUT, &mut NoSource).inject, Some(Injection::Interrupt(soft)));
     assert_eq!(copy.interrupt_in_bitmap(), None);
 
     let mut e = PendingEvents::new();

@@ -7,21 +7,26 @@ use std::path::PathBuf;
 use anyhow::bail;
 use clap::{Parser, ValueEnum};
 
+use crate::boot::acpi;
+use crate::bus;
+
 const MIB: u64 = 1 << 20;
 
 const ABOUT: &str = "Sample virtual machine monitor for the KVM API.\n\n\
-Boots a 64-bit Linux kernel, or runs a flat binary, on one vCPU of the KVM device given. All of the \
-machine's devices are emulated here: a 16550 serial port on this terminal, two 8259 PICs, an 8254 \
-PIT, an MC146818 clock, the i8042's reset line, a debug-exit port. There is no local APIC, I/O APIC, \
-ACPI or PCI, and CPUID says so: a stock kernel then runs from PIC and PIT, and needs no option for it \
-on its command line.";
+Boots a 64-bit Linux kernel, or runs a flat binary, on vCPUs of the KVM device given. The machine \
+has a 16550 serial port on this terminal, an MC146818 clock, the i8042's reset line, a debug-exit \
+port, and virtio devices as asked for. Its processors have local APICs, and a stock kernel finds \
+everything by ACPI; with --irqchip none there is one processor without any of that, two 8259 PICs and \
+an 8254 PIT. Either way nothing is needed for it on the kernel's command line.";
 
 const AFTER: &str = "\
 How a guest ends the run:
+  power off         ACPI's S5; Linux's `poweroff -f`. Status 0
   reset             0xfe to port 0x64, bit 0 of port 0x92, bit 2 of port 0xcf9; Linux's `reboot -f`
                     comes here with no option. Status 0
-  halt              HLT with interrupts disabled; Linux's `halt -f`, and `poweroff -f` as there is
-                    no ACPI. Status 0
+  halt              with --irqchip none: HLT with interrupts disabled; Linux's `halt -f`, and
+                    `poweroff -f` as there is no ACPI then. Status 0. Otherwise HLT is the kernel's
+                    affair, and a guest that halts for good goes on until someone ends it
   debug exit        OUT of one byte to port 0xf4: the byte is the exit status, 0 to 191 (what is
                     more is taken for 191)
   triple fault      see --triple-fault
@@ -46,8 +51,23 @@ On a terminal the guest gets every key; Ctrl-A is the VMM's:
 
 Examples:
   rkvm-vmm --kernel bzImage --initrd initrd.gz --cmdline 'console=ttyS0 quiet'
-  rkvm-vmm --device /dev/kvm --kernel vmlinuz --initrd initrd.gz --memory 512 --timeout 60
+  rkvm-vmm --device /dev/kvm --kernel vmlinuz --initrd initrd.gz --cpus 4 --memory 512 --timeout 60
   rkvm-vmm --flat boot.bin --mode real --stats";
+
+/// Where the interrupt controllers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Irqchip {
+    /// local APICs in the kernel, the I/O APIC in this program; no PIC, no PIT
+    Split,
+    /// all in the kernel: local APICs, I/O APIC, PICs and PIT
+    Kernel,
+    /// PICs and PIT in this program; no APICs, one processor
+    None,
+}
+
+/// Most processors that a guest can have: as many as one byte of APIC ID and the ACPI tables were
+/// made for.
+const CPUS_MAX: i64 = 64;
 
 /// Where execution of a flat binary begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -105,6 +125,31 @@ pub struct Cli {
     #[arg(long, value_name = "MiB", default_value = "256", value_parser = parse_memory)]
     pub memory: u64,
 
+    /// Number of processors, 1 to 64; what the device can make is the other limit
+    #[arg(long, value_name = "N", default_value = "1",
+          value_parser = clap::value_parser!(u8).range(1..=CPUS_MAX))]
+    pub cpus: u8,
+
+    /// Where the interrupt controllers are
+    #[arg(long, value_enum, default_value = "split")]
+    pub irqchip: Irqchip,
+
+    /// The same as --irqchip none
+    #[arg(long)]
+    pub no_irqchip: bool,
+
+    /// A virtio disk in a file: /dev/vda, /dev/vdb, ... Can be given several times
+    #[arg(long, value_name = "FILE[,ro]", value_parser = parse_disk)]
+    pub disk: Vec<Disk>,
+
+    /// A virtio console, hvc0, on this terminal: it then gets the keys, and the serial port does not
+    #[arg(long)]
+    pub virtio_console: bool,
+
+    /// A virtio source of random numbers
+    #[arg(long)]
+    pub rng: bool,
+
     /// Flat binary to run instead of a kernel
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     pub flat: Option<PathBuf>,
@@ -139,6 +184,26 @@ pub struct Cli {
     pub trace_exits: bool,
 }
 
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// The file that it is in.
+    pub file: PathBuf,
+    /// The guest cannot write it.
+    pub read_only: bool,
+}
+
+/// A virtio device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Virtio {
+    /// A disk.
+    Disk(Disk),
+    /// The console.
+    Console,
+    /// The source of random numbers.
+    Rng,
+}
+
 /// What is to be put into guest memory.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Image {
@@ -169,15 +234,41 @@ pub enum Image {
 pub struct Plan {
     /// Guest memory in bytes.
     pub memory: u64,
+    /// Number of processors.
+    pub cpus: u8,
+    /// Where the interrupt controllers are.
+    pub irqchip: Irqchip,
+    /// Virtio devices, in the order of their addresses.
+    pub virtio: Vec<Virtio>,
     /// What to load.
     pub image: Image,
+}
+
+impl Plan {
+    /// Returns what ACPI tells the guest; nothing if there are no APICs to tell of.
+    pub fn acpi(&self) -> Option<acpi::Machine> {
+        (self.irqchip != Irqchip::None).then(|| acpi::Machine {
+            cpus: self.cpus,
+            hardware_reduced: self.irqchip == Irqchip::Split,
+            virtio: self
+                .virtio
+                .iter()
+                .enumerate()
+                .map(|(i, device)| acpi::VirtioDevice {
+                    base: (bus::VIRTIO_BASE + i as u64 * bus::VIRTIO_SIZE) as u32,
+                    gsi: bus::VIRTIO_GSI + i as u32,
+                    level: *device == Virtio::Rng,
+                })
+                .collect(),
+        })
+    }
 }
 
 impl Cli {
     /// Resolves defaults that depend on other arguments.
     ///
     /// # Errors
-    /// An entry point that the mode cannot reach, or a missing image.
+    /// An entry point that the mode cannot reach, a missing image, what needs a local APIC without one.
     pub fn plan(&self) -> anyhow::Result<Plan> {
         let image = match (&self.kernel, &self.flat) {
             (Some(kernel), None) => Image::Linux {
@@ -210,10 +301,43 @@ impl Cli {
             }
             _ => bail!("give either --kernel or --flat"),
         };
+        let irqchip = if self.no_irqchip {
+            Irqchip::None
+        } else {
+            self.irqchip
+        };
+        if irqchip == Irqchip::None && self.cpus > 1 {
+            bail!(
+                "--cpus {} needs local APICs: --irqchip split or kernel",
+                self.cpus
+            );
+        }
+        let virtio = self.virtio();
+        if irqchip == Irqchip::None && !virtio.is_empty() {
+            bail!("virtio devices need an I/O APIC: --irqchip split or kernel");
+        }
+        if virtio.len() > bus::VIRTIO_MAX {
+            bail!(
+                "{} virtio devices are more than there are interrupts for, {}",
+                virtio.len(),
+                bus::VIRTIO_MAX
+            );
+        }
         Ok(Plan {
             memory: self.memory,
+            cpus: self.cpus,
+            irqchip,
+            virtio,
             image,
         })
+    }
+
+    /// Returns the virtio devices asked for.
+    fn virtio(&self) -> Vec<Virtio> {
+        let disks = self.disk.iter().cloned().map(Virtio::Disk);
+        let console = self.virtio_console.then_some(Virtio::Console);
+        let rng = self.rng.then_some(Virtio::Rng);
+        disks.chain(console).chain(rng).collect()
     }
 }
 
@@ -234,6 +358,21 @@ fn parse_memory(text: &str) -> Result<u64, String> {
         return Err("guest memory must be between 1 MiB and 256 GiB".into());
     }
     Ok(bytes)
+}
+
+/// Parses the name of a file, and whether it is to be written.
+fn parse_disk(text: &str) -> Result<Disk, String> {
+    let (file, read_only) = match text.strip_suffix(",ro") {
+        Some(file) => (file, true),
+        None => (text, false),
+    };
+    if file.is_empty() {
+        return Err("a disk needs a file".into());
+    }
+    Ok(Disk {
+        file: file.into(),
+        read_only,
+    })
 }
 
 /// Parses a decimal or 0x-prefixed number.
@@ -265,6 +404,7 @@ mod tests {
         assert_eq!(cli.device, PathBuf::from("/dev/rkvm"));
         let plan = cli.plan().unwrap();
         assert_eq!(plan.memory, 256 * MIB);
+        assert_eq!((plan.cpus, plan.irqchip), (1, Irqchip::Split));
         assert_eq!(
             plan.image,
             Image::Linux {
@@ -306,6 +446,42 @@ mod tests {
                 ..
             }
         ));
+    }
+
+    #[test]
+    fn processors_need_local_apics() {
+        let plan = |args: &[&str]| parse(&[&["--kernel", "k"], args].concat()).unwrap().plan();
+        assert_eq!(plan(&["--cpus", "64"]).unwrap().cpus, 64);
+        assert_eq!(plan(&["--no-irqchip"]).unwrap().irqchip, Irqchip::None);
+        assert!(plan(&["--irqchip", "none", "--cpus", "2"]).is_err());
+        for bad in ["0", "65", "256", "-1"] {
+            assert!(parse(&["--kernel", "k", "--cpus", bad]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn virtio_devices() {
+        let words = ["--kernel", "k", "--rng", "--disk", "a", "--disk", "b,ro"];
+        let cli = parse(&words).unwrap();
+        let plan = cli.plan().unwrap();
+        let disk = |file: &str, read_only| {
+            Virtio::Disk(Disk {
+                file: file.into(),
+                read_only,
+            })
+        };
+        assert_eq!(
+            plan.virtio,
+            [disk("a", false), disk("b", true), Virtio::Rng]
+        );
+        let acpi = plan.acpi().unwrap().virtio;
+        assert_eq!((acpi[2].base, acpi[2].gsi), (0xd000_2000, 18));
+        assert_eq!((acpi[1].level, acpi[2].level), (false, true));
+        let none = parse(&[&words[..], &["--irqchip", "none"]].concat()).unwrap();
+        assert!(none.plan().is_err());
+        let many = parse(&[&words[..2], &["--disk", "a"].repeat(9)].concat()).unwrap();
+        assert!(many.plan().is_err());
+        assert!(parse(&["--kernel", "k", "--disk", ",ro"]).is_err());
     }
 
     #[test]

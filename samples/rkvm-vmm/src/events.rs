@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The event thread: waits for time, keys and signals, tells the board, and makes the vCPU look.
+//! The event thread: waits for time, keys and signals, tells the board, and makes the vCPUs look.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -18,7 +18,6 @@ use crate::board::VcpuState;
 use crate::outcome;
 use crate::outcome::Outcome;
 use crate::signals::Incoming;
-use crate::signals::Kicker;
 use crate::signals::Request;
 use crate::terminal;
 use crate::time;
@@ -90,6 +89,14 @@ impl Ring {
         owned(fd).context("eventfd").map(Self)
     }
 
+    /// Returns another rope to the same bell.
+    ///
+    /// # Errors
+    /// The process has too many files.
+    pub fn try_clone(&self) -> anyhow::Result<Self> {
+        self.0.try_clone().context("eventfd").map(Self)
+    }
+
     /// Rings it.
     pub fn ring(&self) {
         let one = 1u64;
@@ -150,7 +157,6 @@ impl Keys {
 /// The thread's state.
 pub struct Events {
     shared: Arc<Shared>,
-    kicker: Kicker,
     signals: Incoming,
     timeout_seconds: u64,
     terminal: bool,
@@ -161,15 +167,9 @@ pub struct Events {
 
 impl Events {
     /// Prepares the thread; `timeout_seconds` is what to say when the board's timeout has come.
-    pub fn new(
-        shared: Arc<Shared>,
-        kicker: Kicker,
-        signals: Incoming,
-        timeout_seconds: u64,
-    ) -> Self {
+    pub fn new(shared: Arc<Shared>, signals: Incoming, timeout_seconds: u64) -> Self {
         Self {
             shared,
-            kicker,
             signals,
             timeout_seconds,
             terminal: terminal::is_terminal(),
@@ -178,13 +178,13 @@ impl Events {
         }
     }
 
-    /// Runs until the vCPU has stopped.
+    /// Runs until all vCPUs have stopped.
     pub fn run(mut self) {
         self.shared.lock().arm(&self.shared.timer);
         loop {
             let ending = {
                 let board = self.shared.lock();
-                if board.vcpu == VcpuState::Stopped {
+                if board.stopped() {
                     return;
                 }
                 board.outcome.is_some()
@@ -222,7 +222,7 @@ impl Events {
             entry(if want_input { libc::STDIN_FILENO } else { -1 }),
         ];
         if ending {
-            // Only the vCPU's stop is of interest now, and it rings.
+            // Only the vCPUs' stops are of interest now, and each rings.
             fds[0].fd = -1;
             fds[2].fd = -1;
             fds[3].fd = -1;
@@ -262,7 +262,7 @@ impl Events {
         }
     }
 
-    /// Brings the board up to date and makes the vCPU look at it if it must.
+    /// Brings the board up to date and makes those vCPUs look at it that must.
     fn update(&mut self, timer_fired: bool) {
         let mut board = self.shared.lock();
         let now = time::now();
@@ -276,29 +276,38 @@ impl Events {
         while let Some(request) = self.signals.next() {
             match request {
                 Request::End(signal) => board.finish(Outcome::Signal(signal)),
-                Request::Dump => board.dump_requested = true,
+                Request::Dump => self.keys.dump = true,
             }
         }
         if self.keys.quit {
             board.finish(Outcome::Quit);
         }
-        board.dump_requested |= std::mem::take(&mut self.keys.dump);
+        if std::mem::take(&mut self.keys.dump) {
+            for vcpu in &mut board.vcpus {
+                vcpu.dump_requested = true;
+            }
+        }
         if !self.keys.pending.is_empty() {
             let taken = board.receive(&self.keys.pending, now);
             self.keys.pending.drain(..taken);
         }
         board.input_blocked = !self.keys.pending.is_empty();
         board.arm(&self.shared.timer);
-        if board.wants_attention() {
-            match board.vcpu {
-                VcpuState::Halted => self.shared.wake.notify_one(),
-                VcpuState::Running | VcpuState::AwaitingWindow => self.kicker.kick(),
-                VcpuState::Stopped => {}
+        for (id, vcpu) in board.vcpus.iter().enumerate() {
+            if !board.wants_attention(id) {
+                continue;
+            }
+            match (vcpu.state, &vcpu.kicker) {
+                (VcpuState::Halted, _) => self.shared.wake.notify_one(),
+                // SAFETY: a thread takes its kicker off the board, which is locked, before it ends.
+                (_, Some(kicker)) => unsafe { kicker.kick() },
+                // It looks by itself before it runs, or will not run.
+                (_, None) => {}
             }
         }
     }
 
-    /// The vCPU's thread does not come out of the kernel: say so, and end without it.
+    /// A vCPU's thread does not come out of the kernel: say so, and end without it.
     fn give_up(&self) -> ! {
         terminal::restore();
         eprintln!(

@@ -2,14 +2,15 @@
 
 //! `rkvm-vmm`: a sample virtual machine monitor for the KVM API.
 //!
-//! It boots a Linux kernel, or runs a flat binary, on one vCPU, through any device node that speaks
-//! the KVM API (`/dev/rkvm`, `/dev/kvm`). Every device of the guest's machine is emulated here, in
-//! userspace; no in-kernel interrupt controller or timer is asked for.
+//! It boots a Linux kernel, or runs a flat binary, through any device node that speaks the KVM API
+//! (`/dev/rkvm`, `/dev/kvm`). Every device of the guest's machine is emulated here, in userspace, but
+//! those interrupt controllers that the kernel is asked for.
 //!
 //! The way through the program: [`cli`] says what to run, [`memory`] makes the guest's RAM, [`boot`]
-//! fills it and says how the vCPU starts, [`kvm`] makes the VM and the vCPU, [`board`] is the
-//! machine around the vCPU, [`events`] the thread that waits for time and input on its behalf, and
-//! [`vcpu`] the loop that runs the guest until there is an [`outcome`].
+//! fills it and says how the first vCPU starts, [`kvm`] makes the VM and the vCPUs, [`board`] is the
+//! machine around them with its [`interrupts`] and [`virtio`] devices, [`events`] the thread that waits for time and input
+//! on their behalf, [`vcpu`] the loop that runs each of them, and [`machine`] has all these threads
+//! until there is an [`outcome`].
 
 mod board;
 mod boot;
@@ -18,7 +19,9 @@ mod cli;
 mod devices;
 mod dump;
 mod events;
+mod interrupts;
 mod kvm;
+mod machine;
 mod memory;
 mod outcome;
 mod signals;
@@ -26,6 +29,7 @@ mod stats;
 mod terminal;
 mod time;
 mod vcpu;
+mod virtio;
 
 use std::process::ExitCode;
 
@@ -70,8 +74,8 @@ fn run(cli: &Cli) -> anyhow::Result<Outcome> {
     // Read and check the guest's image before the device: a wrong path is told at once, and on a
     // machine with no KVM at all.
     let memory = memory::allocate(plan.memory)?;
-    let entry = boot::load(&plan.image, &memory)?;
-    let vm = kvm::Vm::new(&cli.device, &memory)?;
-    let vcpu = vm.create_vcpu(&entry)?;
-    vcpu::run(vcpu, &memory, cli)
+    let entry = boot::load(&plan.image, &memory, plan.acpi().as_ref())?;
+    let vm = kvm::Vm::new(&cli.device, &memory, plan.irqchip)?;
+    let vcpus = vm.create_vcpus(plan.cpus, &entry)?;
+    machine::run(&vm, vcpus, &memory, &plan, cli)
 }

@@ -28,6 +28,8 @@ pub const TABLES_END: u64 = 0xf000;
 pub const CMDLINE_ADDR: u64 = 0x20000;
 /// Most bytes that the command line can have, its NUL included.
 pub const CMDLINE_MAX: usize = 0x10000;
+/// ACPI tables, where a PC's BIOS has them.
+pub const ACPI_ADDR: u64 = 0xe_0000;
 /// End of conventional memory: from here to 1 MiB a PC has its BIOS areas.
 pub const LOW_END: u64 = 0x9fc00;
 /// Start of RAM above the first MiB, where kernels are loaded.

@@ -28,6 +28,8 @@ pub const STATUS_QUIT: u8 = 199;
 pub enum Outcome {
     /// The guest asked for a reset through the port or device named.
     Reset(&'static str),
+    /// The guest switched its machine off by the registers named.
+    PowerOff(&'static str),
     /// The guest executed HLT with interrupts disabled: nothing can wake it.
     Halted,
     /// The guest wrote this value to the debug-exit port.
@@ -69,7 +71,7 @@ impl Outcome {
     /// Returns the process' exit status.
     pub fn status(&self) -> u8 {
         match self {
-            Outcome::Reset(_) | Outcome::Halted => 0,
+            Outcome::Reset(_) | Outcome::PowerOff(_) | Outcome::Halted => 0,
             Outcome::DebugExit(value) => (*value).min(STATUS_GUEST_MAX),
             Outcome::TripleFault { expected: true } => 0,
             Outcome::TripleFault { expected: false } => STATUS_TRIPLE_FAULT,
@@ -94,6 +96,7 @@ impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Outcome::Reset(how) => write!(f, "the guest reset its machine ({how})"),
+            Outcome::PowerOff(how) => write!(f, "the guest switched its machine off ({how})"),
             Outcome::Halted => write!(f, "the guest halted with interrupts disabled"),
             Outcome::DebugExit(value) => {
                 write!(f, "the guest wrote {value} to the debug-exit port")?;
@@ -185,6 +188,7 @@ mod tests {
     #[test]
     fn clean_ends_are_zero_and_failures_distinct() {
         assert_eq!(Outcome::Reset("x").status(), 0);
+        assert_eq!(Outcome::PowerOff("x").status(), 0);
         assert_eq!(Outcome::Halted.status(), 0);
         assert_eq!(Outcome::TripleFault { expected: true }.status(), 0);
         let failures = [

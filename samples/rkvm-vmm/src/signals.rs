@@ -1,57 +1,60 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Signals: the one that gets the vCPU out of KVM_RUN, and those from outside.
+//! Signals: the one that gets a vCPU out of KVM_RUN, and those from outside.
 //!
 //! A kick must not be lost when it comes just before KVM_RUN: the handler, which runs in the vCPU's
 //! own thread, sets `kvm_run.immediate_exit`, and KVM_RUN then returns EINTR at once (KVM API, 5.
 //! "The kvm_run structure").
 
+use std::cell::Cell;
 use std::io;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::fd::FromRawFd;
 use std::os::fd::OwnedFd;
 use std::ptr;
-use std::sync::atomic::AtomicPtr;
-use std::sync::atomic::Ordering;
 
 use anyhow::Context;
 
 /// Signals that end the VMM in order.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
-/// `immediate_exit` of the vCPU, for the handler.
-static IMMEDIATE_EXIT: AtomicPtr<u8> = AtomicPtr::new(ptr::null_mut());
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs, for the handler. It is there from the
+    /// thread's start and needs no destructor, so that a signal handler may use it.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
 
 fn kick_signal() -> libc::c_int {
     libc::SIGRTMIN()
 }
 
 extern "C" fn on_kick(_signal: libc::c_int) {
-    let flag = IMMEDIATE_EXIT.load(Ordering::Relaxed);
+    let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: `Kicker::new` demands that the pointer stay valid, and the handler runs only in the
-        // thread that the signal is sent to, which is the one that uses the structure.
+        // SAFETY: `Kickable::new` demands that the pointer stay valid, and the handler runs only in
+        // the thread that the signal is sent to, which is the one that uses the structure.
         unsafe { flag.write_volatile(1) };
     }
 }
 
-/// Gets the vCPU's thread out of KVM_RUN.
-#[derive(Clone, Copy)]
-pub struct Kicker {
-    thread: libc::pthread_t,
+/// This thread, while it can be got out of KVM_RUN; kicks do nothing after.
+pub struct Kickable {
+    /// It is about the thread that made it.
+    not_send: PhantomData<*mut u8>,
 }
 
-impl Kicker {
+impl Kickable {
     /// Prepares the calling thread to be kicked.
     ///
     /// # Errors
     /// The handler cannot be installed.
     ///
     /// # Safety
-    /// `immediate_exit` must be valid until [`Kicker::forget`], and only this thread may run the vCPU.
+    /// `immediate_exit` must be valid until this is dropped, and only this thread may run the vCPU.
     pub unsafe fn new(immediate_exit: *mut u8) -> anyhow::Result<Self> {
-        IMMEDIATE_EXIT.store(immediate_exit, Ordering::Relaxed);
+        IMMEDIATE_EXIT.set(immediate_exit);
         // SAFETY: an all-zero sigaction is valid: no flags, in particular no SA_RESTART.
         let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
         action.sa_sigaction = on_kick as extern "C" fn(libc::c_int) as usize;
@@ -62,19 +65,38 @@ impl Kicker {
                 .context("cannot install the kick signal's handler");
         }
         Ok(Self {
-            // SAFETY: has no preconditions.
-            thread: unsafe { libc::pthread_self() },
+            not_send: PhantomData,
         })
     }
 
-    /// Makes kicks harmless, and the pointer given unused, from here on.
-    pub fn forget(self) {
-        IMMEDIATE_EXIT.store(ptr::null_mut(), Ordering::Relaxed);
+    /// Returns what others kick this thread by.
+    pub fn kicker(&self) -> Kicker {
+        Kicker {
+            // SAFETY: has no preconditions.
+            thread: unsafe { libc::pthread_self() },
+        }
     }
+}
 
+impl Drop for Kickable {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+    }
+}
+
+/// Gets a vCPU's thread out of KVM_RUN.
+#[derive(Clone, Copy)]
+pub struct Kicker {
+    thread: libc::pthread_t,
+}
+
+impl Kicker {
     /// Kicks.
-    pub fn kick(&self) {
-        // SAFETY: the thread is the process' main one, which outlives all others.
+    ///
+    /// # Safety
+    /// The thread must not have ended.
+    pub unsafe fn kick(&self) {
+        // SAFETY: the caller knows that the thread is there.
         unsafe { libc::pthread_kill(self.thread, kick_signal()) };
     }
 }

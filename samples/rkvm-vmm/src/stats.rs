@@ -70,6 +70,20 @@ impl Stats {
         }
     }
 
+    /// Adds what `other` has counted, since the same time.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in self.reasons.iter_mut().zip(other.reasons) {
+            *count += more;
+        }
+        self.signals += other.signals;
+        self.halted += other.halted;
+        merge(&mut self.vectors, &other.vectors);
+        if let (Some(detail), Some(more)) = (&mut self.detail, &other.detail) {
+            merge(&mut detail.ports, &more.ports);
+            merge(&mut detail.pages, &more.pages);
+        }
+    }
+
     /// Counts an access to an address where there is no memory.
     pub fn mmio(&mut self, address: u64, write: bool) {
         if let Some(detail) = &mut self.detail {
@@ -134,7 +148,8 @@ impl fmt::Display for Report<'_> {
             let direction = if *write { "writes" } else { "reads" };
             writeln!(
                 f,
-                "{count:>10}  {direction} without memory in page {page:#x}"
+                "{count:>10}  {direction} {} in page {page:#x}",
+                bus::address_name(*page)
             )?;
         }
         Ok(())
@@ -151,6 +166,13 @@ impl fmt::Display for Seconds {
             self.0 / SECOND,
             self.0 % SECOND / MILLISECOND
         )
+    }
+}
+
+/// Adds counts to counts.
+fn merge<K: Copy + Ord>(counts: &mut BTreeMap<K, u64>, more: &BTreeMap<K, u64>) {
+    for (key, count) in more {
+        *counts.entry(*key).or_default() += count;
     }
 }
 
@@ -178,6 +200,7 @@ pub fn exit_name(reason: u32) -> &'static str {
         kvm_bindings::KVM_EXIT_INTR => "KVM_EXIT_INTR",
         kvm_bindings::KVM_EXIT_SET_TPR => "KVM_EXIT_SET_TPR",
         kvm_bindings::KVM_EXIT_TPR_ACCESS => "KVM_EXIT_TPR_ACCESS",
+        kvm_bindings::KVM_EXIT_IOAPIC_EOI => "KVM_EXIT_IOAPIC_EOI",
         kvm_bindings::KVM_EXIT_NMI => "KVM_EXIT_NMI",
         kvm_bindings::KVM_EXIT_INTERNAL_ERROR => "KVM_EXIT_INTERNAL_ERROR",
         kvm_bindings::KVM_EXIT_SYSTEM_EVENT => "KVM_EXIT_SYSTEM_EVENT",
@@ -210,6 +233,26 @@ mod tests {
             "vector 0x30",
             "out 0x03f8  16550 serial",
             "reads without memory in page 0xfee00000",
+        ] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn sums_of_several() {
+        let mut sum = Stats::new(true, 0);
+        for _ in 0..2 {
+            let mut one = Stats::new(true, 0);
+            one.exit(kvm_bindings::KVM_EXIT_MMIO);
+            one.signal();
+            one.mmio(0xd000_0050, true);
+            sum.add(&one);
+        }
+        let text = sum.report(SECOND).to_string();
+        for part in [
+            "2 exits in 1.000 s",
+            "2 times out by a signal",
+            "2  writes virtio device in page 0xd0000000",
         ] {
             assert!(text.contains(part), "{part} in\n{text}");
         }

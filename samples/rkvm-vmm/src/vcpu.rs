@@ -1,23 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The vCPU's thread: enter the guest, look at why it came out, do what it wants, again.
+//! A vCPU's thread: enter the guest, look at why it came out, do what it wants, again.
 //!
-//! Interrupts are given by KVM_INTERRUPT, one at a time and only when KVM said at the last exit that
+//! Where the kernel has local APICs, interrupts are none of its business. Where the controllers are on
+//! the board, they are given by KVM_INTERRUPT, one at a time and only when KVM said at the last exit that
 //! the guest can take one; otherwise KVM is asked to exit when it can (`request_interrupt_window`).
 
-use std::io;
 use std::sync::atomic::compiler_fence;
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
-use std::thread;
 
-use anyhow::Context;
 use kvm_bindings::kvm_interrupt;
 use kvm_bindings::KVMIO;
 use kvm_ioctls::VcpuExit;
 use kvm_ioctls::VcpuFd;
-use vm_memory::GuestMemory;
-use vm_memory::GuestMemoryRegion;
 use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
@@ -25,87 +20,20 @@ use vmm_sys_util::ioctl_iow_nr;
 use crate::board::Board;
 use crate::board::Shared;
 use crate::board::VcpuState;
-use crate::cli::Cli;
-use crate::cli::TripleFault;
+use crate::bus;
 use crate::dump;
-use crate::events::Events;
-use crate::events::Ring;
-use crate::events::Timer;
 use crate::memory::Memory;
-use crate::memory::HOLE_END;
 use crate::outcome::Outcome;
-use crate::signals::Incoming;
-use crate::signals::Kicker;
+use crate::signals::Kickable;
 use crate::stats;
 use crate::stats::Stats;
-use crate::terminal::RawMode;
 use crate::time;
 use crate::time::Nanos;
-use crate::time::SECOND;
 
 // kvm-ioctls wraps every ioctl that is used here but this one.
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 
 const RFLAGS_IF: u64 = 1 << 9;
-
-/// Runs the guest in this thread until it has ended, and shows what is to be shown about that.
-///
-/// # Errors
-/// Something could not be set up; the guest has not run.
-pub fn run(mut fd: VcpuFd, memory: &Memory, cli: &Cli) -> anyhow::Result<Outcome> {
-    let signals = Incoming::new()?;
-    let immediate_exit = &raw mut fd.get_kvm_run().immediate_exit;
-    // SAFETY: the pointer is into the vCPU's mapping, which `fd` keeps until after `forget` below;
-    // this thread is the one to run it.
-    let kicker = unsafe { Kicker::new(immediate_exit)? };
-    let now = time::now();
-    let ram = |above: bool| -> u64 {
-        memory
-            .iter()
-            .filter(|region| (region.start_addr().0 >= HOLE_END) == above)
-            .map(|region| region.len())
-            .sum()
-    };
-    let board = Board::new(
-        ram(false),
-        ram(true),
-        io::stdout(),
-        cli.timeout.map(|seconds| now + seconds * SECOND),
-    );
-    let shared = Arc::new(Shared::new(board, Timer::new()?, Ring::new()?));
-    let raw_mode = RawMode::enter();
-    let events = Events::new(
-        shared.clone(),
-        kicker,
-        signals,
-        cli.timeout.unwrap_or_default(),
-    );
-    let events = thread::Builder::new()
-        .name("events".into())
-        .spawn(move || events.run())
-        .context("cannot start the event thread")?;
-
-    let mut vcpu = Vcpu {
-        fd,
-        memory,
-        shared: &shared,
-        stats: Stats::new(cli.stats, now),
-        trace: cli.trace_exits,
-        triple_fault_resets: cli.triple_fault == TripleFault::Reset,
-    };
-    let outcome = vcpu.run();
-    // The thread has nothing left to do; had it panicked, its message was printed.
-    let _ = events.join();
-    kicker.forget();
-    drop(raw_mode);
-    if outcome.wants_dump() {
-        eprint!("{}", dump::registers(&vcpu.fd, memory));
-    }
-    if cli.stats || outcome.wants_dump() {
-        eprint!("{}", vcpu.stats.report(time::now()));
-    }
-    Ok(outcome)
-}
 
 /// Why KVM_RUN returned, free of borrows.
 enum Exit {
@@ -115,6 +43,14 @@ enum Exit {
         write: bool,
         data: *mut [u8],
     },
+    /// Access to an address without memory: `data` as before.
+    Mmio {
+        address: u64,
+        write: bool,
+        data: *mut [u8],
+    },
+    /// A local APIC ended an interrupt of this vector, which the I/O APIC is to know.
+    EndOfInterrupt(u8),
     /// Handled; nothing is left to do.
     Done,
     Hlt,
@@ -125,38 +61,61 @@ enum Exit {
     End(Outcome),
 }
 
-struct Vcpu<'a> {
-    fd: VcpuFd,
-    memory: &'a Memory,
-    shared: &'a Shared,
-    stats: Stats,
-    trace: bool,
-    triple_fault_resets: bool,
+/// A vCPU, and what its thread needs.
+pub struct Vcpu<'a> {
+    /// Its number.
+    pub id: usize,
+    /// The kernel's side of it.
+    pub fd: VcpuFd,
+    /// The guest's memory, to show code from.
+    pub memory: &'a Memory,
+    /// What it has in common with the others.
+    pub shared: &'a Shared,
+    /// What it counts.
+    pub stats: Stats,
+    /// Write a line for every exit.
+    pub trace: bool,
+    /// A triple fault is how this guest resets.
+    pub triple_fault_resets: bool,
 }
 
 impl Vcpu<'_> {
-    /// Runs the guest to its end.
-    fn run(&mut self) -> Outcome {
+    /// Runs the guest to its end, of which the board then has the outcome.
+    pub fn run(&mut self) {
         let shared = self.shared;
+        let immediate_exit = &raw mut self.fd.get_kvm_run().immediate_exit;
+        // SAFETY: the pointer is into the vCPU's mapping, which `fd` keeps for longer than this
+        // function runs; this thread is the one to run it.
+        let kickable = unsafe { Kickable::new(immediate_exit) };
         let mut board = shared.lock();
-        let outcome = loop {
+        match &kickable {
+            Ok(kickable) => board.vcpus[self.id].kicker = Some(kickable.kicker()),
+            Err(err) => board.finish(Outcome::Ioctl(format!("{err:#}"))),
+        }
+        loop {
             // Before the board is looked at: a kick that comes after that look sets it again.
             self.fd.set_kvm_immediate_exit(0);
             compiler_fence(Ordering::SeqCst);
-            if std::mem::take(&mut board.dump_requested) {
+            if std::mem::take(&mut board.vcpus[self.id].dump_requested) {
                 self.show();
             }
             if let Err(outcome) = self.deliver_interrupt(&mut board) {
                 board.finish(outcome);
             }
-            if let Some(outcome) = &board.outcome {
-                break outcome.clone();
+            if board.outcome.is_some() {
+                break;
             }
             drop(board);
             let exit = self.enter();
             board = shared.lock();
-            board.vcpu = VcpuState::Running;
+            board.vcpus[self.id].state = VcpuState::Running;
             match exit {
+                Exit::Mmio {
+                    address,
+                    write,
+                    data,
+                } => self.mmio(&mut board, address, write, data),
+                Exit::EndOfInterrupt(vector) => board.end_of_interrupt(vector),
                 Exit::Io { port, write, data } => self.io(&mut board, port, write, data),
                 Exit::Done | Exit::Interrupted => {}
                 Exit::Hlt => board = self.halt(board),
@@ -169,19 +128,20 @@ impl Vcpu<'_> {
                 }
                 Exit::End(outcome) => board.finish(outcome),
             }
-        };
+        }
         board.flush();
-        board.vcpu = VcpuState::Stopped;
+        // Behind this nobody kicks this thread, which may end.
+        board.vcpus[self.id].kicker = None;
+        board.vcpus[self.id].state = VcpuState::Stopped;
         shared.ring.ring();
-        outcome
     }
 
     /// Gives the guest a pending interrupt, or asks to be told when it can take one.
     fn deliver_interrupt(&mut self, board: &mut Board) -> Result<(), Outcome> {
         let run = self.fd.get_kvm_run();
         let ready = run.ready_for_interrupt_injection != 0 && run.if_flag != 0;
-        if ready && board.intr() {
-            let vector = board.acknowledge();
+        let vector = (ready && board.intr()).then(|| board.acknowledge());
+        if let Some(vector) = vector.flatten() {
             let interrupt = kvm_interrupt { irq: vector.into() };
             // SAFETY: the descriptor is a vCPU's, the structure is the one that the ioctl takes.
             if unsafe { ioctl_with_ref(&self.fd, KVM_INTERRUPT(), &interrupt) } < 0 {
@@ -198,7 +158,7 @@ impl Vcpu<'_> {
         }
         let more = board.intr();
         self.fd.get_kvm_run().request_interrupt_window = more.into();
-        board.vcpu = if more {
+        board.vcpus[self.id].state = if more {
             VcpuState::AwaitingWindow
         } else {
             VcpuState::Running
@@ -219,18 +179,17 @@ impl Vcpu<'_> {
                 write: true,
                 data: std::ptr::from_ref(data).cast_mut(),
             },
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                // Where there is no memory there is nothing: the bus floats high.
-                data.fill(0xff);
-                self.stats.mmio(address, false);
-                self.trace_mmio("read", address);
-                Exit::Done
-            }
-            Ok(VcpuExit::MmioWrite(address, _)) => {
-                self.stats.mmio(address, true);
-                self.trace_mmio("write", address);
-                Exit::Done
-            }
+            Ok(VcpuExit::MmioRead(address, data)) => Exit::Mmio {
+                address,
+                write: false,
+                data,
+            },
+            Ok(VcpuExit::MmioWrite(address, data)) => Exit::Mmio {
+                address,
+                write: true,
+                data: std::ptr::from_ref(data).cast_mut(),
+            },
+            Ok(VcpuExit::IoapicEoi(vector)) => Exit::EndOfInterrupt(vector),
             // A lower task priority than before matters only to a local APIC.
             Ok(VcpuExit::IrqWindowOpen | VcpuExit::SetTpr) => Exit::Done,
             Ok(VcpuExit::Hlt) => Exit::Hlt,
@@ -263,16 +222,28 @@ impl Vcpu<'_> {
             match &exit {
                 Exit::Interrupted => eprintln!("out by a signal"),
                 // Traced with their data.
-                Exit::Io { .. } => {}
+                Exit::Io { .. } | Exit::Mmio { .. } => {}
                 _ => eprintln!("{} ({reason})", stats::exit_name(reason)),
             }
         }
         exit
     }
 
-    fn trace_mmio(&self, what: &str, address: u64) {
+    /// Does a load or store where there is no memory.
+    fn mmio(&mut self, board: &mut Board, address: u64, write: bool, data: *mut [u8]) {
+        // SAFETY: `data` lies in the vCPU's `kvm_run`, and KVM does not touch it before the next
+        // KVM_RUN, which only this thread starts. Nothing else refers to it now.
+        let data = unsafe { &mut *data };
+        self.stats.mmio(address, write);
+        if write {
+            board.write_address(address, data);
+        } else {
+            board.read_address(address, data);
+        }
         if self.trace {
-            eprintln!("MMIO {what} at {address:#x}, where there is no memory");
+            let direction = if write { "write" } else { "read" };
+            let name = bus::address_name(address);
+            eprintln!("{direction} at {address:#x} ({name}) data {data:02x?}");
         }
     }
 
@@ -324,16 +295,16 @@ impl Vcpu<'_> {
             return board;
         }
         board.flush();
-        board.vcpu = VcpuState::Halted;
+        board.vcpus[self.id].state = VcpuState::Halted;
         let since: Nanos = time::now();
-        while !board.wants_attention() {
+        while !board.wants_attention(self.id) {
             board = self
                 .shared
                 .wake
                 .wait(board)
                 .unwrap_or_else(|poisoned| poisoned.into_inner());
         }
-        board.vcpu = VcpuState::Running;
+        board.vcpus[self.id].state = VcpuState::Running;
         self.stats.halted(time::now() - since);
         board
     }
@@ -353,7 +324,8 @@ impl Vcpu<'_> {
     /// Registers and counts, for the person who asked.
     fn show(&self) {
         eprint!(
-            "{}{}",
+            "vCPU {}:\n{}{}",
+            self.id,
             dump::registers(&self.fd, self.memory),
             self.stats.report(time::now())
         );

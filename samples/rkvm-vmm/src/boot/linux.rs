@@ -23,6 +23,7 @@ use vm_memory::GuestAddress;
 use vm_memory::GuestMemory;
 use vm_memory::GuestMemoryRegion;
 
+use super::acpi;
 use super::tables;
 use super::Entry;
 use crate::memory::Memory;
@@ -61,7 +62,8 @@ struct Loaded {
     end: u64,
 }
 
-/// Loads a kernel, an initrd and a command line, and describes them and the memory to the kernel.
+/// Loads a kernel, an initrd and a command line, and describes them, the memory and the machine, if
+/// ACPI is to do that, to the kernel.
 ///
 /// # Errors
 /// Whatever is wrong with the files, or with the size of the memory.
@@ -70,6 +72,7 @@ pub fn load(
     kernel: &Path,
     initrd: Option<&Path>,
     cmdline: &str,
+    machine: Option<&acpi::Machine>,
 ) -> anyhow::Result<Entry> {
     // Both are opened before either is read: the smaller error first.
     let (mut kernel_file, kernel_size) = super::open(kernel)?;
@@ -98,6 +101,10 @@ pub fn load(
         put_initrd(memory, &mut file, size, loaded.end, &mut params.hdr)?;
     }
     fill_e820(memory, &mut params)?;
+    if let Some(machine) = machine {
+        // Protocol 2.14 and later look here, all others where a BIOS has it, which is the same place.
+        params.acpi_rsdp_addr = acpi::write(memory, machine)?;
+    }
     LinuxBootConfigurator::write_bootparams(
         &BootParams::new(&params, GuestAddress(BOOT_PARAMS_ADDR)),
         memory,
@@ -341,7 +348,7 @@ mod tests {
         let kernel = files.add("ok", &image(|_| {}));
         let initrd = files.add("ok-initrd", &[0xaa; 5000]);
         let memory = memory::allocate(64 << 20).unwrap();
-        let entry = load(&memory, &kernel, Some(&initrd), "quiet x=1").unwrap();
+        let entry = load(&memory, &kernel, Some(&initrd), "quiet x=1", None).unwrap();
         assert_eq!(
             entry,
             Entry::Long {
@@ -401,7 +408,10 @@ mod tests {
         let memory = memory::allocate(64 << 20).unwrap();
         let mut fails = |name: &str, bytes: &[u8], cmdline: &str| {
             let kernel = files.add(name, bytes);
-            format!("{:#}", load(&memory, &kernel, None, cmdline).unwrap_err())
+            format!(
+                "{:#}",
+                load(&memory, &kernel, None, cmdline, None).unwrap_err()
+            )
         };
         assert!(fails("text", b"hello", "").contains("not an x86 kernel"));
         assert!(fails("gzip", b"\x1f\x8bxxx", "").contains("initrd"));
@@ -421,7 +431,7 @@ mod tests {
             let memory = memory::allocate(mib << 20).unwrap();
             format!(
                 "{:#}",
-                load(&memory, &kernel, Some(&initrd), "").unwrap_err()
+                load(&memory, &kernel, Some(&initrd), "", None).unwrap_err()
             )
         };
         assert!(fails(1).contains("more --memory"));
@@ -432,6 +442,6 @@ mod tests {
         );
         assert!(fails(19).contains("too small"), "{}", fails(19));
         let memory = memory::allocate(20 << 20).unwrap();
-        assert!(load(&memory, &kernel, Some(&initrd), "").is_ok());
+        assert!(load(&memory, &kernel, Some(&initrd), "", None).is_ok());
     }
 }

@@ -2,6 +2,8 @@
 
 //! What is in guest memory when the guest starts, and where it starts.
 
+pub mod acpi;
+mod aml;
 mod flat;
 mod linux;
 mod tables;
@@ -41,17 +43,21 @@ pub enum Entry {
     },
 }
 
-/// Loads `image` into guest memory.
+/// Loads `image` into guest memory, and ACPI tables if there is something for them to tell.
 ///
 /// # Errors
 /// Whatever is wrong with the files, or with the size of the memory.
-pub fn load(image: &Image, memory: &Memory) -> anyhow::Result<Entry> {
+pub fn load(
+    image: &Image,
+    memory: &Memory,
+    machine: Option<&acpi::Machine>,
+) -> anyhow::Result<Entry> {
     match image {
         Image::Linux {
             kernel,
             initrd,
             cmdline,
-        } => linux::load(memory, kernel, initrd.as_deref(), cmdline)
+        } => linux::load(memory, kernel, initrd.as_deref(), cmdline, machine)
             .with_context(|| format!("cannot boot {}", kernel.display())),
         Image::Flat {
             file,

@@ -7,8 +7,10 @@
 
 pub mod debug_exit;
 pub mod i8042;
+pub mod ioapic;
 pub mod pic;
 pub mod pit;
+pub mod power;
 pub mod reset;
 pub mod rtc;
 pub mod serial;

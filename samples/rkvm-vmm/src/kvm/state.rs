@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The vCPU's registers at its start.
+//! A vCPU's registers at its start.
 
 use kvm_bindings::kvm_fpu;
 use kvm_bindings::kvm_msr_entry;
@@ -11,6 +11,7 @@ use kvm_bindings::Msrs;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::errno;
 
+use super::cpuid::LocalApic;
 use crate::boot::Entry;
 use crate::boot::Selector;
 use crate::boot::GDT_SIZE;
@@ -50,18 +51,25 @@ pub enum Error {
     Msr(u32, u64),
 }
 
-/// Sets all registers for `entry`.
+/// Sets the registers of the processor that starts at `entry`.
 ///
 /// # Errors
 /// An ioctl fails.
-pub fn set(vcpu: &VcpuFd, entry: &Entry, has_mtrr: bool) -> Result<(), Error> {
+pub fn set_entry(vcpu: &VcpuFd, entry: &Entry, apic: LocalApic) -> Result<(), Error> {
     let failed = |ioctl| move |errno| Error::Ioctl(ioctl, errno);
     let mut sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
-    special(&mut sregs, entry);
+    special(&mut sregs, entry, apic);
     vcpu.set_sregs(&sregs).map_err(failed("KVM_SET_SREGS"))?;
     vcpu.set_regs(&general(entry))
         .map_err(failed("KVM_SET_REGS"))?;
-    vcpu.set_fpu(&fpu()).map_err(failed("KVM_SET_FPU"))?;
+    vcpu.set_fpu(&fpu()).map_err(failed("KVM_SET_FPU"))
+}
+
+/// Sets what firmware leaves in model-specific registers, on every processor.
+///
+/// # Errors
+/// An ioctl fails.
+pub fn set_msrs(vcpu: &VcpuFd, has_mtrr: bool) -> Result<(), Error> {
     if has_mtrr {
         // Firmware would have set them up; without it a guest finds all memory uncached.
         if !set_msr(vcpu, MSR_MTRR_DEF_TYPE, MTRR_ON_WRITE_BACK)? {
@@ -126,9 +134,11 @@ fn fpu() -> kvm_fpu {
 }
 
 /// Changes what differs from the state after reset, which `sregs` holds.
-fn special(sregs: &mut kvm_sregs, entry: &Entry) {
-    // KVM derives CPUID's APIC bit from this, whatever KVM_SET_CPUID2 said.
-    sregs.apic_base &= !APIC_BASE_ENABLE;
+fn special(sregs: &mut kvm_sregs, entry: &Entry, apic: LocalApic) {
+    if apic == LocalApic::None {
+        // KVM derives CPUID's APIC bit from this, whatever KVM_SET_CPUID2 said.
+        sregs.apic_base &= !APIC_BASE_ENABLE;
+    }
     match *entry {
         Entry::Real { cs, .. } => {
             for segment in data_segments(sregs) {
@@ -195,7 +205,7 @@ mod tests {
             rsi: 0x7000,
         };
         let mut sregs = after_reset();
-        special(&mut sregs, &entry);
+        special(&mut sregs, &entry, LocalApic::None);
         assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.cs.db), (0x10, 1, 0));
         assert_eq!((sregs.ss.selector, sregs.ds.selector), (0x18, 0x18));
         assert_eq!(sregs.efer, 0x500);
@@ -212,7 +222,7 @@ mod tests {
             ip: 0x12,
         };
         let mut sregs = after_reset();
-        special(&mut sregs, &entry);
+        special(&mut sregs, &entry, LocalApic::None);
         assert_eq!((sregs.cs.selector, sregs.cs.base), (0x1000, 0x10000));
         assert_eq!(sregs.cr0, 0x6000_0010, "as after reset");
         assert_eq!(general(&entry).rip, 0x12);

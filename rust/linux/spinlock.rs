@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A spinlock that interrupt handlers take too: interrupts are off while it is held.
+
+use crate::bindings as own;
+use core::cell::UnsafeCell;
+use core::ops::Deref;
+use core::ops::DerefMut;
+use kernel::bindings;
+use kernel::prelude::*;
+use kernel::str::CStr;
+use kernel::sync::LockClassKey;
+use kernel::types::NotThreadSafe;
+use kernel::types::Opaque;
+
+/// A value under a `raw_spinlock_t`.
+#[pin_data]
+pub(crate) struct IrqSpinLock<T> {
+    #[pin]
+    raw: Opaque<bindings::raw_spinlock_t>,
+    data: UnsafeCell<T>,
+}
+
+// SAFETY: The lock hands the value from thread to thread, which `T: Send` allows.
+unsafe impl<T: Send> Send for IrqSpinLock<T> {}
+// SAFETY: As above: who shares the lock gets at the value one at a time.
+unsafe impl<T: Send> Sync for IrqSpinLock<T> {}
+
+impl<T> IrqSpinLock<T> {
+    /// A lock around `data`. `key` is its lockdep class.
+    pub(crate) fn new(
+        data: T,
+        name: &'static CStr,
+        key: Pin<&'static LockClassKey>,
+    ) -> impl PinInit<Self> {
+        pin_init!(Self {
+            // SAFETY: The slot is memory for a lock that stays where it is; name and key are static.
+            raw <- Opaque::ffi_init(move |slot| unsafe {
+                own::rkvm_raw_spin_init(slot, name.as_char_ptr(), key.as_ptr())
+            }),
+            data: UnsafeCell::new(data),
+        })
+    }
+
+    /// Takes the lock, and turns interrupts off until it is released. Spins; allowed in any context
+    /// but an NMI's.
+    #[inline]
+    pub(crate) fn lock(&self) -> IrqSpinGuard<'_, T> {
+        // SAFETY: The lock is initialised: there is no other way to a `&Self`.
+        let flags = unsafe { own::rkvm_raw_spin_lock_irqsave(self.raw.get()) };
+        // INVARIANT: Taken just now.
+        IrqSpinGuard {
+            lock: self,
+            flags,
+            _here: NotThreadSafe,
+        }
+    }
+}
+
+/// The lock, held.
+///
+/// # Invariants
+///
+/// This thread holds `lock`, and `flags` is what taking it returned.
+#[must_use = "the lock is released at once"]
+pub(crate) struct IrqSpinGuard<'a, T> {
+    lock: &'a IrqSpinLock<T>,
+    flags: usize,
+    _here: NotThreadSafe,
+}
+
+impl<T> Deref for IrqSpinGuard<'_, T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        // SAFETY: By the invariant nobody else has a reference.
+        unsafe { &*self.lock.data.get() }
+    }
+}
+
+impl<T> DerefMut for IrqSpinGuard<'_, T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: By the invariant nobody else has a reference.
+        unsafe { &mut *self.lock.data.get() }
+    }
+}
+
+impl<T> Drop for IrqSpinGuard<'_, T> {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: By the invariant this thread holds the lock, and these are the flags.
+        unsafe { own::rkvm_raw_spin_unlock_irqrestore(self.lock.raw.get(), self.flags) };
+    }
+}

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The local APIC in the guest's hands: what its accesses bring about.
+
+use super::Run;
+use crate::apics::Apics;
+use crate::arch::Arch;
+use crate::backend::Loaded;
+use crate::irq::Irqs;
+use crate::irq::Mode;
+use crate::lapic::GuestClock;
+use crate::lapic::LocalApic;
+use crate::system::Host;
+use crate::tlb::Request;
+use crate::tlb::VcpuShared;
+use crate::x86::apic::message::Target;
+use crate::x86::apic::timer::Clock;
+use crate::x86::apic::Effect;
+use crate::x86::apic::Eoi;
+use crate::x86::cpuid::features::Features;
+use crate::x86::event::InterruptSource;
+use crate::x86::msr::Msr;
+use crate::x86::regs::Gpr;
+
+/// What a vCPU's local APIC reaches.
+#[derive(Clone, Copy)]
+pub(crate) struct Around<'a> {
+    pub(crate) shared: &'a VcpuShared,
+    pub(crate) apics: &'a Apics,
+    pub(crate) irqs: &'a Irqs,
+    pub(crate) host: &'a Host,
+}
+
+/// The clocks of the vCPU's timer.
+#[inline]
+pub(crate) fn clock(hw: &mut impl Loaded) -> GuestClock {
+    GuestClock {
+        tsc_offset: hw.tsc_offset(),
+    }
+}
+
+/// The interrupt controllers as an entry sees them.
+pub(super) struct Controllers<'a> {
+    pub(super) apic: Option<&'a mut LocalApic>,
+    pub(super) irqs: &'a Irqs,
+}
+
+impl Controllers<'_> {
+    /// Whether a controller outside has an interrupt that the APIC lets through.
+    #[inline]
+    fn outside_waits(apic: &LocalApic, irqs: &Irqs) -> bool {
+        (apic.extint.is_some() || irqs.pic_pending()) && apic.model.accepts_extint()
+    }
+}
+
+impl InterruptSource for Controllers<'_> {
+    #[inline]
+    fn waits(&mut self) -> bool {
+        match &mut self.apic {
+            Some(apic) => {
+                Self::outside_waits(apic, self.irqs)
+                    || (!apic.virtualised && apic.pending_interrupt().is_some())
+            }
+            None => false,
+        }
+    }
+
+    fn acknowledge(&mut self) -> Option<u8> {
+        let apic = self.apic.as_deref_mut()?;
+        if !Self::outside_waits(apic, self.irqs) {
+            apic.recheck = true;
+            return apic.model.acknowledge();
+        }
+        let left_by_vmm = apic.extint.take();
+        Some(left_by_vmm.unwrap_or_else(|| self.irqs.pic_acknowledge()))
+    }
+}
+
+/// Carries out what an access to the APIC has left to do. May sleep.
+pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, effect: Effect) {
+    let clock = clock(hw);
+    let tsc_khz = arch.tsc_khz;
+    let Some(apic) = arch.apic.as_deref_mut() else {
+        return;
+    };
+    match effect {
+        Effect::None => {}
+        Effect::Recheck => apic.recheck = true,
+        Effect::Eoi(eoi) => ended(apic, around, eoi),
+        Effect::Send(message) => {
+            let sender = apic.model.config().id;
+            around.apics.send(&message, Some(sender));
+        }
+        Effect::Timer => set_timer(hw, apic, &clock, tsc_khz),
+        Effect::Identity => {
+            apic.recheck = true;
+            set_timer(hw, apic, &clock, tsc_khz);
+            if apic.identity_changed(around.apics.ids()) {
+                if let Some(shared) = around.shared.apic() {
+                    shared.set_mode(apic.model.mode());
+                }
+                hw.set_apic_mode(apic.model.mode());
+                around.apics.rebuild();
+                around.shared.request(Request::EoiVectors);
+                let cr4 = hw.cr4();
+                arch.refresh_cpuid(around.host, cr4);
+            }
+        }
+    }
+}
+
+/// The timer may go off at another moment than before.
+pub(super) fn set_timer(
+    hw: &mut impl Loaded,
+    apic: &mut LocalApic,
+    clock: &GuestClock,
+    tsc_khz: u32,
+) {
+    if hw.has_timer() {
+        // The host's own timer is for when the vCPU sleeps.
+        hw.set_timer(apic.expires_tsc(clock, tsc_khz));
+    } else {
+        apic.arm_timer(clock, tsc_khz);
+    }
+}
+
+/// An interrupt ended: the next one may be let through, and an I/O APIC may want to know.
+fn ended(apic: &mut LocalApic, around: &Around<'_>, eoi: Eoi) {
+    apic.recheck = true;
+    let (vector, level) = match eoi {
+        Eoi::None | Eoi::Suppressed(_) => return,
+        Eoi::Edge(vector) => (vector, false),
+        Eoi::Broadcast(vector) => (vector, true),
+    };
+    if !apic.tells_eoi(vector) {
+        return;
+    }
+    match around.irqs.mode() {
+        Mode::Kernel => around.irqs.eoi(vector, level),
+        Mode::Split => apic.ioapic_eoi = Some(vector),
+        Mode::None => {}
+    }
+}
+
+impl<L: Loaded> Run<'_, L> {
+    pub(super) fn apply(&mut self, effect: Effect) {
+        let around = Around {
+            shared: self.shared,
+            apics: self.apics,
+            irqs: self.irqs,
+            host: self.host,
+        };
+        apply(&mut self.hw, self.arch, &around, effect);
+    }
+
+    /// A device access of the emulator's to the page of the APIC: none if it is not there.
+    fn own_page(&self, gpa: u64) -> Option<u16> {
+        let base = self.arch.apic.as_deref()?.model.base();
+        (gpa & !0xfff == base.address()).then_some((gpa & 0xfff) as u16)
+    }
+
+    /// Reads from the APIC's page; none if it is not there.
+    pub(super) fn apic_read(&mut self, gpa: u64, len: u8) -> Option<[u8; 8]> {
+        let offset = self.own_page(gpa)?;
+        let clock = clock(&mut self.hw);
+        let apic = self.arch.apic.as_deref_mut()?;
+        let value = apic.model.mmio_read(offset, usize::from(len), &clock)?;
+        // A register that is not there may have raised the error interrupt.
+        apic.recheck = true;
+        Some(u64::from(value).to_le_bytes())
+    }
+
+    /// Writes to the APIC's page; returns if it is there.
+    pub(super) fn apic_write(&mut self, gpa: u64, data: &[u8; 8], len: u8) -> bool {
+        let Some(offset) = self.own_page(gpa) else {
+            return false;
+        };
+        let clock = clock(&mut self.hw);
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return false;
+        };
+        let value = u64::from_le_bytes(*data) as u32;
+        let effect = apic
+            .model
+            .mmio_write(offset, usize::from(len), value, &clock);
+        match effect {
+            Some(effect) => {
+                self.apply(effect);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// WRMSR of those registers that a guest writes all the time, with interrupts off: returns if it is
+    /// done and there is nothing that an entry has to prepare for. If not, nothing has happened.
+    #[inline]
+    pub(super) fn wrmsr_at_once(&mut self) -> bool {
+        let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
+        if self.arch.apic.is_none() {
+            return false;
+        }
+        let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
+        let done = match msr {
+            Msr::X2APIC_EOI => self.eoi_at_once(value),
+            Msr::X2APIC_ICR => self.command_at_once(msr, value),
+            Msr::TSC_DEADLINE => self.deadline_at_once(value),
+            _ => false,
+        };
+        if done {
+            self.skip();
+        }
+        done
+    }
+
+    /// The end of an interrupt that is nobody else's affair.
+    fn eoi_at_once(&mut self, value: u64) -> bool {
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return false;
+        };
+        let told = match apic.model.highest_in_service() {
+            Some(vector) => apic.tells_eoi(vector),
+            None => false,
+        };
+        if told || value != 0 {
+            return false;
+        }
+        let clock = GuestClock { tsc_offset: 0 };
+        match apic.model.write_msr(Msr::X2APIC_EOI, value, &clock) {
+            Ok(_) => {
+                if apic.model.highest_requested().is_some() {
+                    // The loop stops for it.
+                    apic.recheck = true;
+                    self.shared.request(Request::Interrupts);
+                }
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// A deadline that is still to come.
+    fn deadline_at_once(&mut self, value: u64) -> bool {
+        let clock = clock(&mut self.hw);
+        let tsc_khz = self.arch.tsc_khz;
+        if !self.arch.features.has(Features::TSC_DEADLINE) || !self.hw.has_timer() {
+            return false;
+        }
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return false;
+        };
+        if value != 0 && value <= clock.tsc() {
+            return false;
+        }
+        if apic.model.set_tsc_deadline(value) == Effect::Timer {
+            self.hw.set_timer(apic.expires_tsc(&clock, tsc_khz));
+        }
+        true
+    }
+
+    /// Before an entry, interrupts off: what has been posted, and what the processor has to know of a
+    /// virtual APIC that was changed behind its back.
+    #[inline]
+    pub(super) fn prepare_apic(&mut self) {
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return;
+        };
+        if !apic.virtualised {
+            self.hw.set_priority_threshold(apic.priority_threshold());
+            return;
+        }
+        let posted = self.shared.apic().filter(|shared| shared.has_posted());
+        if let Some(shared) = posted {
+            shared.take_posted();
+        }
+        if apic.recheck {
+            apic.recheck = false;
+            let in_service = apic.model.highest_in_service().unwrap_or(0);
+            let requested = apic.model.highest_requested().unwrap_or(0);
+            self.hw.set_interrupt_status(in_service, requested);
+        } else if posted.is_some() {
+            let requested = apic.model.highest_requested().unwrap_or(0);
+            self.hw.raise_requested(requested);
+        }
+    }
+
+    /// The processor has ended an interrupt of the guest's by itself.
+    pub(super) fn interrupt_end(&mut self, vector: u8) {
+        if let Some(apic) = self.arch.apic.as_deref() {
+            let effect = Effect::Eoi(apic.model.ended(vector));
+            self.apply(effect);
+        }
+    }
+
+    /// The guest has written to a register in the virtual APIC's page that does more than keep a value.
+    pub(super) fn register_written(&mut self, offset: u16) {
+        let clock = clock(&mut self.hw);
+        if let Some(apic) = self.arch.apic.as_deref_mut() {
+            let effect = apic.model.written(offset, &clock);
+            self.apply(effect);
+        }
+    }
+
+    /// The interrupt controllers, for the events model.
+    pub(super) fn recheck_interrupts(&mut self) {
+        if let Some(apic) = self.arch.apic.as_deref_mut() {
+            apic.recheck = true;
+        }
+    }
+
+    /// A vector for some vCPUs.
+    fn command_at_once(&mut self, msr: Msr, value: u64) -> bool {
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return false;
+        };
+        // Fixed, edge, physical, by no shorthand: what else there is can take its time.
+        if value & 0xc_cf00 & !0x4000 != 0 {
+            return false;
+        }
+        let clock = GuestClock { tsc_offset: 0 };
+        match apic.model.write_msr(msr, value, &clock) {
+            Ok(Effect::Send(message)) => {
+                let sender = apic.model.config().id;
+                debug_assert!(!matches!(message.target, Target::Itself));
+                self.apics.send(&message, Some(sender));
+                true
+            }
+            Ok(_) => {
+                apic.recheck = true;
+                self.shared.request(Request::Interrupts);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+}
