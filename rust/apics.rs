@@ -32,6 +32,7 @@ use crate::x86::apic::message::DeliveryMode;
 use crate::x86::apic::message::IdFormat;
 use crate::x86::apic::message::Message;
 use crate::x86::apic::page::ApicPage;
+use crate::x86::apic::regs::Lvt;
 use crate::x86::apic::timer::BusPeriod;
 use crate::x86::apic::view::ApicView;
 use crate::x86::apic::view::Delivered;
@@ -114,6 +115,8 @@ impl ApicPage for Arc<Registers> {
     }
 }
 
+/// Where the local vector table has LINT0.
+const LINT0: u16 = 0x350;
 /// Where the request register is.
 const IRR: u16 = 0x200;
 
@@ -185,6 +188,14 @@ impl SharedApic {
             mode: AtomicU8::new(mode_code(ApicMode::Xapic)),
             events: AtomicU32::new(0),
         }
+    }
+
+    /// Whether what comes by LINT0 is an NMI.
+    fn is_watched(&self) -> bool {
+        /// The delivery mode: an NMI.
+        const NMI: u32 = 4;
+        let lint0 = Lvt::new(ApicPage::read(&self.inbox, LINT0));
+        lint0.mode_bits() == NMI && !lint0.has(Lvt::MASKED)
     }
 
     /// Records the mode. By the vCPU, which then calls [`Apics::rebuild`].
@@ -359,7 +370,9 @@ impl VcpuShared {
             // Who requested it first has told the vCPU.
             Delivered::Coalesced => {}
             // There is no system-management mode, and the controllers outside have a way of their own.
-            Delivered::Event(ApicEvent::Smi | ApicEvent::ExtInt) | Delivered::Dropped => return false,
+            Delivered::Event(ApicEvent::Smi | ApicEvent::ExtInt) | Delivered::Dropped => {
+                return false
+            }
             Delivered::Event(event) => {
                 apic.post(event);
                 self.request_and_kick(Request::ApicEvents);
@@ -491,7 +504,9 @@ impl Apics {
     /// The PIT has ticked: an NMI for those whose LINT0 is one (the watchdog of old kernels). In any
     /// context.
     pub(crate) fn watchdog(&self) {
-        for vcpu in self.table.read().members.iter() {
+        let table = self.table.read();
+        let watched = |vcpu: &&Arc<VcpuShared>| vcpu.apic().is_some_and(SharedApic::is_watched);
+        for vcpu in table.members.iter().filter(watched) {
             vcpu.request_and_kick(Request::Watchdog);
         }
     }

@@ -83,7 +83,8 @@ impl<B: Backend> State<B> {
     ) -> impl PinInit<Self, Error> + 'a {
         pin_init::pin_init_scope(move || {
             let backend = &vm.machine.backend;
-            let (hw, follows) = backend.new_vcpu(vm.memory.eptp(), registers.clone(), vm.free_instructions())?;
+            let (hw, follows) =
+                backend.new_vcpu(vm.memory.eptp(), registers.clone(), vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
             if let Some(registers) = registers {

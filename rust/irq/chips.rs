@@ -153,10 +153,8 @@ impl Irqs {
     /// Calls `f` with each message of the I/O APIC whose end is to be told.
     pub(super) fn for_each_reported(&self, f: &mut dyn FnMut(&Message)) {
         let broadcast = self.apics.broadcast();
-        for pin in 0..ioapic::PINS {
-            let Some(entry) = self.ioapic.lock().entry(pin) else {
-                continue;
-            };
+        let table = self.ioapic.lock().state().redirtbl.map(Entry::new);
+        for (pin, entry) in (0..).zip(table) {
             if entry.trigger() == Trigger::Level
                 || pin == clock::PIN
                 || self.is_awaited(Input::Ioapic(pin))
