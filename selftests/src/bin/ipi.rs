@@ -437,9 +437,11 @@ guest_code!(
 // Counts in the page of the sender, whose number is in the vector.
 guest_code!(counts, ".code64",
     "sub eax, 0x40",
+    "cmp eax, 64", // a spurious interrupt has no sender
+    "jae 2f",
     "shl eax, 12",
     "lock inc qword ptr [rax + {B} + 0x80]",
-    "ret";
+    "2: ret";
     B = block::FIRST,
 );
 
