@@ -2,7 +2,6 @@
 
 //! The part of a vCPU's architectural state that no backend holds.
 
-use crate::abi;
 use crate::backend::Loaded;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
@@ -151,6 +150,11 @@ pub(crate) fn reset(hw: &mut impl Loaded) {
 pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     let caches = hw.cr0().and(Cr0::CD | Cr0::NW);
     reset_registers(hw, caches);
+    // Here the signature does show.
+    let signature = arch.cpuid.lookup(1, 0).eax;
+    if signature != 0 {
+        hw.set_gpr(Gpr::Rdx, signature.into());
+    }
     hw.set_shadow(Shadow::None);
     hw.set_nmi_blocked(false);
     hw.end_halt();
@@ -209,5 +213,3 @@ pub(crate) fn cpl(hw: &mut impl Loaded) -> u8 {
         hw.segment_attr(SegReg::Ss).dpl()
     }
 }
-
-const _: () = assert!(abi::MAX_VCPUS <= u8::MAX as usize);

@@ -274,8 +274,6 @@ pub(crate) trait Loaded {
     /// Takes them out of its log, by guest-physical address.
     fn take_logged_writes(&mut self, f: impl FnMut(u64));
 
-    /// Whether the processor delivers the APIC's interrupts.
-    fn virtualises_apic(&mut self) -> bool;
     /// Has the guest exit when the class of its task priority sinks below this one; 0 for never. Where
     /// the processor cannot, every write of CR8 exits.
     fn set_priority_threshold(&mut self, class: u8);

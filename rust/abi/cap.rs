@@ -74,7 +74,8 @@ pub(crate) fn check(cap: usize) -> isize {
         // Where the ring is in a vCPU's mapping, in pages.
         b::KVM_CAP_COALESCED_MMIO => b::KVM_COALESCED_MMIO_PAGE_OFFSET as isize,
         b::KVM_CAP_NR_VCPUS => task::online_cpus().min(MAX_VCPUS as u32) as isize,
-        b::KVM_CAP_MAX_VCPUS | b::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
+        b::KVM_CAP_MAX_VCPUS => MAX_VCPUS as isize,
+        b::KVM_CAP_MAX_VCPU_ID => super::MAX_VCPU_IDS as isize,
         // The number of address spaces: there is no SMM, which would have another.
         b::KVM_CAP_MULTI_ADDRESS_SPACE => 1,
         b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_SLOTS as isize,

@@ -14,6 +14,7 @@ use crate::abi;
 use crate::arch;
 use crate::arch::Arch;
 use crate::backend::Loaded;
+use crate::bindings::KVM_MP_STATE_AP_RESET_HOLD as AP_RESET_HOLD;
 use crate::bindings::KVM_MP_STATE_HALTED as HALTED;
 use crate::bindings::KVM_MP_STATE_INIT_RECEIVED as INIT_RECEIVED;
 use crate::bindings::KVM_MP_STATE_RUNNABLE as RUNNABLE;
@@ -111,7 +112,7 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.pending() {
             self.take_apic_requests();
         }
-        if self.arch.mp_state == HALTED && self.has_reason_to_run() {
+        if matches!(self.arch.mp_state, HALTED | AP_RESET_HOLD) && self.has_reason_to_run() {
             self.arch.mp_state = RUNNABLE;
         }
         self.arch.mp_state == RUNNABLE

@@ -164,6 +164,7 @@ impl<L: Loaded> Locked<'_, L> {
             b::KVM_MP_STATE_RUNNABLE => self.arch.mp_state = mp_state,
             b::KVM_MP_STATE_UNINITIALIZED
             | b::KVM_MP_STATE_HALTED
+            | b::KVM_MP_STATE_AP_RESET_HOLD
             | b::KVM_MP_STATE_INIT_RECEIVED
                 if self.arch.apic.is_some() =>
             {

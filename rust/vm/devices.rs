@@ -8,7 +8,7 @@ use crate::abi::kvm_enable_cap;
 use crate::abi::kvm_irq_level;
 use crate::abi::kvm_pit_config;
 use crate::abi::kvm_reinject_control;
-use crate::abi::MAX_VCPUS;
+use crate::abi::MAX_VCPU_IDS;
 use crate::apics::QUIRKS;
 use crate::backend::Backend;
 use crate::backend::FreeInstructions;
@@ -94,7 +94,7 @@ impl<B: Backend> Vm<B> {
         if self.irqs.in_kernel() {
             return Err(EEXIST);
         }
-        if vcpus.ids != 0 {
+        if !vcpus.is_empty() {
             return Err(EINVAL);
         }
         self.irqs.create_kernel()
@@ -105,7 +105,7 @@ impl<B: Backend> Vm<B> {
     fn create_split_irqchip(&self, pins: u64) -> Result {
         let pins = Irqs::check_pins(pins)?;
         let vcpus = self.vcpus.lock();
-        if self.irqs.in_kernel() || vcpus.ids != 0 {
+        if self.irqs.in_kernel() || !vcpus.is_empty() {
             return Err(EEXIST);
         }
         self.irqs.create_split(pins);
@@ -131,10 +131,10 @@ impl<B: Backend> Vm<B> {
     /// more is taken, as in KVM.
     fn set_boot_cpu_id(&self, id: usize) -> Result {
         let vcpus = self.vcpus.lock();
-        if vcpus.ids != 0 {
+        if !vcpus.is_empty() {
             return Err(EBUSY);
         }
-        if id > MAX_VCPUS {
+        if id > MAX_VCPU_IDS || id > vcpus.limit() {
             return Err(EINVAL);
         }
         self.boot_cpu_id.store(id as u32, Ordering::Relaxed);
@@ -182,7 +182,7 @@ impl<B: Backend> Vm<B> {
             return Err(EINVAL);
         }
         let vcpus = self.vcpus.lock();
-        if vcpus.ids != 0 {
+        if !vcpus.is_empty() {
             return Err(EINVAL);
         }
         self.disabled_exits

@@ -583,11 +583,6 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     #[inline]
-    fn virtualises_apic(&mut self) -> bool {
-        LoadedVcpu::virtualises_apic(self)
-    }
-
-    #[inline]
     fn set_priority_threshold(&mut self, class: u8) {
         self.set_tpr_threshold(class);
     }
