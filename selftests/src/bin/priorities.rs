@@ -4,7 +4,7 @@
 //! what becomes of one whose delivery is interrupted by an exit.
 
 use kvm_bindings as kb;
-use selftests::apic::{self, icr, reg, Answer, Chip, Cpu, Guest, Op, State};
+use selftests::apic::{self, block, icr, reg, Answer, Chip, Cpu, Guest, Op, State};
 use selftests::guest::{at, sel, set_gate, usize_of, Record};
 use selftests::machine::{decode, Exit};
 use selftests::{ensure, ensure_eq, fail, guest_code, sys, tests, Env, Outcome, Verdict};
@@ -489,6 +489,33 @@ fn nmi_stack_in_device(env: &Env) -> Outcome {
     stack_in_device(env, nmi, 2)
 }
 
+/// The same for an interrupt of the APIC's: it is in service once.
+fn interrupt_again_after_exits(env: &Env) -> Outcome {
+    let g = ready(env)?;
+    let c = g.cpu(0);
+    g.acknowledge(0, block::NONE);
+    for round in 0..10 {
+        g.forget(0);
+        pend(&g, V)?;
+        lose_pages(&g)?;
+        go(&g, nothing(), IF)?;
+        ensure_eq!(g.log(0), vec![V], "interrupts in round {round}");
+        let s = State::get(c.vcpu())?;
+        let bits = (s.vector(reg::IRR, V), s.vector(reg::ISR, V));
+        ensure_eq!(bits, (false, true), "pending, in service");
+        c.xwrite(reg::EOI, 0)?;
+        ensure!(
+            !State::get(c.vcpu())?.vector(reg::ISR, V),
+            "in service after EOI"
+        );
+    }
+    Ok(())
+}
+
+fn interrupt_stack_in_device(env: &Env) -> Outcome {
+    stack_in_device(env, |g| pend(g, V), V)
+}
+
 /// Makes the gate of `vector` one that is not present.
 fn no_gate(g: &Guest, vector: u8) {
     let entry = usize_of(at::IDT) + usize::from(vector) * 16;
@@ -642,6 +669,8 @@ fn main() -> ExitCode {
             again_after_exits,
             crowd_after_exits,
             nmi_stack_in_device,
+            interrupt_again_after_exits,
+            interrupt_stack_in_device,
             missing_gates,
             events,
         ],
