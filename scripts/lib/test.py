@@ -41,8 +41,8 @@ RKVM_ONLY = {"module"}
 STRESS = {"faults", "stress", "userfault"}
 # Programs to look for leaks behind: those that make and drop what the module allocates. kmemleak
 # doubles the time of everything, and guests' instructions allocate nothing.
-LEAKS = {"coalesced", "dirty_ring", "lifecycle", "memory", "module", "prefault", "robustness", "smoke",
-         "stats", "system", "vcpu", "vm"}
+LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle", "memory", "module", "pit",
+         "prefault", "robustness", "routing", "smoke", "stats", "system", "vcpu", "vm"}
 # Modules that they need, and what the kernel is told for them.
 STRESS_MODULES = ("kvm-intel", "rkvm", "zram")
 STRESS_APPEND = "proc_mem.force_override=always"
