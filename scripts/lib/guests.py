@@ -4,6 +4,7 @@
 import os
 import re
 import secrets
+import shutil
 
 import initramfs
 
@@ -24,18 +25,34 @@ class Guest:
         self.options = options
         self.report = re.compile(rf"guest {self.nonce}: init is up on Linux ([^\s,]+)")
 
-    def stage(self, directory):
-        """Put the guest's files into DIRECTORY, which goes to the disk."""
+    def stage(self, directory, programs=None):
+        """Put the guest's files into DIRECTORY, which goes to the disk. Its initramfs has the modules
+        beside the kernel, if there are any, and the files in the directory PROGRAMS."""
         os.makedirs(directory, exist_ok=True)
         target = os.path.join(directory, "vmlinuz")
         if os.path.exists(target):
             os.unlink(target)
         os.symlink(self.kernel, target)
+        copies = {}
+        modules = os.path.join(os.path.dirname(self.kernel), "modules")
+        # The test kernel has what a guest needs built in; its modules are the machine's.
+        if os.path.basename(self.kernel) == "vmlinuz" and os.path.isdir(modules):
+            for name in os.listdir(modules):
+                copies["modules/" + name] = os.path.join(modules, name)
+        for name in os.listdir(programs) if programs else ():
+            copies["bin/" + name] = os.path.join(programs, name)
         with open(os.path.join(directory, "initramfs"), "wb") as f:
-            f.write(initramfs.with_busybox(os.path.join(HERE, "guest-init"), {}))
+            f.write(initramfs.with_busybox(os.path.join(HERE, "guest-init"), {}, copies))
+        shutil.copy(os.path.join(HERE, "../guest/run"), directory)
 
     def command(self, device, directory):
         """The shell command that boots it inside, with its files in DIRECTORY."""
         return (f"rkvm-vmm --device {device} --kernel {directory}/vmlinuz "
                 f"--initrd {directory}/initramfs --memory {self.memory} {self.options} "
                 f"--timeout {self.timeout} --cmdline '{self.cmdline}'")
+
+
+def run(directory, device, cpus, irqchip, stress=0):
+    """The shell command that boots the guest in DIRECTORY and judges it, disks and all."""
+    words = ["sh", f"{directory}/run", directory, device, str(cpus), irqchip, secrets.token_hex(8)]
+    return " ".join(words + ([str(stress)] if stress else []))
