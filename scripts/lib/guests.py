@@ -4,6 +4,7 @@
 import os
 import re
 import secrets
+import shlex
 import shutil
 
 import initramfs
@@ -52,7 +53,11 @@ class Guest:
                 f"--timeout {self.timeout} --cmdline '{self.cmdline}'")
 
 
-def run(directory, device, cpus, irqchip, stress=0):
+# Who moves the frames of a guest's network.
+NETWORKS = {"": [], "tap": ["--tap", "tap0"], "vhost": ["--tap", "tap0,vhost"]}
+
+
+def run(directory, device, cpus, irqchip, stress=0, network=""):
     """The shell command that boots the guest in DIRECTORY and judges it, disks and all."""
-    words = ["sh", f"{directory}/run", directory, device, str(cpus), irqchip, secrets.token_hex(8)]
-    return " ".join(words + ([str(stress)] if stress else []))
+    return shlex.join(["sh", f"{directory}/run", directory, device, str(cpus), irqchip,
+                       secrets.token_hex(8), str(stress or ""), *NETWORKS[network]])

@@ -314,16 +314,17 @@ def guest_job(suite, work, name, image, devices, **options):
 
 
 # Guests with disks, by the number of the machine's CPUs: kernel, interrupt controllers, processors,
-# seconds of stress.
+# seconds of stress, network.
 SMP = {
-    1: [("test", "split", 1, 0), ("test", "kernel", 2, 3), ("test", "split", 4, 3),
-        ("debian", "split", 2, 0)],
-    2: [("test", "split", 2, 3), ("test", "kernel", 8, 3), ("debian", "kernel", 4, 0)],
+    1: [("test", "split", 1, 0, "tap"), ("test", "kernel", 2, 3, "vhost"), ("test", "split", 4, 3, ""),
+        ("debian", "split", 2, 0, "vhost")],
+    2: [("test", "split", 2, 3, "vhost"), ("test", "kernel", 8, 3, "tap")],
 }
 # What `make guests-full` runs.
-SMP_FULL = [(kernel, irqchip, cpus, 0 if cpus == 1 else 10)
+SMP_FULL = [(kernel, irqchip, cpus, 0 if cpus == 1 else 10, network)
             for kernel in ("test", "debian") for irqchip in ("none", "split", "kernel")
-            for cpus in ((1,) if irqchip == "none" else (1, 2, 4, 8))]
+            for cpus, network in (((1, ""),) if irqchip == "none" else
+                                  ((1, "tap"), (2, "vhost"), (4, "tap"), (8, "vhost")))]
 
 
 def smp_job(suite, work, cpus, kernels):
@@ -332,7 +333,7 @@ def smp_job(suite, work, cpus, kernels):
     name = f"smp-{cpus}cpu"
     # Documentation/testing.rst says why kvm-intel goes without.
     job = Job(suite, name, cpus=cpus, timeout=7200 if full else 1200,
-              insmod=("kvm-intel enable_apicv=0", "rkvm"))
+              insmod=("kvm-intel enable_apicv=0", "rkvm", "tun", "vhost_net"))
     job.data.append(os.path.join(suite.tree, "build/bin/rkvm-vmm"))
     programs = os.path.join(suite.tree, "build/bin/guest")
     if "user" in suite.not_built or not os.path.isdir(programs):
@@ -341,10 +342,10 @@ def smp_job(suite, work, cpus, kernels):
         directory = os.path.join(work, f"{name}-{kernel}")
         guests.Guest(image).stage(directory, programs)
         job.data.append(f"{directory}:{kernel}")
-    for kernel, irqchip, processors, stress in SMP_FULL if full else SMP[cpus]:
+    for kernel, irqchip, processors, stress, network in SMP_FULL if full else SMP[cpus]:
         for device, path in DEVICES.items():
             job.check(f"{device}/{kernel}-{irqchip}-{processors}",
-                      guests.run(kernel, path, processors, irqchip, stress))
+                      guests.run(kernel, path, processors, irqchip, stress, network))
     if job.steps:
         job.check("unload", "rmmod rkvm")
     return job
