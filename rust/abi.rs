@@ -52,9 +52,12 @@ pub(crate) use crate::bindings::kvm_xcrs;
 /// KVM_GET_API_VERSION: the only version there has been since 2007.
 pub(crate) const API_VERSION: isize = 12;
 
-/// The most vCPUs in a VM (KVM_CAP_MAX_VCPUS), and one more than the greatest vCPU identifier
-/// (KVM_CAP_MAX_VCPU_ID).
+/// The most vCPUs in a VM (KVM_CAP_MAX_VCPUS).
 pub(crate) const MAX_VCPUS: usize = 64;
+
+/// One more than the greatest vCPU identifier (KVM_CAP_MAX_VCPU_ID). A topology of processors leaves
+/// numbers out.
+pub(crate) const MAX_VCPU_IDS: usize = 4 * MAX_VCPUS;
 
 /// Pages of a vCPU's mapping: `struct kvm_run`, the data of port accesses, and the VM's ring of
 /// coalesced writes.

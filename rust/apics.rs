@@ -13,6 +13,8 @@
 
 mod posted;
 
+use crate::bindings::KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
+use crate::bindings::KVM_X86_QUIRK_LINT0_REENABLED;
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
 use crate::tlb::Request;
@@ -30,6 +32,7 @@ use crate::x86::apic::message::DeliveryMode;
 use crate::x86::apic::message::IdFormat;
 use crate::x86::apic::message::Message;
 use crate::x86::apic::page::ApicPage;
+use crate::x86::apic::regs::Lvt;
 use crate::x86::apic::timer::BusPeriod;
 use crate::x86::apic::view::ApicView;
 use crate::x86::apic::view::Delivered;
@@ -112,6 +115,8 @@ impl ApicPage for Arc<Registers> {
     }
 }
 
+/// Where the local vector table has LINT0.
+const LINT0: u16 = 0x350;
 /// Where the request register is.
 const IRR: u16 = 0x200;
 
@@ -183,6 +188,14 @@ impl SharedApic {
             mode: AtomicU8::new(mode_code(ApicMode::Xapic)),
             events: AtomicU32::new(0),
         }
+    }
+
+    /// Whether what comes by LINT0 is an NMI.
+    fn is_watched(&self) -> bool {
+        /// The delivery mode: an NMI.
+        const NMI: u32 = 4;
+        let lint0 = Lvt::new(ApicPage::read(&self.inbox, LINT0));
+        lint0.mode_bits() == NMI && !lint0.has(Lvt::MASKED)
     }
 
     /// Records the mode. By the vCPU, which then calls [`Apics::rebuild`].
@@ -356,11 +369,14 @@ impl VcpuShared {
             Delivered::Queued => self.request_and_kick(Request::Interrupts),
             // Who requested it first has told the vCPU.
             Delivered::Coalesced => {}
+            // There is no system-management mode, and the controllers outside have a way of their own.
+            Delivered::Event(ApicEvent::Smi | ApicEvent::ExtInt) | Delivered::Dropped => {
+                return false
+            }
             Delivered::Event(event) => {
                 apic.post(event);
                 self.request_and_kick(Request::ApicEvents);
             }
-            Delivered::Dropped => return false,
         }
         true
     }
@@ -384,7 +400,13 @@ pub(crate) struct Apics {
     table: SrcuCell<Table>,
     /// How often an APIC has changed what it answers to.
     changes: AtomicU32,
+    /// KVM_X86_QUIRK_* that the VMM does without.
+    disabled_quirks: AtomicU32,
 }
+
+/// The quirks of KVM's that a VMM may do without: LINT0 is open after reset, and where the APIC's page is
+/// not there is a hole that reads as ones.
+pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
 
 /// The flags of KVM_CAP_X2APIC_API that are known.
 pub(crate) const X2APIC_API: u64 = WIDE | BY_MODE;
@@ -401,6 +423,7 @@ impl Apics {
                 settings <- new_mutex!(Settings::default(), "rkvm_apics"),
                 table <- SrcuCell::new(Table::new(KVVec::new(), &Settings::default(), 0)?),
                 changes: AtomicU32::new(0),
+                disabled_quirks: AtomicU32::new(0),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -481,7 +504,9 @@ impl Apics {
     /// The PIT has ticked: an NMI for those whose LINT0 is one (the watchdog of old kernels). In any
     /// context.
     pub(crate) fn watchdog(&self) {
-        for vcpu in self.table.read().members.iter() {
+        let table = self.table.read();
+        let watched = |vcpu: &&Arc<VcpuShared>| vcpu.apic().is_some_and(SharedApic::is_watched);
+        for vcpu in table.members.iter().filter(watched) {
             vcpu.request_and_kick(Request::Watchdog);
         }
     }
@@ -491,6 +516,17 @@ impl Apics {
         for vcpu in self.table.read().members.iter() {
             vcpu.request_and_kick(Request::EoiVectors);
         }
+    }
+
+    /// KVM_CAP_DISABLE_QUIRKS and its successor: what of these is no quirk here is ignored.
+    pub(crate) fn disable_quirks(&self, quirks: u64) {
+        self.disabled_quirks
+            .fetch_or(quirks as u32 & QUIRKS, Ordering::Relaxed);
+    }
+
+    /// Whether one of [`QUIRKS`] is the VMM's wish, as it is if it says nothing.
+    pub(crate) fn has_quirk(&self, quirk: u32) -> bool {
+        self.disabled_quirks.load(Ordering::Relaxed) & quirk == 0
     }
 
     /// KVM_CAP_X2APIC_API: EINVAL for flags that are not known.

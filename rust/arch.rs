@@ -2,11 +2,11 @@
 
 //! The part of a vCPU's architectural state that no backend holds.
 
-use crate::abi;
 use crate::backend::Loaded;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
+use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::cpuid::features::GuestFeatures;
@@ -38,6 +38,8 @@ pub(crate) struct Arch {
     pub(crate) mp_state: u32,
     /// Where a SIPI that KVM_SET_MP_STATE brings begins.
     pub(crate) sipi_vector: u8,
+    /// How long HLT polls.
+    pub(crate) poll: Poll,
     /// The local APIC, if it is in the kernel.
     pub(crate) apic: Option<KBox<LocalApic>>,
     /// The task priority, if the VMM's local APIC has it and tells in `kvm_run`.
@@ -60,6 +62,8 @@ pub(crate) struct Arch {
     pub(crate) devices: DeviceFrames,
     /// What the next KVM_RUN completes.
     pub(crate) pending: Pending,
+    /// The thread that ran the vCPU last.
+    pub(crate) thread: usize,
     /// Signals blocked during KVM_RUN, if not those that the thread blocks anyway.
     pub(crate) signal_mask: Option<SignalMask>,
     /// The guest has run: its CPUID is not to change under it any more.
@@ -74,6 +78,7 @@ impl Arch {
             events: PendingEvents::new(),
             mp_state: crate::bindings::KVM_MP_STATE_RUNNABLE,
             sipi_vector: 0,
+            poll: Poll::default(),
             apic: None,
             vmm_cr8: 0,
             dr: [0; 4],
@@ -88,6 +93,7 @@ impl Arch {
             emulator: Emulator::new(),
             devices: DeviceFrames::new(),
             pending: Pending::Nothing,
+            thread: 0,
             signal_mask: None,
             has_run: false,
         })
@@ -144,8 +150,14 @@ pub(crate) fn reset(hw: &mut impl Loaded) {
 pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     let caches = hw.cr0().and(Cr0::CD | Cr0::NW);
     reset_registers(hw, caches);
+    // Here the signature does show.
+    let signature = arch.cpuid.lookup(1, 0).eax;
+    if signature != 0 {
+        hw.set_gpr(Gpr::Rdx, signature.into());
+    }
     hw.set_shadow(Shadow::None);
     hw.set_nmi_blocked(false);
+    hw.end_halt();
     hw.flush_guest_tlb();
     arch.events = PendingEvents::new();
     arch.dr = [0; 4];
@@ -201,5 +213,3 @@ pub(crate) fn cpl(hw: &mut impl Loaded) -> u8 {
         hw.segment_attr(SegReg::Ss).dpl()
     }
 }
-
-const _: () = assert!(abi::MAX_VCPUS <= u8::MAX as usize);

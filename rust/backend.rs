@@ -140,6 +140,18 @@ pub(crate) struct Features {
     pub(crate) xsaves: bool,
 }
 
+/// Instructions that give up the processor, and do not exit if the VMM says so (KVM API,
+/// KVM_CAP_X86_DISABLE_EXITS).
+#[derive(Clone, Copy)]
+pub(crate) struct FreeInstructions {
+    /// HLT.
+    pub(crate) hlt: bool,
+    /// MONITOR and MWAIT.
+    pub(crate) mwait: bool,
+    /// PAUSE, in loops too.
+    pub(crate) pause: bool,
+}
+
 /// A way to run guests.
 pub(crate) trait Backend: Send + Sync + Sized + 'static {
     /// A vCPU's hardware state.
@@ -165,11 +177,12 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
     fn virtualises_apics(&self) -> bool;
 
     /// Makes the state of a vCPU, and the part of it that follows the thread. `apic` is its local APIC's
-    /// registers, if that is in the kernel.
+    /// registers, if that is in the kernel; `free` says which instructions are the guest's own affair.
     fn new_vcpu(
         &self,
         eptp: u64,
         apic: Option<Arc<Registers>>,
+        free: FreeInstructions,
     ) -> Result<(Self::Vcpu, Self::Follows)>;
 
     /// Loads a vCPU on this CPU until the result is dropped.
@@ -229,6 +242,8 @@ pub(crate) trait Loaded {
     fn set_interrupt_window(&mut self, open: bool);
     /// Asks for an exit as soon as an NMI could be taken.
     fn set_nmi_window(&mut self, open: bool);
+    /// The guest is not halted any more, should it have halted without an exit.
+    fn end_halt(&mut self);
     /// Delivers an event with the next entry.
     fn inject(&mut self, injection: &Injection);
     /// There is no next entry for now: it is to be told anew what to deliver.
@@ -259,8 +274,6 @@ pub(crate) trait Loaded {
     /// Takes them out of its log, by guest-physical address.
     fn take_logged_writes(&mut self, f: impl FnMut(u64));
 
-    /// Whether the processor delivers the APIC's interrupts.
-    fn virtualises_apic(&mut self) -> bool;
     /// Has the guest exit when the class of its task priority sinks below this one; 0 for never. Where
     /// the processor cannot, every write of CR8 exits.
     fn set_priority_threshold(&mut self, class: u8);

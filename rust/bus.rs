@@ -85,7 +85,7 @@ impl Bus {
 
     fn read_chip(&self, space: Space, addr: u64, data: &mut [u8]) -> bool {
         if space == Space::Memory {
-            return is_ioapic(addr) && self.irqs.ioapic_read(addr, data);
+            return is_ioapic(addr, data) && self.irqs.ioapic_read(addr, data);
         }
         let Some(register) = self.register(addr, data.len()) else {
             return false;
@@ -115,7 +115,7 @@ impl Bus {
 
     fn write_chip(&self, space: Space, addr: u64, data: &[u8]) -> bool {
         if space == Space::Memory {
-            return is_ioapic(addr) && self.irqs.ioapic_write(addr, data);
+            return is_ioapic(addr, data) && self.irqs.ioapic_write(addr, data);
         }
         let (Some(register), Some(&value)) = (self.register(addr, data.len()), data.first()) else {
             return false;
@@ -163,9 +163,10 @@ impl Bus {
     }
 }
 
-/// Whether an address is where the I/O APIC was made. KVM_SET_IRQCHIP may move it away from there, and
+/// Whether all of an access is where the I/O APIC was made. KVM_SET_IRQCHIP may move it away from there, and
 /// then it is nowhere, as in KVM.
 #[inline]
-fn is_ioapic(gpa: u64) -> bool {
-    gpa.wrapping_sub(ioapic::DEFAULT_BASE) < ioapic::SIZE
+fn is_ioapic(gpa: u64, data: &[u8]) -> bool {
+    let at = gpa.wrapping_sub(ioapic::DEFAULT_BASE);
+    at < ioapic::SIZE && data.len() as u64 <= ioapic::SIZE - at
 }

@@ -16,6 +16,7 @@
 //! [`Irqs::eoi_vectors`] named, and a device that holds a line until then is told by an eventfd.
 
 mod chips;
+mod clock;
 pub(crate) mod irqfd;
 mod msi;
 pub(crate) mod pit;
@@ -30,6 +31,7 @@ use crate::bindings::KVM_MSI_VALID_DEVID;
 use crate::linux::spinlock::IrqSpinLock;
 use crate::linux::srcu::SrcuCell;
 use crate::linux::user;
+use crate::x86::apic::message::DeliveryMode;
 use crate::x86::apic::message::Identity;
 use crate::x86::apic::message::Message;
 use crate::x86::ioapic::Ioapic;
@@ -37,6 +39,7 @@ use crate::x86::line::Signal;
 use crate::x86::line::Source;
 use crate::x86::line::Trigger;
 use crate::x86::pic::Pic;
+use clock::Clock;
 use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
@@ -65,6 +68,15 @@ pub(crate) enum Mode {
     Kernel,
 }
 
+/// Who drives a line.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Caller {
+    /// User space that goes by what became of the interrupt before ([`clock`]).
+    Counts,
+    /// Anyone else.
+    Other,
+}
+
 /// The interrupts of a VM.
 #[pin_data]
 pub(crate) struct Irqs {
@@ -81,6 +93,8 @@ pub(crate) struct Irqs {
     resamplers: SrcuCell<Resamplers>,
     #[pin]
     ioapic: IrqSpinLock<Ioapic>,
+    /// Of the clock's interrupt: who has yet to end it. Written inside the lock of `ioapic`.
+    clock: Clock,
     #[pin]
     pic: IrqSpinLock<Pic>,
     /// What the INT of `pic` carries. Written inside its lock.
@@ -106,6 +120,7 @@ impl Irqs {
                 routes <- SrcuCell::new(Table::empty()?),
                 resamplers <- SrcuCell::new(Resamplers::none()?),
                 ioapic <- IrqSpinLock::new(Ioapic::new(), c"rkvm_ioapic", static_lock_class!()),
+                clock: Clock::new(),
                 pic <- IrqSpinLock::new(Pic::new(), c"rkvm_pic", static_lock_class!()),
                 int: AtomicBool::new(false),
                 pit <- IrqSpinLock::new(PitState::new(), c"rkvm_pit", static_lock_class!()),
@@ -194,19 +209,39 @@ impl Irqs {
             return -1;
         }
         match msi.message(ids, self.apics.broadcast()) {
-            Some(message) => self.apics.deliver(&message).abi(),
+            Some(message) => self.deliver(&message),
             None => 0,
+        }
+    }
+
+    /// Delivers a device's message: KVM's value for how it fared.
+    fn deliver(&self, message: &Message) -> isize {
+        match message.mode {
+            // Who takes ExtINT asks the 8259A without being told to.
+            DeliveryMode::ExtInt => 0,
+            _ => self.apics.deliver(message).abi(),
         }
     }
 
     /// Has `source` drive the line with a GSI. What became of it is KVM's `status`: -1 if it was
     /// ignored, 0 if it is one with the request before, else how many took it. In any context.
     pub(crate) fn set_line(&self, gsi: u32, source: Source, signal: Signal) -> isize {
+        self.drive(gsi, source, signal, Caller::Other)
+    }
+
+    /// KVM_IRQ_LINE_STATUS: as [`Self::set_line`], by user space that counts on the status.
+    pub(crate) fn set_line_status(&self, gsi: u32, signal: Signal) -> isize {
+        self.drive(gsi, Source::USER, signal, Caller::Counts)
+    }
+
+    fn drive(&self, gsi: u32, source: Source, signal: Signal, caller: Caller) -> isize {
         let mut status = -1;
         for route in self.routes.read().routes(gsi) {
             let this = match route {
                 Route::Input(Input::Pic(pin)) => self.set_pic_line(*pin, source, signal),
-                Route::Input(Input::Ioapic(pin)) => self.set_ioapic_line(*pin, source, signal),
+                Route::Input(Input::Ioapic(pin)) => {
+                    self.set_ioapic_line(*pin, source, signal, caller)
+                }
                 Route::Msi(msi) if signal.is_high() => self.send_msi(msi),
                 // The end of a level is no message.
                 Route::Msi(_) => -1,

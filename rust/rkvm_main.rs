@@ -68,6 +68,10 @@ module! {
             default: 1,
             description: "Let the processor deliver the guest's interrupts, if it can (default 1)",
         },
+        halt_poll_ns: u32 {
+            default: 200000,
+            description: "How long a halted vCPU waits without giving up its CPU, at most (default 200000)",
+        },
         preemption_timer: u8 {
             default: 1,
             description: "Use the VMX-preemption timer for the guest's, if there is one (default 1)",
@@ -85,6 +89,11 @@ mod parameters {
     /// Interrupts may be delivered by the processor.
     pub(crate) fn apicv() -> bool {
         *crate::module_parameters::apicv.value() != 0
+    }
+
+    /// How long a halted vCPU waits without giving up its CPU, at most, in nanoseconds.
+    pub(crate) fn halt_poll_ns() -> u32 {
+        *crate::module_parameters::halt_poll_ns.value()
     }
 
     /// The VMX-preemption timer may be used.

@@ -12,6 +12,7 @@ pub(crate) mod halt;
 mod memory;
 pub(crate) mod msr;
 mod port;
+mod spin;
 
 use crate::abi;
 use crate::apics::Apics;
@@ -428,7 +429,8 @@ impl<L: Loaded> Run<'_, L> {
                 self.skip();
                 Ok(Next::Guest)
             }
-            Exit::Pause | Exit::Invd => {
+            Exit::Pause => self.pause(),
+            Exit::Invd => {
                 self.skip();
                 Ok(Next::Guest)
             }

@@ -88,6 +88,16 @@ vcpu_stats! {
     nmi_window_exits,
     /// The guest executed HLT.
     halt_exits,
+    /// A halted vCPU waited for an interrupt without giving up its CPU.
+    halt_attempted_poll,
+    /// One came meanwhile.
+    halt_successful_poll,
+    /// A halted vCPU was woken.
+    halt_wakeup,
+    /// The guest executed PAUSE in a loop.
+    directed_yield_attempted,
+    /// Another vCPU got the CPU then.
+    directed_yield_successful,
     /// An interrupt of the host's came while the guest ran.
     irq_exits,
     /// The guest's FPU state was exchanged for the thread's: once for each KVM_RUN.

@@ -30,15 +30,19 @@ use crate::linux::ipi;
 use crate::linux::wait::Sleeper;
 use crate::mem::ring::DirtyRing;
 use crate::stats::VcpuStats;
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicI32;
 use core::sync::atomic::AtomicU32;
+use core::sync::atomic::AtomicUsize;
 use core::sync::atomic::Ordering;
 use kernel::cpu::CpuId;
 use kernel::cpumask::CpumaskVar;
 use kernel::prelude::*;
+use kernel::sync::aref::ARef;
 use kernel::sync::new_spinlock;
 use kernel::sync::Arc;
 use kernel::sync::SpinLock;
+use kernel::task::Task;
 
 // The atomics are `core`'s: this is x86 code, the words are tested on every VM entry, and the
 // kernel crate's atomics are calls of C functions without `or` and `and`. `SeqCst` is meant where
@@ -95,6 +99,11 @@ pub(crate) struct VcpuShared {
     /// Where the vCPU's thread waits while the vCPU is halted.
     #[pin]
     sleeper: Sleeper,
+    /// The thread waits there.
+    sleeps: AtomicBool,
+    /// The thread that runs the vCPU, or did last.
+    #[pin]
+    thread: SpinLock<Option<ARef<Task>>>,
     /// Counted by who holds the vCPU's mutex, read by anyone.
     pub(crate) stats: VcpuStats,
 }
@@ -117,6 +126,8 @@ impl VcpuShared {
             ring,
             apic,
             sleeper <- Sleeper::new(),
+            sleeps: AtomicBool::new(true),
+            thread <- new_spinlock!(None, "rkvm_vcpu_thread"),
             stats: VcpuStats::new(),
         }? Error)
     }
@@ -167,7 +178,36 @@ impl VcpuShared {
     /// Waits until there is a request that wakes the vCPU, or the thread has a signal. By who holds the
     /// vCPU's mutex.
     pub(crate) fn sleep(&self) {
+        self.sleeps.store(true, Ordering::Relaxed);
         self.sleeper.sleep_until(&self.requests, Request::WAKE);
+        self.sleeps.store(false, Ordering::Relaxed);
+    }
+
+    /// KVM_RUN begins, in the current thread.
+    pub(crate) fn begin_run(&self) {
+        self.sleeps.store(false, Ordering::Relaxed);
+    }
+
+    /// KVM_RUN ends.
+    pub(crate) fn end_run(&self) {
+        self.sleeps.store(true, Ordering::Relaxed);
+    }
+
+    /// The vCPU is run by this thread from now on.
+    pub(crate) fn set_thread(&self, thread: ARef<Task>) {
+        let mut thread = Some(thread);
+        // The reference that was there goes without the lock.
+        core::mem::swap(&mut *self.thread.lock(), &mut thread);
+    }
+
+    /// The thread that runs the vCPU, or did last.
+    pub(crate) fn thread(&self) -> Option<ARef<Task>> {
+        self.thread.lock().clone()
+    }
+
+    /// Whether the vCPU would run, and does not.
+    pub(crate) fn wants_cpu(&self) -> bool {
+        !self.sleeps.load(Ordering::Relaxed) && self.mode.load(Ordering::Relaxed) == OUTSIDE_GUEST
     }
 
     /// Returns if there is a request that wakes the vCPU.
@@ -253,6 +293,7 @@ impl VcpuShared {
 pub(crate) struct VcpuSet {
     #[pin]
     inner: SpinLock<Members>,
+    last_favoured: AtomicUsize,
 }
 
 struct Members {
@@ -286,6 +327,7 @@ impl VcpuSet {
                 },
                 "rkvm_vcpu_set"
             ),
+            last_favoured: AtomicUsize::new(0),
         }? Error)
     }
 
@@ -323,6 +365,21 @@ impl VcpuSet {
     /// The vCPU at `index`, in an order that changes only as vCPUs come and go.
     pub(crate) fn get(&self, index: usize) -> Option<Arc<VcpuShared>> {
         self.inner.lock().vcpus.get(index).cloned()
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.inner.lock().vcpus.len()
+    }
+
+    /// The one that another gave up its CPU for, last.
+    pub(crate) fn last_favoured(&self) -> usize {
+        self.last_favoured.load(Ordering::Relaxed)
+    }
+
+    /// Remembers that.
+    pub(crate) fn set_last_favoured(&self, index: usize) {
+        self.last_favoured.store(index, Ordering::Relaxed);
     }
 
     /// How often [`Request::TlbFlush`] was made of all.

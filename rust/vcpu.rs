@@ -48,6 +48,7 @@ use kernel::static_lock_class;
 use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
+use kernel::task::Task;
 
 /// A virtual processor.
 #[pin_data(PinnedDrop)]
@@ -82,11 +83,12 @@ impl<B: Backend> State<B> {
     ) -> impl PinInit<Self, Error> + 'a {
         pin_init::pin_init_scope(move || {
             let backend = &vm.machine.backend;
-            let (hw, follows) = backend.new_vcpu(vm.memory.eptp(), registers.clone())?;
+            let (hw, follows) =
+                backend.new_vcpu(vm.memory.eptp(), registers.clone(), vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
             if let Some(registers) = registers {
-                let config = lapic::config(id, boots, vm.apics.ids(), vm.apics.bus());
+                let config = lapic::config(id, boots, &vm.apics);
                 let virtualised = backend.virtualises_apics();
                 let apic = LocalApic::new(registers, config, shared.clone(), virtualised)?;
                 arch.apic = Some(KBox::new(apic, GFP_KERNEL_ACCOUNT)?);
@@ -230,6 +232,13 @@ impl<B: Backend> Vcpu<B> {
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
+        if core::mem::replace(&mut state.arch.thread, task::current_address())
+            != task::current_address()
+        {
+            let thread: &Task = current!();
+            self.shared.set_thread(thread.into());
+        }
+        self.shared.begin_run();
         self.shared.stats.fpu_reload.bump();
         let _masked = state.arch.signal_mask.as_ref().map(task::mask_signals);
         let (memory, host) = (&self.vm.memory, &self.vm.machine.host);
@@ -264,6 +273,7 @@ impl<B: Backend> Vcpu<B> {
             host,
         };
         let result = run.run(prepared);
+        self.shared.end_run();
         if self.pages.valid_regs() != 0 {
             Locked {
                 hw: &mut run.hw,

@@ -19,6 +19,7 @@ use crate::backend::Backend;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
 use crate::bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+use crate::bindings::KVM_CAP_MAX_VCPU_ID;
 use crate::bus::Bus;
 use crate::irq::irqfd::IrqFds;
 use crate::irq::Irqs;
@@ -67,13 +68,54 @@ pub(crate) struct Vm<B: Backend> {
 
 /// The vCPUs of a VM.
 struct Vcpus {
-    /// Which exist, a bit each.
-    ids: u64,
+    /// Which identifiers are taken, a bit each.
+    ids: [u64; abi::MAX_VCPU_IDS / 64],
+    /// How many that is.
+    count: usize,
+    /// One more than the greatest identifier, if the VMM has set it (KVM_CAP_MAX_VCPU_ID).
+    limit: Option<usize>,
     /// How large a dirty ring each has, in bytes; 0 for none.
     ring: u32,
 }
 
-const _: () = assert!(abi::MAX_VCPUS <= 64);
+impl Vcpus {
+    const fn new() -> Self {
+        Self {
+            ids: [0; abi::MAX_VCPU_IDS / 64],
+            count: 0,
+            limit: None,
+            ring: 0,
+        }
+    }
+
+    const fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// One more than the greatest identifier.
+    fn limit(&self) -> usize {
+        self.limit.unwrap_or(abi::MAX_VCPU_IDS)
+    }
+
+    /// Checks if there can be one more vCPU, with this identifier: EINVAL if there are too many or it is
+    /// too great, EEXIST if it is taken.
+    fn check(&self, id: usize) -> Result {
+        if id >= self.limit() || self.count >= abi::MAX_VCPUS {
+            return Err(EINVAL);
+        }
+        match self.ids.get(id / 64) {
+            Some(word) if word & 1 << (id % 64) == 0 => Ok(()),
+            _ => Err(EEXIST),
+        }
+    }
+
+    fn add(&mut self, id: usize) {
+        if let Some(word) = self.ids.get_mut(id / 64) {
+            *word |= 1 << (id % 64);
+            self.count += 1;
+        }
+    }
+}
 
 /// Above it, a gap of three pages for the TSS must fit below 4 GiB.
 const MAX_TSS_ADDR: usize = 0xffff_d000;
@@ -97,7 +139,7 @@ impl<B: Backend> Vm<B> {
                 irqs,
                 irqfds,
                 notifiers: NotifiersOn::new(),
-                vcpus <- new_mutex!(Vcpus { ids: 0, ring: 0 }),
+                vcpus <- new_mutex!(Vcpus::new()),
                 boot_cpu_id: AtomicU32::new(0),
                 disabled_exits: AtomicU32::new(0),
                 stats_id: CString::try_from_fmt(kernel::prelude::fmt!("kvm-{pid}"))?,
@@ -106,22 +148,34 @@ impl<B: Backend> Vm<B> {
         )
     }
 
-    /// KVM_CREATE_VCPU: EINVAL for an identifier that is too great, EEXIST for one that is taken.
+    /// KVM_CREATE_VCPU: EINVAL for an identifier that is too great or one vCPU too many, EEXIST for an
+    /// identifier that is taken.
     fn create_vcpu(this: ArcBorrow<'_, Self>, id: usize) -> Result<isize> {
-        if id >= abi::MAX_VCPUS {
-            return Err(EINVAL);
-        }
         let mut vcpus = this.vcpus.lock();
-        if vcpus.ids & 1 << id != 0 {
-            return Err(EEXIST);
-        }
+        vcpus.check(id)?;
         let ring = match vcpus.ring {
             0 => None,
             bytes => Some(DirtyRing::new(bytes)?),
         };
         let fd = Vcpu::create(this.into(), id as u32, ring)?;
-        vcpus.ids |= 1 << id;
+        vcpus.add(id);
         Ok(fd)
+    }
+
+    /// KVM_CAP_MAX_VCPU_ID: EINVAL for a limit beyond all, for one that leaves out the vCPU that boots, and
+    /// for another than the one that is set or in use.
+    fn limit_vcpu_ids(&self, limit: u64) -> Result {
+        let limit = usize::try_from(limit).map_err(|_| EINVAL)?;
+        let mut vcpus = self.vcpus.lock();
+        if limit > abi::MAX_VCPU_IDS || limit <= self.boot_cpu_id() as usize {
+            return Err(EINVAL);
+        }
+        let fixed = vcpus.limit.is_some() || !vcpus.is_empty();
+        if fixed && limit != vcpus.limit() {
+            return Err(EINVAL);
+        }
+        vcpus.limit = Some(limit);
+        Ok(())
     }
 
     /// KVM_ENABLE_CAP: EINVAL for what cannot be enabled, or not so.
@@ -133,6 +187,7 @@ impl<B: Backend> Vm<B> {
             KVM_CAP_DIRTY_LOG_RING | KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
                 self.set_dirty_ring(cap.args[0] as u32)?;
             }
+            KVM_CAP_MAX_VCPU_ID if cap.flags == 0 => self.limit_vcpu_ids(cap.args[0])?,
             _ => self.enable_device_cap(cap)?,
         }
         Ok(0)
@@ -143,7 +198,7 @@ impl<B: Backend> Vm<B> {
     fn set_dirty_ring(&self, bytes: u32) -> Result {
         DirtyRing::check_size(bytes)?;
         let mut vcpus = self.vcpus.lock();
-        if vcpus.ring != 0 || vcpus.ids != 0 {
+        if vcpus.ring != 0 || !vcpus.is_empty() {
             return Err(EINVAL);
         }
         vcpus.ring = bytes;
@@ -177,7 +232,7 @@ impl<B: Backend> Vm<B> {
     /// KVM_SET_IDENTITY_MAP_ADDR. As KVM_SET_TSS_ADDR; it must come before the first vCPU.
     fn set_identity_map_addr(&self, arg: usize) -> Result<isize> {
         user::read::<u64>(arg)?;
-        if self.vcpus.lock().ids != 0 {
+        if !self.vcpus.lock().is_empty() {
             return Err(EINVAL);
         }
         Ok(0)

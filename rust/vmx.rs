@@ -17,6 +17,7 @@ mod write_log;
 use crate::apics::Registers;
 use crate::backend::Backend;
 use crate::backend::Features;
+use crate::backend::FreeInstructions;
 use crate::bindings;
 use crate::linux::cpu::HotplugState;
 use crate::linux::cpu::PerCpuHold;
@@ -341,12 +342,17 @@ impl Backend for Vmx {
         self.caps.apicv
     }
 
-    fn new_vcpu(&self, eptp: u64, apic: Option<Arc<Registers>>) -> Result<(VmxVcpu, Loadable)> {
+    fn new_vcpu(
+        &self,
+        eptp: u64,
+        apic: Option<Arc<Registers>>,
+        free: FreeInstructions,
+    ) -> Result<(VmxVcpu, Loadable)> {
         let vmcs = Arc::new(Vmcs::new(self.caps.revision)?, GFP_KERNEL_ACCOUNT)?;
         let vpid = Vpid::register(&vmcs)?;
         let rdtscp = self.caps.secondary.has(SecondaryControls::RDTSCP);
         Ok((
-            VmxVcpu::new(self, eptp, vpid, apic)?,
+            VmxVcpu::new(self, eptp, vpid, apic, free)?,
             Loadable::new(vmcs, self.host.msrs, rdtscp),
         ))
     }

@@ -56,7 +56,9 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_PIT_STATE2
         | b::KVM_CAP_REINJECT_CONTROL
         | b::KVM_CAP_SET_BOOT_CPU_ID
+        | b::KVM_CAP_DISABLE_QUIRKS
         | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
+        b::KVM_CAP_DISABLE_QUIRKS2 => crate::apics::QUIRKS as isize,
         b::KVM_CAP_IRQ_ROUTING => crate::irq::MAX_ROUTES as isize,
         b::KVM_CAP_X2APIC_API => crate::apics::X2APIC_API as isize,
         b::KVM_CAP_X86_APIC_BUS_CYCLES_NS => APIC_BUS_CYCLE_NS,
@@ -72,7 +74,8 @@ pub(crate) fn check(cap: usize) -> isize {
         // Where the ring is in a vCPU's mapping, in pages.
         b::KVM_CAP_COALESCED_MMIO => b::KVM_COALESCED_MMIO_PAGE_OFFSET as isize,
         b::KVM_CAP_NR_VCPUS => task::online_cpus().min(MAX_VCPUS as u32) as isize,
-        b::KVM_CAP_MAX_VCPUS | b::KVM_CAP_MAX_VCPU_ID => MAX_VCPUS as isize,
+        b::KVM_CAP_MAX_VCPUS => MAX_VCPUS as isize,
+        b::KVM_CAP_MAX_VCPU_ID => super::MAX_VCPU_IDS as isize,
         // The number of address spaces: there is no SMM, which would have another.
         b::KVM_CAP_MULTI_ADDRESS_SPACE => 1,
         b::KVM_CAP_NR_MEMSLOTS => crate::mem::MAX_SLOTS as isize,

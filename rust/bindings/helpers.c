@@ -349,3 +349,8 @@ void rkvm_post_interrupt(int cpu)
 
 	__apic_send_IPI_mask(cpumask_of(cpu), POSTED_INTR_VECTOR);
 }
+
+bool rkvm_should_stop_polling(void)
+{
+	return need_resched() || signal_pending(current) || !single_task_running();
+}

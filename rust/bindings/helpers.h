@@ -79,6 +79,7 @@ bool rkvm_signal_pending(void);
 bool rkvm_detects_split_locks(void);
 bool rkvm_allow_split_lock(u64 rip);
 u32 rkvm_num_online_cpus(void);
+bool rkvm_should_stop_polling(void);
 /* Another signal mask, and back: they do not nest. */
 void rkvm_sigmask_push(u64 mask);
 void rkvm_sigmask_pop(void);

@@ -6,7 +6,9 @@
 //! are delivered inside its lock, so that the local APICs get them in its order. Everything else comes
 //! after the lock: eventfds are signalled and other inputs driven without one.
 
+use super::clock;
 use super::routing::Input;
+use super::Caller;
 use super::Irqs;
 use super::Mode;
 use crate::abi::kvm_irqchip;
@@ -20,6 +22,7 @@ use crate::x86::ioapic::entry;
 use crate::x86::ioapic::entry::Entry;
 use crate::x86::ioapic::Ioapic;
 use crate::x86::ioapic::MaskChange;
+use crate::x86::line::Outcome;
 use crate::x86::line::Pins;
 use crate::x86::line::Signal;
 use crate::x86::line::Source;
@@ -37,7 +40,7 @@ impl Irqs {
     fn send(&self, chip: &mut Ioapic, pin: u8, message: &entry::Message) -> isize {
         let broadcast = self.apics.broadcast();
         let status = match Message::from_io_apic(message, broadcast) {
-            Some(message) => self.apics.deliver(&message).abi(),
+            Some(message) => self.deliver(&message),
             None => 0,
         };
         if message.trigger == Trigger::Level && status <= 0 {
@@ -54,11 +57,27 @@ impl Irqs {
     }
 
     /// Has `source` drive a pin of the I/O APIC.
-    pub(super) fn set_ioapic_line(&self, pin: u8, source: Source, signal: Signal) -> isize {
+    pub(super) fn set_ioapic_line(
+        &self,
+        pin: u8,
+        source: Source,
+        signal: Signal,
+        caller: Caller,
+    ) -> isize {
         let mut chip = self.ioapic.lock();
+        let clock = pin == clock::PIN && signal.is_high() && caller == Caller::Counts;
+        if clock && self.clock.is_pending() {
+            return Outcome::Coalesced.status() as isize;
+        }
         let raise = chip.set_line(pin, source, signal);
         match raise.message() {
-            Some(message) => self.send(&mut chip, pin, &message),
+            Some(message) => {
+                let status = self.send(&mut chip, pin, &message);
+                if clock {
+                    self.clock.sent(message.vector, status);
+                }
+                status
+            }
             None => raise.outcome().status() as isize,
         }
     }
@@ -84,6 +103,9 @@ impl Irqs {
             if write.before.without(LOCAL) != write.after.without(LOCAL) {
                 // Inside the lock: whoever gets the new vector has been told before.
                 self.apics.rescan();
+                if write.pin == clock::PIN {
+                    self.clock.reset();
+                }
             }
             write
         };
@@ -112,7 +134,11 @@ impl Irqs {
 
     /// An APIC has ended the interrupt with a vector.
     pub(super) fn ioapic_eoi(&self, vector: u8, level: bool) {
-        let pins = self.ioapic.lock().pins_of(vector);
+        let pins = {
+            let chip = self.ioapic.lock();
+            self.clock.ended(vector);
+            chip.pins_of(vector)
+        };
         for pin in pins {
             self.ended(Input::Ioapic(pin));
         }
@@ -127,11 +153,12 @@ impl Irqs {
     /// Calls `f` with each message of the I/O APIC whose end is to be told.
     pub(super) fn for_each_reported(&self, f: &mut dyn FnMut(&Message)) {
         let broadcast = self.apics.broadcast();
-        for pin in 0..ioapic::PINS {
-            let Some(entry) = self.ioapic.lock().entry(pin) else {
-                continue;
-            };
-            if entry.trigger() == Trigger::Level || self.is_awaited(Input::Ioapic(pin)) {
+        let table = self.ioapic.lock().state().redirtbl.map(Entry::new);
+        for (pin, entry) in (0..).zip(table) {
+            if entry.trigger() == Trigger::Level
+                || pin == clock::PIN
+                || self.is_awaited(Input::Ioapic(pin))
+            {
                 if let Some(message) = Message::from_io_apic(&entry.message(), broadcast) {
                     f(&message);
                 }
@@ -236,6 +263,7 @@ impl Irqs {
     fn set_ioapic(&self, state: &ioapic::IoapicState) {
         let mut chip = self.ioapic.lock();
         let requests: Pins = chip.set_state(state);
+        self.clock.reset();
         // Before there are messages of the new table.
         self.apics.rescan();
         for pin in requests {

@@ -56,7 +56,7 @@ impl Drop for EventFd {
 }
 
 fn file(fd: i32) -> Result<ARef<LocalFile>> {
-    Ok(LocalFile::fget(fd as u32).map_err(|_| EBADF)?)
+    LocalFile::fget(fd as u32).map_err(|_| EBADF)
 }
 
 /// Who is told what happens to an eventfd. Both are called with interrupts off and inside the

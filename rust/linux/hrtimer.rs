@@ -62,12 +62,6 @@ impl<T: OnExpiry> HrTimer<T> {
         Ok(Self(inner))
     }
 
-    /// What it is for.
-    #[inline]
-    pub(crate) fn target(&self) -> &T {
-        &self.0.target
-    }
-
     /// Has it expire at `expires_ns` of CLOCK_MONOTONIC, and not when it was to before. In any context
     /// but its own callback.
     pub(crate) fn arm(&self, expires_ns: u64) {

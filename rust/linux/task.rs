@@ -5,6 +5,7 @@
 use crate::bindings;
 use kernel::error::to_result;
 use kernel::prelude::*;
+use kernel::task::Task;
 
 /// Whether the thread has a signal, or must reschedule, or has other work that comes before a
 /// guest's entry: the last look, after which nothing more can come but by an interrupt.
@@ -65,6 +66,39 @@ pub(crate) fn host_detects_split_locks() -> bool {
 pub(crate) fn allow_split_lock(rip: u64) -> bool {
     // SAFETY: May sleep, as its caller may; it changes the thread's own flags.
     unsafe { bindings::rkvm_allow_split_lock(rip) }
+}
+
+/// Which thread this is, to be compared with.
+#[inline]
+pub(crate) fn current_address() -> usize {
+    current!().as_ptr() as usize
+}
+
+/// Whether a thread that waits without sleeping should not go on: others want the CPU, or it has a
+/// signal.
+pub(crate) fn should_stop_polling() -> bool {
+    // SAFETY: Reads the flags of the current thread and the length of this CPU's queue.
+    unsafe { bindings::rkvm_should_stop_polling() }
+}
+
+/// How [`yield_to`] went.
+pub(crate) enum Yielded {
+    /// The other thread runs next.
+    Yes,
+    /// It runs already, or waits for something else than a CPU.
+    No,
+    /// Neither CPU has anybody who waits.
+    Alone,
+}
+
+/// Gives up the CPU in favour of another thread.
+pub(crate) fn yield_to(thread: &Task) -> Yielded {
+    // SAFETY: The task is alive, as the reference says. May sleep, as its caller may.
+    match unsafe { bindings::yield_to(thread.as_ptr().cast(), true) } {
+        0 => Yielded::No,
+        1.. => Yielded::Yes,
+        _ => Yielded::Alone,
+    }
 }
 
 /// A set of signals, as user space has it.

@@ -6,6 +6,7 @@ use super::Run;
 use crate::apics::Apics;
 use crate::arch::Arch;
 use crate::backend::Loaded;
+use crate::bindings::KVM_X86_QUIRK_LAPIC_MMIO_HOLE as HOLE;
 use crate::irq::Irqs;
 use crate::irq::Mode;
 use crate::lapic::GuestClock;
@@ -13,6 +14,7 @@ use crate::lapic::LocalApic;
 use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
+use crate::x86::apic::base::ApicMode;
 use crate::x86::apic::message::Target;
 use crate::x86::apic::timer::Clock;
 use crate::x86::apic::Effect;
@@ -164,6 +166,9 @@ impl<L: Loaded> Run<'_, L> {
         let offset = self.own_page(gpa)?;
         let clock = clock(&mut self.hw);
         let apic = self.arch.apic.as_deref_mut()?;
+        if apic.model.mode() != ApicMode::Xapic {
+            return self.apics.has_quirk(HOLE).then_some([0xff; 8]);
+        }
         let value = apic.model.mmio_read(offset, usize::from(len), &clock)?;
         // A register that is not there may have raised the error interrupt.
         apic.recheck = true;
@@ -188,7 +193,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.apply(effect);
                 true
             }
-            None => false,
+            None => self.apics.has_quirk(HOLE),
         }
     }
 

@@ -14,11 +14,13 @@ use crate::abi;
 use crate::arch;
 use crate::arch::Arch;
 use crate::backend::Loaded;
+use crate::bindings::KVM_MP_STATE_AP_RESET_HOLD as AP_RESET_HOLD;
 use crate::bindings::KVM_MP_STATE_HALTED as HALTED;
 use crate::bindings::KVM_MP_STATE_INIT_RECEIVED as INIT_RECEIVED;
 use crate::bindings::KVM_MP_STATE_RUNNABLE as RUNNABLE;
 use crate::bindings::KVM_MP_STATE_UNINITIALIZED as UNINITIALIZED;
 use crate::events;
+use crate::linux::hrtimer;
 use crate::linux::task;
 use crate::tlb::Request;
 use crate::x86::apic::base::Role;
@@ -73,9 +75,35 @@ impl<L: Loaded> Run<'_, L> {
         if let Some(apic) = self.arch.apic.as_deref_mut().filter(|_| by_hardware) {
             apic.arm_timer(&clock, tsc_khz);
         }
-        self.shared.sleep();
+        if self.arch.mp_state != HALTED || !self.poll() {
+            let begin = hrtimer::now();
+            self.shared.sleep();
+            self.shared.stats.halt_wakeup.bump();
+            let slept = hrtimer::now().saturating_sub(begin);
+            self.arch.poll = self.arch.poll.after_sleep(slept);
+        }
         if let Some(apic) = self.arch.apic.as_deref_mut().filter(|_| by_hardware) {
             apic.disarm_timer();
+        }
+    }
+
+    /// Waits for a while without giving up the CPU: returns if something came.
+    fn poll(&mut self) -> bool {
+        let limit = self.arch.poll.ns();
+        if limit == 0 {
+            return false;
+        }
+        self.shared.stats.halt_attempted_poll.bump();
+        let end = hrtimer::now().saturating_add(limit);
+        loop {
+            if self.shared.has_reason_to_wake() {
+                self.shared.stats.halt_successful_poll.bump();
+                return true;
+            }
+            if task::should_stop_polling() || hrtimer::now() >= end {
+                return false;
+            }
+            core::hint::spin_loop();
         }
     }
 
@@ -84,7 +112,7 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.pending() {
             self.take_apic_requests();
         }
-        if self.arch.mp_state == HALTED && self.has_reason_to_run() {
+        if matches!(self.arch.mp_state, HALTED | AP_RESET_HOLD) && self.has_reason_to_run() {
             self.arch.mp_state = RUNNABLE;
         }
         self.arch.mp_state == RUNNABLE
@@ -229,6 +257,29 @@ fn start(hw: &mut impl Loaded, arch: &mut Arch, vector: u8) {
     hw.set_segment(SegReg::Cs, &cs);
     hw.set_rip(0);
     arch.mp_state = RUNNABLE;
+}
+
+/// For how long a halted vCPU waits without giving up its CPU, in nanoseconds: longer if it was too
+/// short for what came soon after, not at all if nothing comes soon.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Poll(u32);
+
+impl Poll {
+    const FIRST: u32 = 10_000;
+
+    const fn ns(self) -> u64 {
+        self.0 as u64
+    }
+
+    /// What it is after a sleep of so many nanoseconds.
+    fn after_sleep(self, slept: u64) -> Self {
+        let limit = crate::parameters::halt_poll_ns();
+        Self(if slept > limit.into() {
+            0
+        } else {
+            self.0.saturating_mul(2).max(Self::FIRST).min(limit)
+        })
+    }
 }
 
 /// Whether a vCPU of this state has not been started yet.

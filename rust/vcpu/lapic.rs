@@ -6,6 +6,7 @@
 use super::Locked;
 use crate::abi::kvm_lapic_state;
 use crate::abi::kvm_tpr_access_ctl;
+use crate::apics::Apics;
 use crate::backend::Loaded;
 use crate::bindings as b;
 use crate::irq::Mode;
@@ -15,10 +16,8 @@ use crate::run::msr;
 use crate::tlb::Request;
 use crate::x86::apic::base::Role;
 use crate::x86::apic::events::ApicEvent;
-use crate::x86::apic::message::IdFormat;
 use crate::x86::apic::regs::TimerModes;
 use crate::x86::apic::state::Image;
-use crate::x86::apic::timer::BusPeriod;
 use crate::x86::apic::Config;
 use crate::x86::apic::Effect;
 use crate::x86::apic::EoiSuppression;
@@ -27,17 +26,21 @@ use crate::x86::cpuid::features::Features;
 use kernel::prelude::*;
 
 /// The APIC of the vCPU `id`, before anybody has said what its CPUID is.
-pub(super) fn config(id: u32, boots: bool, ids: IdFormat, bus: BusPeriod) -> Config {
+pub(super) fn config(id: u32, boots: bool, apics: &Apics) -> Config {
     let role = if boots {
         Role::Bootstrap
     } else {
         Role::Application
     };
     Config {
-        ids,
-        bus,
-        // Firmware leaves it so, and guests without an MP table want it.
-        lint0: Lint0Reset::ExtInt,
+        ids: apics.ids(),
+        bus: apics.bus(),
+        // Firmware leaves it open, and guests without an MP table want it so.
+        lint0: if apics.has_quirk(b::KVM_X86_QUIRK_LINT0_REENABLED) {
+            Lint0Reset::ExtInt
+        } else {
+            Lint0Reset::Masked
+        },
         ..Config::new(id, role)
     }
 }
@@ -161,6 +164,7 @@ impl<L: Loaded> Locked<'_, L> {
             b::KVM_MP_STATE_RUNNABLE => self.arch.mp_state = mp_state,
             b::KVM_MP_STATE_UNINITIALIZED
             | b::KVM_MP_STATE_HALTED
+            | b::KVM_MP_STATE_AP_RESET_HOLD
             | b::KVM_MP_STATE_INIT_RECEIVED
                 if self.arch.apic.is_some() =>
             {

@@ -8,8 +8,12 @@ use crate::abi::kvm_enable_cap;
 use crate::abi::kvm_irq_level;
 use crate::abi::kvm_pit_config;
 use crate::abi::kvm_reinject_control;
-use crate::abi::MAX_VCPUS;
+use crate::abi::MAX_VCPU_IDS;
+use crate::apics::QUIRKS;
 use crate::backend::Backend;
+use crate::backend::FreeInstructions;
+use crate::bindings::KVM_CAP_DISABLE_QUIRKS;
+use crate::bindings::KVM_CAP_DISABLE_QUIRKS2;
 use crate::bindings::KVM_CAP_SPLIT_IRQCHIP;
 use crate::bindings::KVM_CAP_X2APIC_API;
 use crate::bindings::KVM_CAP_X86_APIC_BUS_CYCLES_NS;
@@ -44,9 +48,14 @@ impl<B: Backend> Vm<B> {
         match cmd {
             ioctl::CREATE_IRQCHIP => self.create_irqchip()?,
             ioctl::IRQ_LINE => {
-                self.irq_line(arg)?;
+                let (_, gsi, signal) = self.irq_line(arg)?;
+                self.irqs.set_line(gsi, Source::USER, signal);
             }
-            ioctl::IRQ_LINE_STATUS => user::write(arg, &self.irq_line(arg)?)?,
+            ioctl::IRQ_LINE_STATUS => {
+                let (mut level, gsi, signal) = self.irq_line(arg)?;
+                level.set_status(self.irqs.set_line_status(gsi, signal) as i32);
+                user::write(arg, &level)?;
+            }
             ioctl::GET_IRQCHIP => self.irqs.get_chip(arg)?,
             ioctl::SET_IRQCHIP => self.irqs.set_chip(arg)?,
             ioctl::SET_GSI_ROUTING => self.irqs.set_routes(arg)?,
@@ -85,7 +94,7 @@ impl<B: Backend> Vm<B> {
         if self.irqs.in_kernel() {
             return Err(EEXIST);
         }
-        if vcpus.ids != 0 {
+        if !vcpus.is_empty() {
             return Err(EINVAL);
         }
         self.irqs.create_kernel()
@@ -96,23 +105,20 @@ impl<B: Backend> Vm<B> {
     fn create_split_irqchip(&self, pins: u64) -> Result {
         let pins = Irqs::check_pins(pins)?;
         let vcpus = self.vcpus.lock();
-        if self.irqs.in_kernel() || vcpus.ids != 0 {
+        if self.irqs.in_kernel() || !vcpus.is_empty() {
             return Err(EEXIST);
         }
         self.irqs.create_split(pins);
         Ok(())
     }
 
-    /// KVM_IRQ_LINE, and what KVM_IRQ_LINE_STATUS returns: ENXIO without interrupt controllers.
-    fn irq_line(&self, arg: usize) -> Result<kvm_irq_level> {
-        let mut level = user::read::<kvm_irq_level>(arg)?;
+    /// What KVM_IRQ_LINE and KVM_IRQ_LINE_STATUS ask for: EFAULT; ENXIO without interrupt controllers.
+    fn irq_line(&self, arg: usize) -> Result<(kvm_irq_level, u32, Signal)> {
+        let level = user::read::<kvm_irq_level>(arg)?;
         if !self.irqs.in_kernel() {
             return Err(ENXIO);
         }
-        let signal = Signal::new(level.level != 0);
-        let status = self.irqs.set_line(level.irq(), Source::USER, signal);
-        level.set_status(status as i32);
-        Ok(level)
+        Ok((level, level.irq(), Signal::new(level.level != 0)))
     }
 
     /// KVM_CREATE_PIT2: EEXIST, ENOENT without an 8259A, ENOMEM.
@@ -125,10 +131,10 @@ impl<B: Backend> Vm<B> {
     /// more is taken, as in KVM.
     fn set_boot_cpu_id(&self, id: usize) -> Result {
         let vcpus = self.vcpus.lock();
-        if vcpus.ids != 0 {
+        if !vcpus.is_empty() {
             return Err(EBUSY);
         }
-        if id > MAX_VCPUS {
+        if id > MAX_VCPU_IDS || id > vcpus.limit() {
             return Err(EINVAL);
         }
         self.boot_cpu_id.store(id as u32, Ordering::Relaxed);
@@ -151,7 +157,22 @@ impl<B: Backend> Vm<B> {
                 self.apics.set_bus_cycle(cap.args[0])
             }
             KVM_CAP_X86_DISABLE_EXITS => self.disable_exits(cap.args[0]),
+            KVM_CAP_DISABLE_QUIRKS2 if cap.args[0] & !u64::from(QUIRKS) != 0 => Err(EINVAL),
+            KVM_CAP_DISABLE_QUIRKS | KVM_CAP_DISABLE_QUIRKS2 => {
+                self.apics.disable_quirks(cap.args[0]);
+                Ok(())
+            }
             _ => Err(EINVAL),
+        }
+    }
+
+    /// What KVM_CAP_X86_DISABLE_EXITS has set.
+    pub(crate) fn free_instructions(&self) -> FreeInstructions {
+        let exits = self.disabled_exits.load(Ordering::Relaxed);
+        FreeInstructions {
+            hlt: exits & KVM_X86_DISABLE_EXITS_HLT != 0,
+            mwait: exits & KVM_X86_DISABLE_EXITS_MWAIT != 0,
+            pause: exits & KVM_X86_DISABLE_EXITS_PAUSE != 0,
         }
     }
 
@@ -161,7 +182,7 @@ impl<B: Backend> Vm<B> {
             return Err(EINVAL);
         }
         let vcpus = self.vcpus.lock();
-        if vcpus.ids != 0 {
+        if !vcpus.is_empty() {
             return Err(EINVAL);
         }
         self.disabled_exits

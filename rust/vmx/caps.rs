@@ -54,6 +54,8 @@ pub(crate) struct VmxCaps {
     pub(crate) ept_ad: bool,
     /// The processor logs pages whose dirty bit it sets, and is to.
     pub(crate) pml: bool,
+    /// Loops of PAUSE can exit.
+    pub(crate) pause_loop: bool,
     /// There is a TPR shadow.
     pub(crate) tpr_shadow: bool,
     /// The processor can deliver the APIC's interrupts and take posted ones, and is to.
@@ -165,6 +167,7 @@ impl VmxCaps {
                 | SecondaryControls::INVPCID
                 | SecondaryControls::ENCLS
                 | SecondaryControls::PML
+                | SecondaryControls::PAUSE_LOOP
                 | APICV)
                 .with_if(
                     // IA32_XSS is not switched: a guest that saved by it would see the host's state.
@@ -216,7 +219,8 @@ impl VmxCaps {
             && secondary.has(APICV)
             && pin.has(PinControls::POSTED_INTERRUPTS)
             && crate::parameters::apicv();
-        let secondary = secondary.without(APICV);
+        let pause_loop = secondary.has(SecondaryControls::PAUSE_LOOP);
+        let secondary = secondary.without(APICV | SecondaryControls::PAUSE_LOOP);
         let misc = msr::read_safe(MSR_VMX_MISC).map_err(|_| unsupported())?;
         let timer_shift = (pin.has(PinControls::PREEMPTION_TIMER)
             && crate::parameters::preemption_timer())
@@ -237,6 +241,7 @@ impl VmxCaps {
             ept_1g: has(17),
             ept_ad: has(21),
             pml,
+            pause_loop,
             tpr_shadow,
             apicv,
             timer_shift,

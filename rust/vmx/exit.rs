@@ -454,7 +454,12 @@ impl Loaded for LoadedVcpu<'_> {
         self.set_primary(PrimaryControls::NMI_WINDOW, open);
     }
 
+    fn end_halt(&mut self) {
+        LoadedVcpu::end_halt(self);
+    }
+
     fn inject(&mut self, injection: &Injection) {
+        LoadedVcpu::end_halt(self);
         let (kind, vector, error, len) = match injection {
             Injection::Exception(e) => {
                 let kind = match e.vector {
@@ -575,11 +580,6 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn take_logged_writes(&mut self, f: impl FnMut(u64)) {
         LoadedVcpu::take_logged_writes(self, f);
-    }
-
-    #[inline]
-    fn virtualises_apic(&mut self) -> bool {
-        LoadedVcpu::virtualises_apic(self)
     }
 
     #[inline]

@@ -20,6 +20,7 @@ use super::vmcs::vmwrite;
 use super::write_log::WriteLog;
 use super::Vmx;
 use crate::apics::Registers;
+use crate::backend::FreeInstructions;
 use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::msr as host_msr;
@@ -54,6 +55,10 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::OSXMMEXCPT.bits()
     | Cr4::PGE.bits();
 
+/// How many ticks lie between two executions of PAUSE in one loop, at most, and how many a loop may take.
+const PLE_GAP: u32 = 128;
+const PLE_WINDOW: u32 = 4096;
+
 /// Which cached registers agree with the VMCS.
 #[derive(Clone, Copy, Default)]
 struct Cached(u8);
@@ -80,6 +85,8 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    /// The guest may be halted without an exit.
+    halts: bool,
     pub(super) pin: PinControls,
     pub(super) primary: PrimaryControls,
     pub(super) secondary: SecondaryControls,
@@ -123,6 +130,7 @@ impl VmxVcpu {
         eptp: u64,
         vpid: super::Vpid,
         apic: Option<Arc<Registers>>,
+        free: FreeInstructions,
     ) -> Result<Self> {
         let write_log = match vmx.caps.pml {
             true => Some(WriteLog::new()?),
@@ -140,8 +148,19 @@ impl VmxVcpu {
             cr4: 0,
             efer: Efer::empty(),
             pin: vmx.caps.pin,
-            primary: vmx.caps.primary,
-            secondary: vmx.caps.secondary,
+            primary: vmx
+                .caps
+                .primary
+                .with_if(PrimaryControls::HLT, !free.hlt)
+                .with_if(
+                    PrimaryControls::MWAIT | PrimaryControls::MONITOR,
+                    !free.mwait,
+                ),
+            secondary: vmx.caps.secondary.with_if(
+                SecondaryControls::PAUSE_LOOP,
+                vmx.caps.pause_loop && !free.pause,
+            ),
+            halts: free.hlt,
             entry_controls: vmx.caps.entry,
             tsc_offset: 0,
             pat: PAT_RESET,
@@ -215,6 +234,10 @@ impl<'a> LoadedVcpu<'a> {
         }
         if self.v.secondary.has(SecondaryControls::ENCLS) {
             self.write(f::ENCLS_EXITING_BITMAP, u64::MAX);
+        }
+        if self.v.secondary.has(SecondaryControls::PAUSE_LOOP) {
+            self.write(f::PLE_GAP, PLE_GAP);
+            self.write(f::PLE_WINDOW, PLE_WINDOW);
         }
         self.initialise_write_log();
         self.initialise_apic();
@@ -532,6 +555,13 @@ impl<'a> LoadedVcpu<'a> {
     pub(super) fn set_interruptibility(&mut self, old: Interruptibility, new: Interruptibility) {
         if old != new {
             self.write(f::GUEST_INTERRUPTIBILITY, new.bits());
+        }
+    }
+
+    /// The guest is not halted any more, if it was: it is about to get something to do.
+    pub(super) fn end_halt(&mut self) {
+        if self.v.halts {
+            self.write(f::GUEST_ACTIVITY, 0);
         }
     }
 

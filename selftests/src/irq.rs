@@ -15,7 +15,7 @@ use crate::sys::{self, Error};
 use crate::vm::{Kvm, Vcpu, Vm};
 use crate::{ensure, fail, guest_code, skip, Env, Outcome, Verdict};
 use kvm_bindings as kb;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 mod calls;
@@ -52,6 +52,7 @@ const MAX_VCPUS: usize = 8;
 const HOW: usize = 0x800;
 const TURNS: usize = 0x808;
 const SEEN: usize = 0x810;
+const STOP: usize = 0x818;
 const LOG: usize = 0x900;
 /// Vectors that the log holds.
 const LOG_SIZE: usize = 0x400;
@@ -112,14 +113,35 @@ guest_code!(handler, ".code64",
 
 guest_code!(window, ".code64", "sti", "nop", "nop", "cli", "ret");
 guest_code!(wait, ".code64", "sti", "hlt", "cli", "ret");
-// For Guest::running: both count their turns.
-guest_code!(pub spin, ".code64", "sti", "2: inc qword ptr gs:[{T}]", "jmp 2b"; T = TURNS);
-guest_code!(pub idle, ".code64", "2: sti", "hlt", "inc qword ptr gs:[{T}]", "jmp 2b"; T = TURNS);
+// For Guest::running: both count their turns, and return once they are told to.
+guest_code!(pub spin, ".code64",
+    "sti",
+    "2: inc qword ptr gs:[{T}]",
+    "cmp dword ptr gs:[{STOP}], 0",
+    "je 2b",
+    "cli",
+    "ret";
+    T = TURNS, STOP = STOP,
+);
+guest_code!(pub idle, ".code64",
+    "2: sti",
+    "hlt",
+    "inc qword ptr gs:[{T}]",
+    "cmp dword ptr gs:[{STOP}], 0",
+    "je 2b",
+    "cli",
+    "ret";
+    T = TURNS, STOP = STOP,
+);
 
 guest_code!(out8, ".code64", "out dx, al", "ret");
 guest_code!(in8, ".code64", "xor eax, eax", "in al, dx", "ret");
 guest_code!(write32, ".code64", "mov [rdi], eax", "ret");
 guest_code!(read32, ".code64", "mov eax, [rdi]", "ret");
+
+const RUNNABLE: kb::kvm_mp_state = kb::kvm_mp_state {
+    mp_state: kb::KVM_MP_STATE_RUNNABLE,
+};
 
 /// Which controllers a VM has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -242,9 +264,7 @@ impl Guest {
     pub fn restart(&self, id: usize) -> Outcome {
         let v = &self.vcpus[id];
         // It may be halted, or have been waiting for another to start it.
-        v.set_mp_state(&kb::kvm_mp_state {
-            mp_state: kb::KVM_MP_STATE_RUNNABLE,
-        })?;
+        v.set_mp_state(&RUNNABLE)?;
         start_vcpu(v, Mode::Long, CODE)?;
         let mut s = v.sregs()?;
         s.gs.base = at::AREA + id as u64 * 0x1000;
@@ -476,8 +496,8 @@ impl Guest {
         self.mem.write(self.area(id) + HOW, bits);
     }
 
-    /// Lets each vCPU run `code`, which never ends, in a thread of its own, while this thread is in
-    /// `body`.
+    /// Lets each vCPU run `code` ([`spin`] or [`idle`]) in a thread of its own, while this thread is in
+    /// `body`. A vCPU stops where its handler is through with all that it began.
     ///
     /// # Errors
     ///
@@ -490,9 +510,10 @@ impl Guest {
         interrupting_handler(libc::SIGUSR1)?;
         let threads: Vec<Thread> = self.vcpus.iter().map(|_| Thread::default()).collect();
         for id in 0..self.vcpus.len() {
+            self.mem.write(self.area(id) + STOP, 0u32);
             self.begin(id, code, |_| {})?;
         }
-        let result = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let handles: Vec<_> = (self.vcpus.iter().zip(&threads))
                 .map(|(v, t)| scope.spawn(|| t.run(v)))
                 .collect();
@@ -500,26 +521,20 @@ impl Guest {
                 threads.iter().all(|t| t.tid() != 0)
             })
             .and_then(|()| body(&threads));
-            for ((v, t), h) in self.vcpus.iter().zip(&threads).zip(handles) {
+            for (id, (t, h)) in threads.iter().zip(handles).enumerate() {
+                self.mem.write(self.area(id) + STOP, 1u32);
                 t.stop.store(true, Ordering::SeqCst);
-                v.set_immediate_exit(1);
                 while !h.is_finished() {
                     kick(t.tid(), libc::SIGUSR1);
                     sleep_ms(1);
                 }
-                let r = h.join().unwrap_or(Err(Verdict::Fail("panic".into())));
-                v.set_immediate_exit(0);
                 // What a vCPU met explains what the caller missed.
-                if let Err(e) = r {
+                if let Err(e) = h.join().unwrap_or(Err(Verdict::Fail("panic".into()))) {
                     result = Err(e);
                 }
             }
             result
-        })?;
-        for id in 0..self.vcpus.len() {
-            self.restart(id)?;
-        }
-        Ok(result)
+        })
     }
 }
 
@@ -528,6 +543,7 @@ impl Guest {
 pub struct Thread {
     stop: AtomicBool,
     tid: AtomicI32,
+    signals: AtomicU64,
 }
 
 impl Thread {
@@ -537,17 +553,30 @@ impl Thread {
         self.tid.load(Ordering::SeqCst)
     }
 
+    /// How often KVM_RUN ended for a signal.
+    #[must_use]
+    pub fn signals(&self) -> u64 {
+        self.signals.load(Ordering::SeqCst)
+    }
+
     fn run(&self, v: &Vcpu) -> Outcome {
         self.tid.store(gettid(), Ordering::SeqCst);
         loop {
             match v.run() {
                 Err(e) if e.errno == libc::EINTR => {
+                    self.signals.fetch_add(1, Ordering::SeqCst);
+                    // From HLT to where it sees that it is to stop.
                     if self.stop.load(Ordering::SeqCst) {
-                        return Ok(());
+                        v.set_mp_state(&RUNNABLE)?;
                     }
                 }
                 Err(e) => return Err(e.into()),
-                Ok(_) => fail!("a vCPU's exit {:x?}", decode(v)),
+                Ok(_) => match decode(v) {
+                    Exit::Out { port: PORT, .. } if self.stop.load(Ordering::SeqCst) => {
+                        return Ok(());
+                    }
+                    other => fail!("a vCPU's exit {other:x?}"),
+                },
             }
         }
     }

@@ -7,6 +7,7 @@ use crate::check::Outcome;
 use crate::guest::PORT;
 use crate::host::{gettid, interrupting_handler, kick, pin, sleep_ms};
 use crate::machine::{decode, Exit};
+use crate::sys::Error;
 use crate::{Verdict, Verdict::Fail};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
@@ -41,6 +42,18 @@ impl Threads {
     #[must_use]
     pub fn failed(&self) -> bool {
         self.failed.load(Ordering::SeqCst)
+    }
+
+    /// Moves the `i`th thread to a processor.
+    ///
+    /// # Errors
+    ///
+    /// The failure of `sched_setaffinity`.
+    pub fn pin(&self, i: usize, cpu: usize) -> Result<(), Error> {
+        while self.tids[i].load(Ordering::SeqCst) == 0 && !self.failed() {
+            sleep_ms(1);
+        }
+        pin(self.tids[i].load(Ordering::SeqCst), cpu)
     }
 
     /// Sends a signal to the `i`th thread, which has it leave and enter the guest.

@@ -3,7 +3,7 @@
 //! The I/O APIC in the kernel: its state, its registers, and the lines that lead to it.
 
 use kvm_bindings as kb;
-use selftests::host::Rng;
+use selftests::host::{kick, Rng};
 use selftests::irq::redirect::{to, EXTINT, LEVEL, LOGICAL, LOW, LOWEST, MASKED, NMI, REMOTE_IRR};
 use selftests::irq::{
     self, entry, how, ioapic, line, line_status, set_entry, set_ioapic, vm_with, wait_for, Chips,
@@ -609,16 +609,20 @@ fn replayed(env: &Env) -> Outcome {
     Ok(())
 }
 
-/// A level that the guest never lowers does not keep the host from stopping it.
+/// A level that nobody lowers does not keep the host from its vCPU.
 fn storm(env: &Env) -> Outcome {
     let g = Guest::new(env, Chips::Full, 1)?;
     set_entry(&g.vm, PIN as usize, 0x76 | LEVEL)?;
-    g.running(irq::spin(), |_| {
+    g.running(irq::spin(), |threads| {
         line(&g.vm, PIN, 1)?;
-        wait_for("a thousand interrupts", || g.count(0, 0x76) > 1000)
+        wait_for("a thousand interrupts", || g.count(0, 0x76) > 1000)?;
+        let before = threads[0].signals();
+        kick(threads[0].tid(), libc::SIGUSR1);
+        wait_for("KVM_RUN to end", || threads[0].signals() > before)?;
+        line(&g.vm, PIN, 0)?;
+        let turns = g.turns(0);
+        wait_for("the guest to go on", || g.turns(0) > turns)
     })?;
-    line(&g.vm, PIN, 0)?;
-    g.window(0)?;
     let n = g.count(0, 0x76);
     g.window(0)?;
     ensure_eq!(g.count(0, 0x76), n, "interrupts with the line low");
