@@ -17,7 +17,7 @@ CMDLINE = "console=ttyS0,115200 panic=-1"
 class Guest:
     """A Linux kernel, an initramfs of ours, and the line by which its init reports."""
 
-    def __init__(self, kernel, append="", memory=256, timeout=240, options="--irqchip none"):
+    def __init__(self, kernel, append="", memory=256, timeout=240, options=""):
         self.kernel = kernel
         self.nonce = secrets.token_hex(8)
         self.cmdline = f"{CMDLINE} rkvm.nonce={self.nonce} {append}".strip()

@@ -302,7 +302,8 @@ def guest_job(suite, work, name, image, devices, **options):
     """A boot in which the kernel IMAGE boots as a guest, on each of DEVICES."""
     insmod = tuple({"kvm": "kvm-intel", "rkvm": "rkvm"}[device] for device in devices)
     job = Job(suite, name, insmod=insmod, **options)
-    guest = guests.Guest(image, timeout=900 if job.kernel == "plain" else 3000)
+    guest = guests.Guest(image, timeout=900 if job.kernel == "plain" else 3000,
+                         options="--irqchip none")
     directory = os.path.join(work, name.replace("/", "-"))
     guest.stage(directory)
     job.data += [f"{directory}:guest", os.path.join(suite.tree, "build/bin/rkvm-vmm")]
