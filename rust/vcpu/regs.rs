@@ -215,7 +215,7 @@ impl<L: Loaded> Locked<'_, L> {
             let vector = n * 64 + word.trailing_zeros() as u8;
             self.arch.events.queue_interrupt(vector);
         }
-        self.arch.refresh_cpuid(self.host, cr4);
+        self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
         Ok(())
     }
 
