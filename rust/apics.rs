@@ -234,6 +234,16 @@ impl SharedApic {
         self.change(|events| events.post(event));
     }
 
+    /// Whether an INIT waits.
+    pub(crate) fn has_init(&self) -> bool {
+        ApicEvents::new(self.events.load(Ordering::Relaxed)).has(ApicEvents::INIT)
+    }
+
+    /// Takes back an INIT that waits.
+    pub(crate) fn cancel_init(&self) {
+        self.change(|events| events.without(ApicEvents::INIT));
+    }
+
     /// Takes all events.
     pub(crate) fn take_events(&self) -> ApicEvents {
         self.change(|_| ApicEvents::empty())

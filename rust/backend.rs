@@ -252,6 +252,8 @@ pub(crate) trait Loaded {
     fn vectoring(&mut self) -> Option<Vectoring>;
     /// A single step is due after an instruction that was completed for the guest.
     fn set_pending_step(&mut self);
+    /// Takes that back: returns if one was due.
+    fn take_pending_step(&mut self) -> bool;
 
     /// The base of the code segment.
     fn cs_base(&mut self) -> u64;

@@ -130,6 +130,12 @@ impl Bus {
         true
     }
 
+    /// Whether [`Self::write_any`] may find a device.
+    #[inline]
+    pub(crate) fn takes_any_write(&self) -> bool {
+        self.eventfds.takes_any_write()
+    }
+
     /// Offers a write to memory of which nothing but the address is known; returns if a device took
     /// it, whatever is written.
     #[inline]

@@ -55,6 +55,15 @@ pub(crate) fn deliver(
         return Delivery::default();
     }
     events.set_nmi_masked(hw.nmi_blocked());
+    // The processor forgets a step that is due if something is injected: the step comes first.
+    if events.takes_traps() && hw.take_pending_step() {
+        events.raise(Exception {
+            vector: Vector::DB,
+            error: None,
+            payload: Some(Dr6::BS.bits()),
+            insn_len: 0,
+        });
+    }
     let selection = events.select(gate(hw), source);
     hw.set_interrupt_window(selection.interrupt_window || window_wanted);
     hw.set_nmi_window(selection.nmi_window);

@@ -260,11 +260,15 @@ impl IoEventFds {
         signal(list.find(space, addr, data.len() as u32, value))
     }
 
-    /// The same for a write to memory of which only the address is known.
+    /// Whether there is one for any write to an address of memory.
     #[inline]
-    pub(crate) fn write_any(&self, gpa: u64) -> bool {
+    pub(crate) fn takes_any_write(&self) -> bool {
         self.present.load(Ordering::Relaxed) & FAST != 0
-            && signal(self.list.read().find_any(Space::Memory, gpa))
+    }
+
+    /// As [`Self::write`], for a write to memory of which only the address is known.
+    pub(crate) fn write_any(&self, gpa: u64) -> bool {
+        signal(self.list.read().find_any(Space::Memory, gpa))
     }
 }
 

@@ -257,7 +257,9 @@ impl<L: Loaded> Run<'_, L> {
     /// need not be looked at. What it wrote to registers besides would be lost: who has a device do so
     /// knows that its driver uses plain stores.
     fn took_any_write(&mut self, gpa: u64, access: Access) -> bool {
-        if !access.write || access.read || access.exec || self.hw.vectoring().is_some() {
+        let plain = access.write && !access.read && !access.exec;
+        // Most guests have no such device, and the questions to the hardware cost most.
+        if !plain || !self.bus.takes_any_write() || self.hw.vectoring().is_some() {
             return false;
         }
         // The manual does not promise a length for this exit. Where there is none, it is emulated.

@@ -86,7 +86,12 @@ pub(crate) fn read(
             hw.read_msr(msr).ok_or(MsrError::Unknown)
         }
         Class::LocalApic => {
-            let apic = arch.apic.as_ref().ok_or(MsrError::Unknown)?;
+            let apic = match &arch.apic {
+                Some(apic) => apic,
+                // As in KVM, so that a VMM can save what the list names.
+                None if msr == Msr::TSC_DEADLINE && by_host => return Ok(0),
+                None => return Err(MsrError::Unknown),
+            };
             match msr {
                 Msr::TSC_DEADLINE if !by_host && !features.has(Features::TSC_DEADLINE) => {
                     Err(MsrError::Unknown)
@@ -189,7 +194,11 @@ fn write_apic(
 ) -> Result<Effect, MsrError> {
     let clock = super::apic::clock(hw);
     let has_deadline = by_host || arch.features.has(Features::TSC_DEADLINE);
-    let apic = arch.apic.as_deref_mut().ok_or(MsrError::Unknown)?;
+    let apic = match arch.apic.as_deref_mut() {
+        Some(apic) => apic,
+        None if msr == Msr::TSC_DEADLINE && by_host => return Ok(Effect::None),
+        None => return Err(MsrError::Unknown),
+    };
     if msr != Msr::TSC_DEADLINE {
         apic.model.write_msr(msr, value, &clock)
     } else if has_deadline {

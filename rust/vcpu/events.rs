@@ -4,6 +4,7 @@
 
 use super::Locked;
 use crate::abi::kvm_vcpu_events;
+use crate::apics::SharedApic;
 use crate::backend::Loaded;
 use crate::bindings as b;
 use crate::irq::Mode;
@@ -78,7 +79,11 @@ impl<L: Loaded> Locked<'_, L> {
         events.nmi.injected = u8::from(state.nmi_injected);
         events.nmi.pending = u8::from(state.nmi_pending);
         events.nmi.masked = u8::from(state.nmi_masked);
-        events.flags = b::KVM_VCPUEVENT_VALID_NMI_PENDING | b::KVM_VCPUEVENT_VALID_SHADOW;
+        let init = self.around.shared.apic().is_some_and(SharedApic::has_init);
+        events.smi.latched_init = u8::from(init);
+        events.flags = b::KVM_VCPUEVENT_VALID_NMI_PENDING
+            | b::KVM_VCPUEVENT_VALID_SHADOW
+            | b::KVM_VCPUEVENT_VALID_SMM;
         events
     }
 
@@ -128,6 +133,9 @@ impl<L: Loaded> Locked<'_, L> {
         };
         self.arch.events.set_state(&state).map_err(|_| EINVAL)?;
         self.hw.set_nmi_blocked(state.nmi_masked);
+        if events.flags & b::KVM_VCPUEVENT_VALID_SMM != 0 {
+            self.set_latched_init(events.smi.latched_init != 0);
+        }
         if events.flags & b::KVM_VCPUEVENT_VALID_SIPI_VECTOR != 0 {
             self.arch.sipi_vector = events.sipi_vector as u8;
         }

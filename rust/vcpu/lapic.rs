@@ -181,6 +181,15 @@ impl<L: Loaded> Locked<'_, L> {
         Ok(())
     }
 
+    /// Has an INIT wait for the vCPU, or none.
+    pub(super) fn set_latched_init(&mut self, waits: bool) {
+        if waits {
+            self.post(ApicEvent::Init);
+        } else if let Some(shared) = self.around.shared.apic() {
+            shared.cancel_init();
+        }
+    }
+
     /// Leaves an event for the APIC, to be taken when the vCPU runs.
     fn post(&mut self, event: ApicEvent) {
         if let Some(shared) = self.around.shared.apic() {

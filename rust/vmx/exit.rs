@@ -31,6 +31,7 @@ use crate::x86::exception::Vector;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr6;
 use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
@@ -533,8 +534,16 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn set_pending_step(&mut self) {
         let pending = self.read(f::GUEST_PENDING_DEBUG);
-        // Bit 14, BS.
-        self.write(f::GUEST_PENDING_DEBUG, pending | 1 << 14);
+        self.write(f::GUEST_PENDING_DEBUG, pending | Dr6::BS.bits());
+    }
+
+    fn take_pending_step(&mut self) -> bool {
+        let pending = self.read(f::GUEST_PENDING_DEBUG);
+        if pending & Dr6::BS.bits() == 0 {
+            return false;
+        }
+        self.write(f::GUEST_PENDING_DEBUG, pending & !Dr6::BS.bits());
+        true
     }
 
     fn cs_base(&mut self) -> u64 {

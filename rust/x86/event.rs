@@ -334,7 +334,14 @@ impl PendingEvents {
             && !self.triple_fault
     }
 
-    fn delivery_begun(&self) -> bool {
+    /// Whether nothing comes before the traps on the previous instruction: no exception, and no event whose
+    /// delivery was broken off.
+    #[must_use]
+    pub const fn takes_traps(&self) -> bool {
+        self.exception_pending.is_none() && !self.delivery_begun()
+    }
+
+    const fn delivery_begun(&self) -> bool {
         self.exception_injected.is_some() || self.interrupt_injected.is_some() || self.nmi_injected
     }
 

@@ -16,6 +16,7 @@ use selftests::vm::{Fd, Vm};
 use selftests::{ensure, ensure_eq, fail, skip, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 const DEASSIGN: u32 = kb::KVM_IRQFD_FLAG_DEASSIGN;
 const RESAMPLE: u32 = kb::KVM_IRQFD_FLAG_RESAMPLE;
@@ -612,6 +613,8 @@ fn vm_goes(env: &Env) -> Outcome {
         let other = scope.spawn(|| -> Outcome {
             while !done.load(Ordering::SeqCst) {
                 fds.iter().try_for_each(EventFd::signal)?;
+                // A guest that has only just begun would come to nothing else.
+                std::thread::sleep(Duration::from_micros(300));
             }
             Ok(())
         });

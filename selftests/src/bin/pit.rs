@@ -510,23 +510,25 @@ fn periodic(env: &Env) -> Outcome {
     Ok(())
 }
 
-/// Modes 0, 1 and 4 tick once, mode 5 does not.
+/// Modes 0 and 4 tick once. Mode 5 waits for its gate, which does not move; and so does mode 1, but not
+/// KVM's, which ticks once.
 fn one_shot(env: &Env) -> Outcome {
     let g = guest(env)?;
-    for (mode, want) in [(0, 1), (4, 1), (1, 1), (5, 0)] {
+    for (mode, least, most) in [(0, 1, 1), (4, 1, 1), (1, 0, 1), (5, 0, 0)] {
         let start = Instant::now();
         program(&g, 0, mode, CENTISECOND * 2)?;
         let before = g.count(0, AT_PIC);
         let first = g.running(irq::idle(), |_| {
-            if want == 1 {
+            if least == 1 {
                 wait_for("the tick", || g.count(0, AT_PIC) > before)?;
             }
             let first = start.elapsed();
             sleep_ms(60);
             Ok(first)
         })?;
-        ensure_eq!(g.count(0, AT_PIC) - before, want, "mode {mode}: ticks");
-        if want == 1 {
+        let n = g.count(0, AT_PIC) - before;
+        ensure!(n >= least && n <= most, "mode {mode}: {n} ticks");
+        if least == 1 {
             ensure!(
                 first >= Duration::from_millis(19),
                 "mode {mode}: after {first:?}"
