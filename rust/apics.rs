@@ -15,6 +15,9 @@ mod posted;
 
 use crate::bindings::KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
 use crate::bindings::KVM_X86_QUIRK_LINT0_REENABLED;
+use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
+use crate::bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
+use crate::bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL;
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
 use crate::tlb::Request;
@@ -425,9 +428,15 @@ pub(crate) struct Apics {
     disabled_quirks: AtomicU32,
 }
 
-/// The quirks of KVM's that a VMM may do without: LINT0 is open after reset, and where the APIC's page is
-/// not there is a hole that reads as ones.
-pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
+/// The quirks of KVM's that a VMM may do without: LINT0 is open after reset; where the APIC's page is
+/// not there is a hole that reads as ones; MONITOR and MWAIT are there whatever CPUID says, and CPUID does
+/// not follow IA32_MISC_ENABLE in it; a memslot that goes takes the mappings of all others along, which is
+/// never so here.
+pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
+    | KVM_X86_QUIRK_LAPIC_MMIO_HOLE
+    | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
+    | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
+    | KVM_X86_QUIRK_SLOT_ZAP_ALL;
 
 /// The flags of KVM_CAP_X2APIC_API that are known.
 pub(crate) const X2APIC_API: u64 = WIDE | BY_MODE;

@@ -13,6 +13,7 @@ mod lapic;
 mod msrs;
 mod regs;
 pub(crate) mod sync;
+mod tsc;
 
 use crate::abi;
 use crate::abi::ioctl;
@@ -427,6 +428,15 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::GET_STATS_FD => return Self::stats_fd(this),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
             ioctl::PRE_FAULT_MEMORY => this.pre_fault_memory(arg)?,
+            ioctl::HAS_DEVICE_ATTR => tsc::has_attr(&user::read(arg)?)?,
+            ioctl::GET_DEVICE_ATTR => {
+                let attr = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.get_attr(&attr))?;
+            }
+            ioctl::SET_DEVICE_ATTR => {
+                let attr = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_attr(&attr))?;
+            }
             ioctl::SET_TSC_KHZ => this.with_loaded(|cpu| cpu.set_tsc_khz(arg))?,
             _ => return Err(EINVAL),
         }

@@ -107,7 +107,7 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
                 around.apics.rebuild();
                 around.shared.request(Request::EoiVectors);
                 let cr4 = hw.cr4();
-                arch.refresh_cpuid(around.host, cr4);
+                arch.refresh_cpuid(around.host, around.apics, cr4);
             }
         }
     }
@@ -146,14 +146,21 @@ fn ended(apic: &mut LocalApic, around: &Around<'_>, eoi: Eoi) {
     }
 }
 
-impl<L: Loaded> Run<'_, L> {
-    pub(super) fn apply(&mut self, effect: Effect) {
-        let around = Around {
+impl<'a, L: Loaded> Run<'a, L> {
+    /// What the vCPU's registers reach.
+    pub(super) fn around(&self) -> Around<'a> {
+        Around {
             shared: self.shared,
             apics: self.apics,
             irqs: self.irqs,
             host: self.host,
-        };
+        }
+    }
+}
+
+impl<L: Loaded> Run<'_, L> {
+    pub(super) fn apply(&mut self, effect: Effect) {
+        let around = self.around();
         apply(&mut self.hw, self.arch, &around, effect);
     }
 
