@@ -520,6 +520,23 @@ fn lint0(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// Without an APIC, as IA32_APIC_BASE says, there is no LINT0, and the PIC has the processor for itself.
+fn no_apic(env: &Env) -> Outcome {
+    let g = guest(env)?;
+    g.write(0, LINT0, EXTINT | MASKED)?;
+    pulse(&g.vm, 5)?;
+    ensure_eq!(taken(&g)?, [], "vectors with LINT0 masked");
+    let mut s = g.vcpus[0].sregs()?;
+    s.apic_base &= !(1 << 11);
+    g.vcpus[0].set_sregs(&s)?;
+    ensure_eq!(taken(&g)?, [BASE + 5], "vectors without an APIC");
+    g.out8(MASTER, 0x20)?;
+    pulse(&g.vm, 6)?;
+    g.halt(0)?;
+    ensure_eq!(g.log(0), [BASE + 5, BASE + 6], "vectors, halted");
+    Ok(())
+}
+
 /// The vCPU whose LINT0 is open gets them, be it halted or running.
 fn wakes(env: &Env) -> Outcome {
     let g = Guest::new(env, Chips::Full, 2)?;
@@ -578,6 +595,7 @@ fn main() -> ExitCode {
             poll,
             nested,
             lint0,
+            no_apic,
             wakes,
             both,
         ],
