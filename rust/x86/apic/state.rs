@@ -9,7 +9,6 @@ use super::base::ApicMode;
 use super::message::x2apic_ldr;
 use super::message::IdFormat;
 use super::page::ApicPage;
-use super::regs::Bank;
 use super::regs::Esr;
 use super::regs::Reg;
 use super::timer::Clock;
@@ -25,9 +24,6 @@ pub type Image = [u8; IMAGE_LEN];
 /// The state is that of another APIC: in x2APIC mode, the ID is not this one's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inconsistent;
-
-/// Vectors 0 to 15 are never in any bank.
-const LEGAL_VECTORS: u32 = 0xffff_0000;
 
 fn word(image: &Image, reg: Reg) -> u32 {
     let bytes = image
@@ -83,9 +79,7 @@ impl<P: ApicPage> Apic<P> {
                 Reg::Id if x2apic => self.put(reg, self.config.id),
                 Reg::Ldr if x2apic => self.put(reg, x2apic_ldr(self.config.id)),
                 Reg::Dfr => self.put(reg, value | 0x0fff_ffff),
-                Reg::Vectors(Bank::Isr | Bank::Tmr | Bank::Irr, 0) => {
-                    self.put(reg, value & LEGAL_VECTORS);
-                }
+                // Vectors 0 to 15 too: their class is never above the processor's.
                 Reg::Vectors(..) => self.put(reg, value),
                 Reg::Esr => {
                     let errors = Esr::new(value).and(Esr::NAMED);
