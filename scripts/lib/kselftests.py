@@ -18,8 +18,7 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEVICES = ("kvm", "rkvm")
-# Bochs stumbles over APIC virtualisation.
-INSMOD = ("kvm-intel enable_apicv=0", "rkvm")
+INSMOD = ("kvm-intel", "rkvm")
 MEMORY = 2048
 # A machine that is busy for so many seconds of ours for each of its own hangs.
 PATIENCE = 12

@@ -7,7 +7,7 @@ A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
 JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine,
 guest/KERNEL/DEVICE for Linux in the sample VMM, smp-Ncpu/DEVICE/KERNEL-IRQCHIP-CPUS for the same on
 more processors and with disks, and kselftests/PROGRAM ARGUMENTS
-for the kernel's own KVM selftests on rkvm. PATTERN is a regular
+for the kernel's own KVM selftests on rkvm (kselftests-2cpu with two CPUs). PATTERN is a regular
 expression searched in it. testbed/TEST is about the testbed itself. Every job adds JOB/machine: its kernel complained of
 nothing and powered off. RKVM_NOT_BUILT names what did not build.
 """
@@ -352,13 +352,14 @@ def smp_job(suite, work, cpus, kernels):
     return job
 
 
-def kernel_selftests(suite):
-    """A boot with the kernel's own tests of memory which both KVM and rkvm are known to pass."""
-    job = Job(suite, "kselftests", memory=kselftests.MEMORY, timeout=1800, insmod=kselftests.INSMOD)
+def kernel_selftests(suite, name, cpus, groups):
+    """A boot with the kernel's own tests of GROUPS which both KVM and rkvm are known to pass."""
+    job = Job(suite, name, cpus=cpus, memory=kselftests.MEMORY, timeout=1800,
+              insmod=kselftests.INSMOD)
     job.data += kselftests.payload()
     expected = kselftests.read_expected(suite.tree)
     for case in kselftests.read_list(suite.tree):
-        if case.group == "memory" and case.cpus == 1:
+        if case.group in groups and case.cpus == cpus:
             if expected.get(case.name, ())[:2] == ("pass", "pass"):
                 job.check(case.name, shlex.join(case.command("rkvm")),
                           lambda text: not kselftests.NOT_RUN.search(text))
@@ -420,7 +421,8 @@ def jobs(suite, work):
         life_cycle(job)
         out.append(job)
     out += [
-        kernel_selftests(suite),
+        kernel_selftests(suite, "kselftests", 1, ("memory", "x86")),
+        kernel_selftests(suite, "kselftests-2cpu", 2, ("x86",)),
         huge_page_job(suite),
         guest_job(suite, work, "guest/debian", debian, ["rkvm"], timeout=1200),
         guest_job(suite, work, "guest/test-kernel-debug", test_kernel, ["rkvm"], kernel="debug",

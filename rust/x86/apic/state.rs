@@ -9,6 +9,7 @@ use super::base::ApicMode;
 use super::message::x2apic_ldr;
 use super::message::IdFormat;
 use super::page::ApicPage;
+use super::regs::Bank;
 use super::regs::Esr;
 use super::regs::Reg;
 use super::timer::Clock;
@@ -24,6 +25,9 @@ pub type Image = [u8; IMAGE_LEN];
 /// The state is that of another APIC: in x2APIC mode, the ID is not this one's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inconsistent;
+
+/// Vectors 0 to 15 are never in service.
+const LEGAL_VECTORS: u32 = 0xffff_0000;
 
 fn word(image: &Image, reg: Reg) -> u32 {
     let bytes = image
@@ -79,7 +83,8 @@ impl<P: ApicPage> Apic<P> {
                 Reg::Id if x2apic => self.put(reg, self.config.id),
                 Reg::Ldr if x2apic => self.put(reg, x2apic_ldr(self.config.id)),
                 Reg::Dfr => self.put(reg, value | 0x0fff_ffff),
-                // Vectors 0 to 15 too: their class is never above the processor's.
+                // Requests of them may stay: their class is never above the processor's.
+                Reg::Vectors(Bank::Isr, 0) => self.put(reg, value & LEGAL_VECTORS),
                 Reg::Vectors(..) => self.put(reg, value),
                 Reg::Esr => {
                     let errors = Esr::new(value).and(Esr::NAMED);

@@ -356,3 +356,98 @@ fn state_goes_out_and_in() {
     e.drop_pending_exception();
     assert!(e.is_idle());
 }
+
+/// A controller with one interrupt.
+struct One(Option<u8>);
+
+impl InterruptSource for One {
+    fn waits(&mut self) -> bool {
+        self.0.is_some()
+    }
+
+    fn acknowledge(&mut self) -> Option<u8> {
+        self.0.take()
+    }
+}
+
+fn with_all(classes: &[Class]) -> (PendingEvents, One) {
+    let mut e = PendingEvents::new();
+    let mut source = One(None);
+    for class in classes {
+        match class {
+            Class::Redelivery => e.redeliver(Some(Vectoring::Interrupt(Interrupt {
+                vector: 0x21,
+                insn_len: 0,
+            }))),
+            Class::Exception => e.raise(gp()),
+            Class::Nmi => e.queue_nmi(),
+            Class::Interrupt => source.0 = Some(0x41),
+        }
+    }
+    (e, source)
+}
+
+fn class_of(injection: Option<Injection>) -> Option<Class> {
+    Some(match injection? {
+        Injection::Interrupt(Interrupt { vector: 0x21, .. }) => Class::Redelivery,
+        Injection::Exception(_) => Class::Exception,
+        Injection::Nmi => Class::Nmi,
+        Injection::Interrupt(_) => Class::Interrupt,
+    })
+}
+
+/// Each row comes before those below it, and lets them have their turn.
+#[test]
+fn each_row_comes_before_those_below() {
+    for (n, row) in PRIORITIES.iter().enumerate() {
+        let classes: Vec<_> = PRIORITIES[n..].iter().map(|row| row.class).collect();
+        let (mut e, mut source) = with_all(&classes);
+        let s = e.select(OPEN, &mut source);
+        assert_eq!(class_of(s.inject), Some(row.class));
+        let below = &classes[1..];
+        assert_eq!(
+            s.exit_at_once,
+            below.contains(&Class::Exception)
+                || below.contains(&Class::Nmi) && row.class != Class::Nmi,
+            "{row:?}"
+        );
+        assert_eq!(s.interrupt_window, below.contains(&Class::Interrupt));
+        assert!(!s.nmi_window);
+    }
+}
+
+/// Each row is held back by what it says, and by nothing else.
+#[test]
+fn each_row_is_held_back_by_what_it_says() {
+    for row in &PRIORITIES {
+        for hold in [Holds::INTERRUPTS_OFF, Holds::SHADOW, Holds::NMI_HANDLER] {
+            let (mut e, mut source) = with_all(&[row.class]);
+            e.set_nmi_masked(hold == Holds::NMI_HANDLER);
+            let gate = Gate {
+                interrupts_enabled: hold != Holds::INTERRUPTS_OFF,
+                shadow: if hold == Holds::SHADOW {
+                    Shadow::Sti
+                } else {
+                    Shadow::None
+                },
+            };
+            let s = e.select(gate, &mut source);
+            let held = row.held_by.has(hold);
+            let expected = (!held).then_some(row.class);
+            assert_eq!(class_of(s.inject), expected, "{row:?} by {hold:?}");
+            assert_eq!(s.nmi_window, held && row.class == Class::Nmi);
+            assert_eq!(s.interrupt_window, held && row.class == Class::Interrupt);
+            assert!(!s.exit_at_once);
+        }
+    }
+}
+
+/// What is held back lets the rows below it by.
+#[test]
+fn a_held_row_lets_others_by() {
+    let (mut e, mut source) = with_all(&[Class::Nmi, Class::Interrupt]);
+    e.set_nmi_masked(true);
+    let s = e.select(OPEN, &mut source);
+    assert_eq!(class_of(s.inject), Some(Class::Interrupt));
+    assert!(s.nmi_window);
+}
