@@ -284,17 +284,19 @@ fn deadline(env: &Env) -> Outcome {
     }
     let n = g.total(0);
     // Disarmed; replaced; never.
-    c.wrmsr(msr::TSC_DEADLINE, now(&c)? + ms)?;
+    // Far enough for the next operation to come in time, and not so far that the spinning ends before.
+    let soon = u64::from(env.slow) * 2;
+    c.wrmsr(msr::TSC_DEADLINE, now(&c)? + soon * ms)?;
     c.wrmsr(msr::TSC_DEADLINE, 0)?;
     ensure_eq!(c.rdmsr(msr::TSC_DEADLINE)?, 0, "when disarmed");
-    spin(&c, 3)?;
+    spin(&c, 2 * soon)?;
     ensure_eq!(g.total(0), n, "interrupts when disarmed");
     for far in [now(&c)? + 1_000_000 * ms, 1 << 62, u64::MAX] {
-        c.wrmsr(msr::TSC_DEADLINE, now(&c)? + ms)?;
+        c.wrmsr(msr::TSC_DEADLINE, now(&c)? + soon * ms)?;
         c.wrmsr(msr::TSC_DEADLINE, far)?;
         ensure_eq!(c.rdmsr(msr::TSC_DEADLINE)?, far, "a far one");
         ensure_eq!(c.vcpu().msr(msr::TSC_DEADLINE)?, Some(far), "KVM_GET_MSRS");
-        spin(&c, 3)?;
+        spin(&c, 2 * soon)?;
         ensure_eq!(g.total(0), n, "interrupts of {far:#x}");
     }
     // The counts are of no use in this mode.
