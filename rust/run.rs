@@ -402,6 +402,11 @@ impl<L: Loaded> Run<'_, L> {
                 self.interrupt_end(vector);
                 Ok(Next::Guest)
             }
+            Exit::ApicAccess {
+                offset,
+                linear,
+                write,
+            } => self.apic_access(offset, linear, write),
             Exit::ApicWrite(offset) => {
                 self.register_written(offset);
                 Ok(Next::Guest)

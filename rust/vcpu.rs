@@ -17,6 +17,7 @@ mod tsc;
 
 use crate::abi;
 use crate::abi::ioctl;
+use crate::apics::ApicPages;
 use crate::apics::Registers;
 use crate::apics::SharedApic;
 use crate::arch;
@@ -84,8 +85,15 @@ impl<B: Backend> State<B> {
     ) -> impl PinInit<Self, Error> + 'a {
         pin_init::pin_init_scope(move || {
             let backend = &vm.machine.backend;
+            let pages = match &registers {
+                Some(registers) => Some(ApicPages {
+                    registers: registers.clone(),
+                    access: vm.apics.access_page()?.phys(),
+                }),
+                None => None,
+            };
             let (hw, follows) =
-                backend.new_vcpu(vm.memory.eptp(), registers.clone(), vm.free_instructions())?;
+                backend.new_vcpu(vm.memory.eptp(), pages, vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
             if let Some(registers) = registers {

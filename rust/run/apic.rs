@@ -15,6 +15,7 @@ use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::apic::message::Target;
 use crate::x86::apic::timer::Clock;
 use crate::x86::apic::Effect;
@@ -96,12 +97,13 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
         Effect::Timer => set_timer(hw, apic, &clock, tsc_khz),
         Effect::Identity => {
             apic.recheck = true;
+            let base = apic.model.base();
+            hw.set_apic_mode(base.mode(), base.address() == DEFAULT_ADDRESS);
             set_timer(hw, apic, &clock, tsc_khz);
             if apic.identity_changed(around.apics.ids()) {
                 if let Some(shared) = around.shared.apic() {
                     shared.set_mode(apic.model.mode());
                 }
-                hw.set_apic_mode(apic.model.mode());
                 around.apics.rebuild();
                 around.shared.request(Request::EoiVectors);
                 let cr4 = hw.cr4();

@@ -103,13 +103,19 @@ fn an_exception_is_taken_with_its_payload() {
         payload: None,
         ..pf()
     };
-    assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Exception(again)));
+    assert_eq!(
+        e.select(SHUT, &mut NoSource).inject,
+        Some(Injection::Exception(again))
+    );
     // It was delivered.
     e.redeliver(None);
     assert!(e.is_idle());
     // It was not.
     e.redeliver(Some(Vectoring::Exception(gp())));
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(gp())));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Exception(gp()))
+    );
 }
 
 #[test]
@@ -123,7 +129,10 @@ fn exceptions_pile_up_to_a_shutdown() {
         payload: None,
         insn_len: 0,
     };
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(df)));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Exception(df))
+    );
     assert!(!e.take_triple_fault());
     e.raise(gp());
     assert!(e.take_triple_fault());
@@ -131,7 +140,10 @@ fn exceptions_pile_up_to_a_shutdown() {
     // One that broke the delivery of another counts the same.
     e.redeliver(Some(Vectoring::Exception(gp())));
     e.raise(gp());
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(df)));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Exception(df))
+    );
     // A benign one takes the place.
     let mut e = PendingEvents::new();
     e.raise(gp());
@@ -172,7 +184,10 @@ fn interrupts_wait_for_the_gate() {
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.interrupt_window);
     e.redeliver(None);
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Interrupt(int(0x21))));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Interrupt(int(0x21)))
+    );
 }
 
 #[test]
@@ -184,7 +199,10 @@ fn redelivered_interrupts_need_no_gate() {
     };
     for i in [int(0x30), soft] {
         e.redeliver(Some(Vectoring::Interrupt(i)));
-        assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Interrupt(i)));
+        assert_eq!(
+            e.select(SHUT, &mut NoSource).inject,
+            Some(Injection::Interrupt(i))
+        );
         assert_eq!(e.interrupt_in_bitmap(), (!i.is_soft()).then_some(i.vector));
     }
 }
@@ -205,7 +223,10 @@ fn priorities() {
     assert!(s.interrupt_window && !s.nmi_window);
     e.redeliver(None);
     assert!(e.nmi_masked());
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Interrupt(int(0x20))));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Interrupt(int(0x20)))
+    );
     // What began is finished first; a new exception comes right after.
     e.redeliver(Some(Vectoring::Interrupt(int(0x20))));
     e.raise(gp());
@@ -213,7 +234,10 @@ fn priorities() {
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.exit_at_once);
     e.redeliver(None);
-    assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Exception(gp())));
+    assert_eq!(
+        e.select(SHUT, &mut NoSource).inject,
+        Some(Injection::Exception(gp()))
+    );
 }
 
 #[test]
@@ -253,7 +277,10 @@ fn state_goes_out_and_in() {
     let mut copy = PendingEvents::new();
     copy.set_state(&state).unwrap();
     assert_eq!(copy.state(), state);
-    assert_eq!(copy.select(OPEN, &mut NoSource), e.select(OPEN, &mut NoSource));
+    assert_eq!(
+        copy.select(OPEN, &mut NoSource),
+        e.select(OPEN, &mut NoSource)
+    );
     let state = e.state();
     assert_eq!(state.exception_injected.unwrap().vector, Vector::PF);
     copy.set_state(&state).unwrap();
@@ -318,7 +345,10 @@ fn state_goes_out_and_in() {
         ..EventsState::default()
     })
     .unwrap();
-    assert_eq!(copy.select(SHUT, &mut NoSource).inject, Some(Injection::Interrupt(soft)));
+    assert_eq!(
+        copy.select(SHUT, &mut NoSource).inject,
+        Some(Injection::Interrupt(soft))
+    );
     assert_eq!(copy.interrupt_in_bitmap(), None);
 
     let mut e = PendingEvents::new();
