@@ -332,7 +332,7 @@ def smp_job(suite, work, cpus, kernels):
     """A boot in which guests with disks, most with more processors than there are, run."""
     full = bool(os.environ.get("RKVM_GUESTS_FULL"))
     name = f"smp-{cpus}cpu"
-    # Documentation/testing.rst says why kvm-intel goes without.
+    # Documentation/testing.rst says why kvm-intel does without APIC virtualisation.
     job = Job(suite, name, cpus=cpus, timeout=7200 if full else 1200,
               insmod=("kvm-intel enable_apicv=0", "rkvm", "tun", "vhost_net"))
     job.data.append(os.path.join(suite.tree, "build/bin/rkvm-vmm"))
