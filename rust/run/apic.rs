@@ -15,8 +15,10 @@ use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::apic::events::ApicEvent;
 use crate::x86::apic::message::Target;
 use crate::x86::apic::timer::Clock;
+use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Effect;
 use crate::x86::apic::Eoi;
 use crate::x86::cpuid::features::Features;
@@ -112,7 +114,7 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
 }
 
 /// The timer may go off at another moment than before.
-pub(super) fn set_timer(
+fn set_timer(
     hw: &mut impl Loaded,
     apic: &mut LocalApic,
     clock: &GuestClock,
@@ -261,6 +263,30 @@ impl<L: Loaded> Run<'_, L> {
             self.hw.set_timer(apic.expires_tsc(&clock, tsc_khz));
         }
         true
+    }
+
+    /// The timer may have gone off.
+    pub(super) fn run_timer(&mut self) {
+        let clock = clock(&mut self.hw);
+        let tsc_khz = self.arch.tsc_khz;
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return;
+        };
+        if let Delivered::Event(ApicEvent::Nmi) = apic.run_timer(&clock) {
+            self.arch.events.queue_nmi();
+        }
+        set_timer(&mut self.hw, apic, &clock, tsc_khz);
+    }
+
+    /// Whether a vector that has come since the last entry takes no more than
+    /// [`prepare_apic`](Self::prepare_apic): the processor delivers it, and there is nothing else to.
+    #[inline]
+    pub(super) fn vectors_need_no_entry(&self) -> bool {
+        self.arch
+            .apic
+            .as_deref()
+            .is_some_and(|apic| apic.virtualised)
+            && self.arch.events.is_idle()
     }
 
     /// Before an entry, interrupts off: what has been posted, and what the processor has to know of a

@@ -307,6 +307,7 @@ impl Reg {
     }
 
     /// Where it is in the page.
+    #[inline]
     #[must_use]
     pub const fn offset(self) -> u16 {
         match self {
