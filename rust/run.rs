@@ -247,7 +247,9 @@ impl<L: Loaded> Run<'_, L> {
             return None;
         }
 
-        self.prepare_apic();
+        if self.arch.apic.is_some() {
+            self.prepare_apic();
+        }
         if delivery.exit_at_once {
             // It waits for interrupts to be on, which is in the guest, after the delivery.
             preempt.interrupt_self();
@@ -302,13 +304,7 @@ impl<L: Loaded> Run<'_, L> {
                 // exception be raised here: what was injected before is not concluded yet.
                 Exit::Rdmsr if self.rdmsr() => {}
                 Exit::Wrmsr if self.wrmsr_at_once() => {}
-                Exit::Timer => {
-                    self.run_timer();
-                    if !self.vectors_need_no_entry() {
-                        return Exit::Handled;
-                    }
-                    self.prepare_apic();
-                }
+                Exit::Timer if self.timer_at_once() => {}
                 exit => return exit,
             }
             if self.shared.pending() || task::guest_entry_work_pending(irqs) {
@@ -367,9 +363,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Handles an exit, interrupts on.
     fn handle(&mut self, exit: Exit) -> Result<Next> {
         match exit {
-            Exit::Interrupt | Exit::Nmi | Exit::MachineCheck | Exit::Timer | Exit::Handled => {
-                Ok(Next::Guest)
-            }
+            Exit::Interrupt | Exit::Nmi | Exit::MachineCheck | Exit::Handled => Ok(Next::Guest),
             // The loop looks for what is to be injected anyway.
             Exit::InterruptWindow => {
                 self.shared.stats.irq_window_exits.bump();
@@ -397,6 +391,8 @@ impl<L: Loaded> Run<'_, L> {
                 linear,
             } => self.page_fault(gpa, access, linear),
             Exit::Hlt => self.halt(),
+            // It has been run, and the loop looks for what came of it.
+            Exit::Timer => Ok(Next::Guest),
             Exit::PriorityBelowThreshold => {
                 self.recheck_interrupts();
                 Ok(Next::Guest)

@@ -114,12 +114,7 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
 }
 
 /// The timer may go off at another moment than before.
-fn set_timer(
-    hw: &mut impl Loaded,
-    apic: &mut LocalApic,
-    clock: &GuestClock,
-    tsc_khz: u32,
-) {
+fn set_timer(hw: &mut impl Loaded, apic: &mut LocalApic, clock: &GuestClock, tsc_khz: u32) {
     if hw.has_timer() {
         // The host's own timer is for when the vCPU sleeps.
         hw.set_timer(apic.expires_tsc(clock, tsc_khz));
@@ -278,15 +273,17 @@ impl<L: Loaded> Run<'_, L> {
         set_timer(&mut self.hw, apic, &clock, tsc_khz);
     }
 
-    /// Whether a vector that has come since the last entry takes no more than
-    /// [`prepare_apic`](Self::prepare_apic): the processor delivers it, and there is nothing else to.
-    #[inline]
-    pub(super) fn vectors_need_no_entry(&self) -> bool {
-        self.arch
-            .apic
-            .as_deref()
-            .is_some_and(|apic| apic.virtualised)
-            && self.arch.events.is_idle()
+    /// The same, with interrupts off: returns if the processor delivers what has come of it, and there is
+    /// nothing else for an entry to.
+    #[inline(never)]
+    pub(super) fn timer_at_once(&mut self) -> bool {
+        self.run_timer();
+        let apic = self.arch.apic.as_deref();
+        let by_itself = apic.is_some_and(|apic| apic.virtualised) && self.arch.events.is_idle();
+        if by_itself {
+            self.prepare_apic();
+        }
+        by_itself
     }
 
     /// Before an entry, interrupts off: what has been posted, and what the processor has to know of a

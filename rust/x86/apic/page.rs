@@ -57,10 +57,7 @@ pub(super) fn put<P: ApicPage>(page: &P, reg: Reg, value: u32) {
 /// The word of a bank that a vector's bit is in, and the bit.
 #[inline]
 const fn locate(bank: Bank, vector: u8) -> (u16, u32) {
-    (
-        Reg::Vectors(bank, vector >> 5).offset(),
-        1 << (vector & 0x1f),
-    )
+    (bank.offset(vector >> 5), 1 << (vector & 0x1f))
 }
 
 /// Whether a vector's bit is set.
@@ -87,13 +84,8 @@ pub(super) fn clear<P: ApicPage>(page: &P, bank: Bank, vector: u8) {
 /// The highest vector whose bit is set.
 #[inline]
 pub(super) fn highest<P: ApicPage>(page: &P, bank: Bank) -> Option<u8> {
-    // Most entries look for it, and mostly there is none: the place is worked out once.
-    let first = Reg::Vectors(bank, 0).offset();
-    for word in (0..8u8).rev() {
-        let bits = page.read(first | u16::from(word) << 4);
-        if bits != 0 {
-            return Some((word << 5) | bits.ilog2() as u8);
-        }
-    }
-    None
+    (0..8u8).rev().find_map(|word| {
+        let bits = page.read(bank.offset(word));
+        bits.checked_ilog2().map(|bit| (word << 5) | bit as u8)
+    })
 }
