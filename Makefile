@@ -10,7 +10,7 @@ T ?=
 # make selftests RECORD=1 writes down what came of them.
 RECORD ?=
 
-.PHONY: all run test selftests bench shell check clean distclean
+.PHONY: all run test guests-full selftests bench shell check clean distclean
 
 all:
 	@scripts/build $(KDIR)
@@ -20,6 +20,9 @@ run:
 
 test:
 	@scripts/test $(if $(T),'$(T)')
+
+guests-full:
+	@RKVM_GUESTS_FULL=1 scripts/test '$(if $(T),$(T),^smp-)'
 
 selftests:
 	@scripts/selftests $(if $(RECORD),--record) $(if $(T),'$(T)')

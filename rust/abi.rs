@@ -15,6 +15,7 @@ pub(crate) use crate::bindings::kvm_coalesced_mmio_zone;
 pub(crate) use crate::bindings::kvm_cpuid2;
 pub(crate) use crate::bindings::kvm_cpuid_entry2;
 pub(crate) use crate::bindings::kvm_debugregs;
+pub(crate) use crate::bindings::kvm_device_attr;
 pub(crate) use crate::bindings::kvm_dirty_log;
 pub(crate) use crate::bindings::kvm_dtable;
 pub(crate) use crate::bindings::kvm_enable_cap;

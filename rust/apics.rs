@@ -15,6 +15,9 @@ mod posted;
 
 use crate::bindings::KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
 use crate::bindings::KVM_X86_QUIRK_LINT0_REENABLED;
+use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
+use crate::bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
+use crate::bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL;
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
 use crate::tlb::Request;
@@ -43,6 +46,7 @@ use kernel::prelude::*;
 use kernel::sync::new_mutex;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
+use kernel::sync::SetOnce;
 use posted::Posted;
 
 /// The page of an APIC's registers. Whoever delivers an interrupt writes to it, and with APIC
@@ -117,6 +121,14 @@ impl ApicPage for Arc<Registers> {
 
 /// Where the local vector table has LINT0.
 const LINT0: u16 = 0x350;
+/// The pages by which a processor stands in for an APIC.
+pub(crate) struct ApicPages {
+    /// Those of the registers.
+    pub(crate) registers: Arc<Registers>,
+    /// The physical address of [`Apics::access_page`].
+    pub(crate) access: u64,
+}
+
 /// Where the request register is.
 const IRR: u16 = 0x200;
 
@@ -410,13 +422,21 @@ pub(crate) struct Apics {
     table: SrcuCell<Table>,
     /// How often an APIC has changed what it answers to.
     changes: AtomicU32,
+    /// What guests find at the default address of their APICs where the processor stands in for these.
+    access_page: SetOnce<KernelPage>,
     /// KVM_X86_QUIRK_* that the VMM does without.
     disabled_quirks: AtomicU32,
 }
 
-/// The quirks of KVM's that a VMM may do without: LINT0 is open after reset, and where the APIC's page is
-/// not there is a hole that reads as ones.
-pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED | KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
+/// The quirks of KVM's that a VMM may do without: LINT0 is open after reset; where the APIC's page is
+/// not there is a hole that reads as ones; MONITOR and MWAIT are there whatever CPUID says, and CPUID does
+/// not follow IA32_MISC_ENABLE in it; a memslot that goes takes the mappings of all others along, which is
+/// never so here.
+pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
+    | KVM_X86_QUIRK_LAPIC_MMIO_HOLE
+    | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
+    | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
+    | KVM_X86_QUIRK_SLOT_ZAP_ALL;
 
 /// The flags of KVM_CAP_X2APIC_API that are known.
 pub(crate) const X2APIC_API: u64 = WIDE | BY_MODE;
@@ -433,6 +453,7 @@ impl Apics {
                 settings <- new_mutex!(Settings::default(), "rkvm_apics"),
                 table <- SrcuCell::new(Table::new(KVVec::new(), &Settings::default(), 0)?),
                 changes: AtomicU32::new(0),
+                access_page: SetOnce::new(),
                 disabled_quirks: AtomicU32::new(0),
             }? Error),
             GFP_KERNEL_ACCOUNT,
@@ -442,6 +463,16 @@ impl Apics {
     /// Adds a vCPU, which has an APIC: ENOMEM.
     pub(crate) fn add(&self, vcpu: Arc<VcpuShared>) -> Result {
         self.change(|members| Ok(members.push(vcpu, GFP_KERNEL_ACCOUNT)?))
+    }
+
+    /// The page that an access of the guest's must reach for the processor to take it for one of its APIC:
+    /// ENOMEM. One a VM: an APIC in another mode lets the guest see it.
+    pub(crate) fn access_page(&self) -> Result<&KernelPage> {
+        if self.access_page.as_ref().is_none() {
+            // Somebody else's does as well.
+            let _ = self.access_page.populate(KernelPage::new()?);
+        }
+        self.access_page.as_ref().ok_or(ENOMEM)
     }
 
     /// Takes a vCPU out.

@@ -2,12 +2,15 @@
 
 //! The part of a vCPU's architectural state that no backend holds.
 
+use crate::apics::Apics;
 use crate::backend::Loaded;
+use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
 use crate::run::halt::Poll;
 use crate::run::Pending;
+use crate::system::Host;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
@@ -122,7 +125,12 @@ impl Arch {
     }
 
     /// Brings CPUID up to date with the registers that show in it.
-    pub(crate) fn refresh_cpuid(&mut self, host: &crate::system::Host, cr4: Cr4) {
+    pub(crate) fn refresh_cpuid(&mut self, host: &Host, apics: &Apics, cr4: Cr4) {
+        let mwait_enabled = if apics.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT) {
+            None
+        } else {
+            Some(self.msrs.has_mwait())
+        };
         self.cpuid.update(
             &crate::x86::cpuid::table::RuntimeState {
                 cr4,
@@ -132,6 +140,7 @@ impl Arch {
                     .apic
                     .as_ref()
                     .map(|apic| apic.model.mode() != ApicMode::Disabled),
+                mwait_enabled,
             },
             &host.xsave,
         );

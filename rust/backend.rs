@@ -6,7 +6,7 @@
 //! A backend is chosen once, when the module loads, and everything above is instantiated for it: no
 //! function pointer is called on an exit.
 
-use crate::apics::Registers;
+use crate::apics::ApicPages;
 use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::linux::preempt::Followed;
@@ -90,6 +90,13 @@ pub(crate) enum Exit {
     InterruptEnd(u8),
     /// The guest has written to the virtual APIC's page, at this offset.
     ApicWrite(u16),
+    /// The guest accesses the APIC's page, at an offset that it cannot have without help, and where `linear`
+    /// translates to.
+    ApicAccess {
+        offset: u16,
+        linear: Option<u64>,
+        write: bool,
+    },
     /// It is time: [`Loaded::set_timer`].
     Timer,
     Cpuid,
@@ -176,12 +183,12 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
     /// Whether the processor delivers the interrupts of APICs in the kernel, and takes posted ones.
     fn virtualises_apics(&self) -> bool;
 
-    /// Makes the state of a vCPU, and the part of it that follows the thread. `apic` is its local APIC's
+    /// Makes the state of a vCPU, and the part of it that follows the thread. `apic` has its local APIC's
     /// registers, if that is in the kernel; `free` says which instructions are the guest's own affair.
     fn new_vcpu(
         &self,
         eptp: u64,
-        apic: Option<Arc<Registers>>,
+        apic: Option<ApicPages>,
         free: FreeInstructions,
     ) -> Result<(Self::Vcpu, Self::Follows)>;
 
@@ -279,8 +286,8 @@ pub(crate) trait Loaded {
     /// Has the guest exit when the class of its task priority sinks below this one; 0 for never. Where
     /// the processor cannot, every write of CR8 exits.
     fn set_priority_threshold(&mut self, class: u8);
-    /// How the guest accesses its APIC.
-    fn set_apic_mode(&mut self, mode: ApicMode);
+    /// How the guest accesses its APIC, and for xAPIC mode, if by the page at the default address.
+    fn set_apic_mode(&mut self, mode: ApicMode, at_default: bool);
     /// The highest vectors of the virtual APIC's in service and requested registers; 0 for none.
     fn set_interrupt_status(&mut self, in_service: u8, requested: u8);
     /// A vector has been requested beside those that the processor knows of.

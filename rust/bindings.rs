@@ -68,6 +68,7 @@ abi_types! {
     kvm_cpuid2,
     kvm_cpuid_entry2,
     kvm_debugregs,
+    kvm_device_attr,
     kvm_dirty_log,
     kvm_enable_cap,
     kvm_fpu,

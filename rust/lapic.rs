@@ -12,6 +12,8 @@ use crate::linux::hrtimer::OnExpiry;
 use crate::linux::msr as host_msr;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
+use crate::x86::apic::base::ApicMode;
+use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::apic::map::Software;
 use crate::x86::apic::message::IdFormat;
 use crate::x86::apic::message::Identity;
@@ -123,6 +125,12 @@ impl LocalApic {
             ioapic_eoi: None,
             known: None,
         })
+    }
+
+    /// Whether the guest reaches it by the page at the default address, and the processor answers there.
+    pub(crate) fn shows_page(&self) -> bool {
+        let base = self.model.base();
+        self.virtualised && base.mode() == ApicMode::Xapic && base.address() == DEFAULT_ADDRESS
     }
 
     /// Moves what has been posted for the processor to the request register.

@@ -30,6 +30,8 @@ use crate::mmu::ept::EptCaps;
 use crate::mmu::ept::Level;
 use crate::mmu::Mmu;
 use crate::tlb::VcpuSet;
+use crate::x86::apic::base::DEFAULT_ADDRESS;
+use core::ops::Range;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
@@ -141,7 +143,13 @@ impl GuestMemory {
         };
         match (old, new) {
             (Some(old), Some(new)) if old.gfns == new.gfns => self.change_logging(&new, next),
-            (old, _) => inner.replace_slot(old, next)?,
+            (old, new) => {
+                inner.replace_slot(old, next)?;
+                if let Some(new) = new {
+                    // A page of the kernel's may have been here.
+                    inner.zap_own(&new.gfns);
+                }
+            }
         }
         Ok(())
     }
@@ -172,6 +180,14 @@ impl GuestMemory {
 }
 
 impl Inner {
+    /// Unmaps what [`GuestMemory::map_own`] may have mapped in these frames.
+    fn zap_own(&self, gfns: &Range<u64>) {
+        let own = DEFAULT_ADDRESS >> 12;
+        if gfns.contains(&own) {
+            self.mmu.zap(core::iter::once(own..own + 1), true);
+        }
+    }
+
     /// Publishes `next`. `old`, if any, is a slot that is not in it any more as it was: nothing uses
     /// it when this returns. With `update` held. ENOMEM, and then nothing has changed.
     fn replace_slot(&self, old: Option<Slot>, next: KBox<Slots>) -> Result {

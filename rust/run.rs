@@ -19,6 +19,7 @@ use crate::apics::Apics;
 use crate::arch::Arch;
 use crate::backend::Exit;
 use crate::backend::Loaded;
+use crate::bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS as MWAIT_NEVER_UD;
 use crate::bus::Bus;
 use crate::events;
 use crate::irq::Irqs;
@@ -35,6 +36,7 @@ use crate::run_page::RunPages;
 use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
+use crate::x86::cpuid::words::Leaf1Ecx;
 use crate::x86::event::Exception;
 use crate::x86::event::Shadow;
 use crate::x86::exception::Fault;
@@ -401,6 +403,11 @@ impl<L: Loaded> Run<'_, L> {
                 self.interrupt_end(vector);
                 Ok(Next::Guest)
             }
+            Exit::ApicAccess {
+                offset,
+                linear,
+                write,
+            } => self.apic_access(offset, linear, write),
             Exit::ApicWrite(offset) => {
                 self.register_written(offset);
                 Ok(Next::Guest)
@@ -441,7 +448,8 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             Exit::Rdpmc => self.raise(Fault::gp(0)),
-            Exit::Monitor | Exit::Mwait | Exit::Undefined => self.raise(Fault::UD),
+            Exit::Monitor | Exit::Mwait => self.monitor(),
+            Exit::Undefined => self.raise(Fault::UD),
             Exit::TripleFault => {
                 self.page.set_exit_reason(abi::exit::SHUTDOWN);
                 Ok(Next::User)
@@ -476,6 +484,17 @@ impl<L: Loaded> Run<'_, L> {
         self.hw.set_gpr(Gpr::Rcx, u64::from(regs.ecx));
         self.hw.set_gpr(Gpr::Rdx, u64::from(regs.edx));
         self.skip();
+    }
+
+    /// MONITOR and MWAIT do nothing, as if what is waited for were there already: a guest must not put the
+    /// host's CPU to sleep. #UD if the VMM wants that of a guest whose CPUID has not got them.
+    fn monitor(&mut self) -> Result<Next> {
+        let leaf = Leaf1Ecx::new(self.arch.cpuid.lookup(1, 0).ecx);
+        if !self.apics.has_quirk(MWAIT_NEVER_UD) && !leaf.has(Leaf1Ecx::MONITOR) {
+            return self.raise(Fault::UD);
+        }
+        self.skip();
+        Ok(Next::Guest)
     }
 
     /// #AC is the guest's own if it asked for alignment checks; else the host wants to know of locked

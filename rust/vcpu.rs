@@ -13,9 +13,11 @@ mod lapic;
 mod msrs;
 mod regs;
 pub(crate) mod sync;
+mod tsc;
 
 use crate::abi;
 use crate::abi::ioctl;
+use crate::apics::ApicPages;
 use crate::apics::Registers;
 use crate::apics::SharedApic;
 use crate::arch;
@@ -83,8 +85,15 @@ impl<B: Backend> State<B> {
     ) -> impl PinInit<Self, Error> + 'a {
         pin_init::pin_init_scope(move || {
             let backend = &vm.machine.backend;
+            let pages = match &registers {
+                Some(registers) => Some(ApicPages {
+                    registers: registers.clone(),
+                    access: vm.apics.access_page()?.phys(),
+                }),
+                None => None,
+            };
             let (hw, follows) =
-                backend.new_vcpu(vm.memory.eptp(), registers.clone(), vm.free_instructions())?;
+                backend.new_vcpu(vm.memory.eptp(), pages, vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
             if let Some(registers) = registers {
@@ -419,6 +428,15 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::GET_STATS_FD => return Self::stats_fd(this),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
             ioctl::PRE_FAULT_MEMORY => this.pre_fault_memory(arg)?,
+            ioctl::HAS_DEVICE_ATTR => tsc::has_attr(&user::read(arg)?)?,
+            ioctl::GET_DEVICE_ATTR => {
+                let attr = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.get_attr(&attr))?;
+            }
+            ioctl::SET_DEVICE_ATTR => {
+                let attr = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_attr(&attr))?;
+            }
             ioctl::SET_TSC_KHZ => this.with_loaded(|cpu| cpu.set_tsc_khz(arg))?,
             _ => return Err(EINVAL),
         }

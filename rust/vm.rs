@@ -20,6 +20,7 @@ use crate::bindings::KVM_CAP_DIRTY_LOG_RING;
 use crate::bindings::KVM_CAP_DIRTY_LOG_RING_ACQ_REL;
 use crate::bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use crate::bindings::KVM_CAP_MAX_VCPU_ID;
+use crate::bindings::KVM_CAP_X86_APIC_BUS_CYCLES_NS;
 use crate::bus::Bus;
 use crate::irq::irqfd::IrqFds;
 use crate::irq::Irqs;
@@ -167,15 +168,26 @@ impl<B: Backend> Vm<B> {
     fn limit_vcpu_ids(&self, limit: u64) -> Result {
         let limit = usize::try_from(limit).map_err(|_| EINVAL)?;
         let mut vcpus = self.vcpus.lock();
-        if limit > abi::MAX_VCPU_IDS || limit <= self.boot_cpu_id() as usize {
+        // As KVM has it, one that leaves it out by one is taken, and 0 is no limit.
+        if limit > abi::MAX_VCPU_IDS || limit < self.boot_cpu_id() as usize {
             return Err(EINVAL);
         }
         let fixed = vcpus.limit.is_some() || !vcpus.is_empty();
         if fixed && limit != vcpus.limit() {
             return Err(EINVAL);
         }
-        vcpus.limit = Some(limit);
+        if limit != 0 {
+            vcpus.limit = Some(limit);
+        }
         Ok(())
+    }
+
+    /// KVM_CHECK_EXTENSION of the VM, which may have changed an answer of the device's.
+    fn check_extension(&self, cap: usize) -> isize {
+        if cap == KVM_CAP_X86_APIC_BUS_CYCLES_NS as usize {
+            return self.apics.bus().ns() as isize;
+        }
+        abi::cap::check(cap)
     }
 
     /// KVM_ENABLE_CAP: EINVAL for what cannot be enabled, or not so.
@@ -283,7 +295,7 @@ impl<B: Backend> FileObject for Vm<B> {
                 Ok(0)
             }
             ioctl::GET_STATS_FD => stats::new_fd(c"kvm-vm-stats", &this.stats_id, this.into()),
-            ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
+            ioctl::CHECK_EXTENSION => Ok(this.check_extension(arg)),
             ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
             ioctl::SET_NR_MMU_PAGES => Self::set_nr_mmu_pages(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),

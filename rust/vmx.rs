@@ -14,7 +14,7 @@ mod vcpu;
 mod vmcs;
 mod write_log;
 
-use crate::apics::Registers;
+use crate::apics::ApicPages;
 use crate::backend::Backend;
 use crate::backend::Features;
 use crate::backend::FreeInstructions;
@@ -345,7 +345,7 @@ impl Backend for Vmx {
     fn new_vcpu(
         &self,
         eptp: u64,
-        apic: Option<Arc<Registers>>,
+        apic: Option<ApicPages>,
         free: FreeInstructions,
     ) -> Result<(VmxVcpu, Loadable)> {
         let vmcs = Arc::new(Vmcs::new(self.caps.revision)?, GFP_KERNEL_ACCOUNT)?;

@@ -81,6 +81,9 @@ pub(crate) const GET_LAPIC: u32 = _IOR::<kvm_lapic_state>(KVMIO, 0x8e);
 pub(crate) const SET_LAPIC: u32 = _IOW::<kvm_lapic_state>(KVMIO, 0x8f);
 pub(crate) const TPR_ACCESS_REPORTING: u32 = _IOWR::<kvm_tpr_access_ctl>(KVMIO, 0x92);
 pub(crate) const SET_VAPIC_ADDR: u32 = _IOW::<kvm_vapic_addr>(KVMIO, 0x93);
+pub(crate) const SET_DEVICE_ATTR: u32 = _IOW::<kvm_device_attr>(KVMIO, 0xe1);
+pub(crate) const GET_DEVICE_ATTR: u32 = _IOW::<kvm_device_attr>(KVMIO, 0xe2);
+pub(crate) const HAS_DEVICE_ATTR: u32 = _IOW::<kvm_device_attr>(KVMIO, 0xe3);
 pub(crate) const GET_XSAVE: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xa4);
 pub(crate) const SET_XSAVE: u32 = _IOW::<b::kvm_xsave>(KVMIO, 0xa5);
 /// Of a VM and of a vCPU.

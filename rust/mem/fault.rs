@@ -7,6 +7,7 @@ use super::GuestMemory;
 use crate::linux::mm;
 use crate::linux::mm::HostFrame;
 use crate::linux::mm::NoFrame;
+use crate::linux::page::KernelPage;
 use crate::linux::task::signal_pending;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::Level;
@@ -106,6 +107,35 @@ impl GuestMemory {
             Mapped::Done(level) => Some(Fault::Mapped(level)),
             Mapped::Stale => None,
         })
+    }
+
+    /// Maps a page of the kernel's at a guest frame that no memslot has; returns if so. ENOMEM. Should a
+    /// memslot come to have it, the page is unmapped. It stays as long as this memory.
+    pub(crate) fn map_own(&self, gfn: u64, page: &KernelPage) -> Result<bool> {
+        // Who adds a memslot waits for this section, and unmaps the page after that.
+        let slots = self.inner.slots.read();
+        if slots.find(gfn).is_some() {
+            return Ok(false);
+        }
+        let mmu = &self.inner.mmu;
+        let mapping = Mapping {
+            gfn,
+            level: Level::Page4K,
+            frame: HostFrame {
+                pfn: page.phys() >> 12,
+                writable: true,
+                mmio: false,
+                page: None,
+            },
+            // The user's mappings have nothing to do with it, and none is here.
+            hva: 0,
+            noted: mmu.changes().sequence(),
+            access: Access::READ_WRITE,
+            logged: false,
+        };
+        // If the host is changing that very address, the guest asks again.
+        mmu.map(mapping, || {})?;
+        Ok(true)
     }
 
     /// Maps what backs the guest-physical addresses `range`, whole pages, as a read of the guest's

@@ -36,6 +36,12 @@ pub(crate) struct Access {
 }
 
 impl Access {
+    /// A page for reads and writes.
+    pub(crate) const READ_WRITE: Self = Self {
+        read: true,
+        write: true,
+        exec: false,
+    };
     /// None yet: a page is mapped ahead of its use, as for a read.
     pub(crate) const NONE: Self = Self {
         read: false,

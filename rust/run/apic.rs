@@ -15,6 +15,7 @@ use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::apic::events::ApicEvent;
 use crate::x86::apic::message::Target;
 use crate::x86::apic::timer::Clock;
@@ -98,16 +99,17 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
         Effect::Timer => set_timer(hw, apic, &clock, tsc_khz),
         Effect::Identity => {
             apic.recheck = true;
+            let base = apic.model.base();
+            hw.set_apic_mode(base.mode(), base.address() == DEFAULT_ADDRESS);
             set_timer(hw, apic, &clock, tsc_khz);
             if apic.identity_changed(around.apics.ids()) {
                 if let Some(shared) = around.shared.apic() {
                     shared.set_mode(apic.model.mode());
                 }
-                hw.set_apic_mode(apic.model.mode());
                 around.apics.rebuild();
                 around.shared.request(Request::EoiVectors);
                 let cr4 = hw.cr4();
-                arch.refresh_cpuid(around.host, cr4);
+                arch.refresh_cpuid(around.host, around.apics, cr4);
             }
         }
     }
@@ -141,14 +143,21 @@ fn ended(apic: &mut LocalApic, around: &Around<'_>, eoi: Eoi) {
     }
 }
 
-impl<L: Loaded> Run<'_, L> {
-    pub(super) fn apply(&mut self, effect: Effect) {
-        let around = Around {
+impl<'a, L: Loaded> Run<'a, L> {
+    /// What the vCPU's registers reach.
+    pub(super) fn around(&self) -> Around<'a> {
+        Around {
             shared: self.shared,
             apics: self.apics,
             irqs: self.irqs,
             host: self.host,
-        };
+        }
+    }
+}
+
+impl<L: Loaded> Run<'_, L> {
+    pub(super) fn apply(&mut self, effect: Effect) {
+        let around = self.around();
         apply(&mut self.hw, self.arch, &around, effect);
     }
 

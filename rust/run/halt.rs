@@ -159,12 +159,7 @@ impl<L: Loaded> Run<'_, L> {
     fn take_apic_requests(&mut self) {
         let shared = self.shared;
         if shared.take(Request::ApicEvents) {
-            let around = Around {
-                shared,
-                apics: self.apics,
-                irqs: self.irqs,
-                host: self.host,
-            };
+            let around = self.around();
             accept_events(&mut self.hw, self.arch, &around);
         }
         if shared.take(Request::Timer) {

@@ -10,6 +10,7 @@ use super::Run;
 use crate::arch::Arch;
 use crate::backend::Loaded;
 use crate::bus::Space;
+use crate::lapic::LocalApic;
 use crate::mem::access::MemError;
 use crate::mem::devices::DeviceFrames;
 use crate::mem::fault::Fault as MemFault;
@@ -17,6 +18,7 @@ use crate::mem::GuestMemory;
 use crate::mmu::ept::Access;
 use crate::tlb::VcpuShared;
 use crate::x86;
+use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
 use crate::x86::emulate::Outcome;
@@ -231,6 +233,9 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             MemFault::Mmio => {
+                if self.maps_apic_page(gpa)? {
+                    return Ok(Next::Guest);
+                }
                 if linear.is_some() && self.took_any_write(gpa, access) {
                     return Ok(Next::Guest);
                 }
@@ -269,6 +274,28 @@ impl<L: Loaded> Run<'_, L> {
         }
         super::skip(&mut self.hw, len);
         true
+    }
+
+    /// Maps the page by which the processor knows accesses to the APIC, if that is what the guest reached;
+    /// returns if so.
+    fn maps_apic_page(&self, gpa: u64) -> Result<bool> {
+        let shown = self.arch.apic.as_deref().is_some_and(LocalApic::shows_page);
+        if gpa & !0xfff != DEFAULT_ADDRESS || !shown {
+            return Ok(false);
+        }
+        self.memory.map_own(gpa >> 12, self.apics.access_page()?)
+    }
+
+    /// The guest accessed its APIC's page in a way that needs help.
+    pub(super) fn apic_access(
+        &mut self,
+        offset: u16,
+        linear: Option<u64>,
+        write: bool,
+    ) -> Result<Next> {
+        let gpa = DEFAULT_ADDRESS | u64::from(offset);
+        let hint = linear.map(|linear| Hint { linear, gpa, write });
+        self.emulate(gpa, hint)
     }
 
     /// Tells the VMM which page the host cannot reach; the error is for KVM_RUN to return.

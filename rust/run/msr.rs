@@ -2,6 +2,7 @@
 
 //! RDMSR and WRMSR, by the guest and by the VMM.
 
+use super::apic::Around;
 use super::Next;
 use super::Run;
 use crate::arch::Arch;
@@ -38,7 +39,8 @@ impl<L: Loaded> Run<'_, L> {
     pub(super) fn wrmsr(&mut self) -> Result<Next> {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
         let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
-        match write(&mut self.hw, self.arch, self.host, msr, value, false) {
+        let around = self.around();
+        match write(&mut self.hw, self.arch, &around, msr, value, false) {
             Ok(effect) => {
                 self.apply(effect);
                 self.skip();
@@ -113,13 +115,17 @@ fn has_tsc_aux(arch: &Arch) -> bool {
 pub(crate) fn write(
     hw: &mut impl Loaded,
     arch: &mut Arch,
-    host: &Host,
+    around: &Around<'_>,
     msr: Msr,
     value: u64,
     by_host: bool,
 ) -> Result<Effect, MsrError> {
+    let host = around.host;
     match msr.class() {
         Class::Emulated if msr == Msr::APIC_BASE => return write_apic_base(arch, value, by_host),
+        Class::Emulated if msr == Msr::MISC_ENABLE => {
+            write_misc_enable(hw, arch, around, value, by_host)?;
+        }
         Class::Emulated => {
             let features = arch.features;
             arch.msrs.write(msr, value, &features, by_host)?;
@@ -142,6 +148,24 @@ pub(crate) fn write(
         Class::Command | Class::Unknown => return Err(MsrError::Unknown),
     }
     Ok(Effect::None)
+}
+
+/// IA32_MISC_ENABLE, which CPUID may have to follow.
+fn write_misc_enable(
+    hw: &mut impl Loaded,
+    arch: &mut Arch,
+    around: &Around<'_>,
+    value: u64,
+    by_host: bool,
+) -> Result<(), MsrError> {
+    let (had_mwait, features) = (arch.msrs.has_mwait(), arch.features);
+    arch.msrs
+        .write(Msr::MISC_ENABLE, value, &features, by_host)?;
+    if arch.msrs.has_mwait() != had_mwait {
+        let cr4 = hw.cr4();
+        arch.refresh_cpuid(around.host, around.apics, cr4);
+    }
+    Ok(())
 }
 
 /// IA32_APIC_BASE, of the local APIC in the kernel or of the VMM's.

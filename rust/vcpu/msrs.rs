@@ -33,7 +33,7 @@ impl<L: Loaded> Locked<'_, L> {
         let mut done = 0;
         for entry in &entries {
             let msr = Msr(entry.index);
-            match msr::write(self.hw, self.arch, self.host, msr, entry.data, true) {
+            match msr::write(self.hw, self.arch, &self.around, msr, entry.data, true) {
                 Ok(effect) => self.apply(effect),
                 Err(_) => break,
             }

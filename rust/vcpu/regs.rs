@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KVM_GET/SET_REGS, SREGS, DEBUGREGS, MP_STATE, and the TSC's frequency.
+//! KVM_GET/SET_REGS, SREGS, DEBUGREGS, MP_STATE.
 
 use super::Locked;
 use crate::abi::kvm_debugregs;
@@ -215,7 +215,7 @@ impl<L: Loaded> Locked<'_, L> {
             let vector = n * 64 + word.trailing_zeros() as u8;
             self.arch.events.queue_interrupt(vector);
         }
-        self.arch.refresh_cpuid(self.host, cr4);
+        self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
         Ok(())
     }
 
@@ -242,22 +242,6 @@ impl<L: Loaded> Locked<'_, L> {
         let dr7 = Dr7::new(dr7);
         self.arch.breakpoints_armed = dr7.any_enabled();
         self.hw.set_dr7(dr7);
-        Ok(())
-    }
-
-    /// KVM_SET_TSC_KHZ: 0 stands for the host's frequency; EINVAL for another, as nothing scales.
-    /// A difference of up to 250 ppm is none, as in KVM.
-    pub(super) fn set_tsc_khz(&mut self, khz: usize) -> Result {
-        let host = crate::linux::msr::tsc_khz();
-        let khz = match khz as u32 {
-            0 => host,
-            khz => khz,
-        };
-        let tolerance = u64::from(host) * 250 / 1_000_000;
-        if u64::from(khz.abs_diff(host)) > tolerance {
-            return Err(EINVAL);
-        }
-        self.arch.tsc_khz = khz;
         Ok(())
     }
 }

@@ -12,17 +12,16 @@ use super::fields::PinControls;
 use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
 use super::vcpu::LoadedVcpu;
-use crate::apics::Registers;
+use crate::apics::ApicPages;
 use crate::linux::msr as host_msr;
 use crate::x86::apic::base::ApicMode;
-use kernel::sync::Arc;
 
 /// The vector that tells a CPU of posted interrupts: the kernel's own, POSTED_INTR_VECTOR.
 const NOTIFICATION_VECTOR: u16 = crate::bindings::RKVM_POSTED_INTR_VECTOR as u16;
 
 /// A vCPU's APIC as its VMCS knows it.
 pub(super) struct VmcsApic {
-    registers: Arc<Registers>,
+    pages: ApicPages,
     /// What the TPR threshold is.
     threshold: u8,
     /// Interrupts are delivered by the processor.
@@ -30,9 +29,9 @@ pub(super) struct VmcsApic {
 }
 
 impl VmcsApic {
-    pub(super) fn new(registers: Arc<Registers>, virtualised: bool) -> Self {
+    pub(super) fn new(pages: ApicPages, virtualised: bool) -> Self {
         Self {
-            registers,
+            pages,
             threshold: 0,
             virtualised,
         }
@@ -47,7 +46,9 @@ impl LoadedVcpu<'_> {
         if !caps.tpr_shadow {
             return;
         }
-        let (page, posted) = (apic.registers.phys(), apic.registers.posted().phys());
+        let registers = &apic.pages.registers;
+        let (page, posted) = (registers.phys(), registers.posted().phys());
+        let access = apic.pages.access;
         let virtualised = apic.virtualised;
         self.v.primary = self
             .v
@@ -60,11 +61,14 @@ impl LoadedVcpu<'_> {
         if !virtualised {
             return;
         }
-        self.v.secondary |=
-            SecondaryControls::APIC_REGISTERS | SecondaryControls::INTERRUPT_DELIVERY;
+        // As after reset: by the page at the default address.
+        self.v.secondary |= SecondaryControls::APIC_ACCESSES
+            | SecondaryControls::APIC_REGISTERS
+            | SecondaryControls::INTERRUPT_DELIVERY;
         self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
         self.v.pin |= PinControls::POSTED_INTERRUPTS;
         self.write(f::PIN_CONTROLS, self.v.pin.bits());
+        self.write(f::APIC_ACCESS_ADDRESS, access);
         self.write(f::GUEST_INTERRUPT_STATUS, 0);
         self.write(f::POSTED_NOTIFICATION_VECTOR, NOTIFICATION_VECTOR);
         self.write(f::POSTED_DESCRIPTOR_ADDRESS, posted);
@@ -89,14 +93,23 @@ impl LoadedVcpu<'_> {
         }
     }
 
-    /// Whether the guest accesses its APIC by MSRs.
-    pub(super) fn set_apic_mode(&mut self, mode: ApicMode) {
+    /// How the guest accesses its APIC: by MSRs, by the page at the default address, or by neither.
+    pub(super) fn set_apic_mode(&mut self, mode: ApicMode, at_default: bool) {
         if !self.virtualises_apic() {
             return;
         }
         let x2apic = matches!(mode, ApicMode::X2apic);
-        self.v.secondary = self.v.secondary.with_if(SecondaryControls::X2APIC, x2apic);
-        self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
+        let page = matches!(mode, ApicMode::Xapic) && at_default;
+        let secondary = self
+            .v
+            .secondary
+            .with_if(SecondaryControls::X2APIC, x2apic)
+            .with_if(SecondaryControls::APIC_ACCESSES, page);
+        if secondary == self.v.secondary {
+            return;
+        }
+        self.v.secondary = secondary;
+        self.write(f::SECONDARY_CONTROLS, secondary.bits());
         let bitmap = if x2apic {
             &self.vmx.x2apic_msr_bitmap
         } else {
@@ -104,6 +117,8 @@ impl LoadedVcpu<'_> {
         };
         let bitmap = bitmap.phys();
         self.write(f::MSR_BITMAP, bitmap);
+        // A translation that was cached meanwhile is one to plain memory (SDM vol. 3, 31.4.6.3).
+        self.v.flush_memory = true;
     }
 
     /// The highest vectors in service and requested; 0 for none.

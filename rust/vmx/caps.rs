@@ -28,7 +28,8 @@ const MSR_VMX_TRUE_EXIT: u32 = 0x48f;
 const MSR_VMX_TRUE_ENTRY: u32 = 0x490;
 
 /// What APIC virtualisation consists of.
-const APICV: SecondaryControls = SecondaryControls::X2APIC
+const APICV: SecondaryControls = SecondaryControls::APIC_ACCESSES
+    .with(SecondaryControls::X2APIC)
     .with(SecondaryControls::APIC_REGISTERS)
     .with(SecondaryControls::INTERRUPT_DELIVERY);
 

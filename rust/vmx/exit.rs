@@ -63,6 +63,7 @@ mod reason {
     pub(super) const WRMSR: u32 = 32;
     pub(super) const MACHINE_CHECK_AT_ENTRY: u32 = 41;
     pub(super) const TPR_BELOW_THRESHOLD: u32 = 43;
+    pub(super) const APIC_ACCESS: u32 = 44;
     pub(super) const VIRTUALISED_EOI: u32 = 45;
     pub(super) const PREEMPTION_TIMER: u32 = 52;
     pub(super) const APIC_WRITE: u32 = 56;
@@ -189,6 +190,18 @@ impl LoadedVcpu<'_> {
         }
     }
 
+    fn decode_apic_access(&mut self) -> Exit {
+        let qualification = self.read(f::EXIT_QUALIFICATION);
+        let kind = (qualification >> 12) & 15;
+        Exit::ApicAccess {
+            offset: (qualification & 0xfff) as u16,
+            // Reads and writes of instructions; there are fetches, deliveries of events and physical
+            // accesses as well.
+            linear: (kind <= 1).then(|| self.read(f::GUEST_LINEAR_ADDRESS)),
+            write: kind == 1,
+        }
+    }
+
     #[inline]
     fn decode(&mut self) -> Exit {
         let full = self.v.entry.exit_reason;
@@ -230,6 +243,7 @@ impl LoadedVcpu<'_> {
             }
             reason::TPR_BELOW_THRESHOLD => Exit::PriorityBelowThreshold,
             reason::VIRTUALISED_EOI => Exit::InterruptEnd(self.read(f::EXIT_QUALIFICATION) as u8),
+            reason::APIC_ACCESS => self.decode_apic_access(),
             reason::APIC_WRITE => {
                 Exit::ApicWrite((self.read(f::EXIT_QUALIFICATION) & 0xfff) as u16)
             }
@@ -502,6 +516,7 @@ impl Loaded for LoadedVcpu<'_> {
         // that failed has not touched the event.
         match self.v.entry.exit_reason {
             reason::EXCEPTION_NMI
+            | reason::APIC_ACCESS
             | reason::EPT_VIOLATION
             | reason::EPT_MISCONFIG
             | reason::TASK_SWITCH => {}
@@ -596,8 +611,8 @@ impl Loaded for LoadedVcpu<'_> {
         self.set_tpr_threshold(class);
     }
 
-    fn set_apic_mode(&mut self, mode: ApicMode) {
-        LoadedVcpu::set_apic_mode(self, mode);
+    fn set_apic_mode(&mut self, mode: ApicMode, at_default: bool) {
+        LoadedVcpu::set_apic_mode(self, mode, at_default);
     }
 
     fn set_interrupt_status(&mut self, in_service: u8, requested: u8) {

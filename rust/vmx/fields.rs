@@ -72,6 +72,7 @@ fields! {
     PML_ADDRESS: u64 = 0x200e;
     TSC_OFFSET: u64 = 0x2010;
     VIRTUAL_APIC_ADDRESS: u64 = 0x2012;
+    APIC_ACCESS_ADDRESS: u64 = 0x2014;
     POSTED_DESCRIPTOR_ADDRESS: u64 = 0x2016;
     EPT_POINTER: u64 = 0x201a;
     XSS_EXITING_BITMAP: u64 = 0x202c;
@@ -250,6 +251,8 @@ bit_flags! {
 bit_flags! {
     /// Secondary processor-based controls (SDM vol. 3, 25.6.2).
     pub(crate) struct SecondaryControls(u32) {
+        /// Accesses to the APIC-access page are taken for ones of the virtual APIC.
+        APIC_ACCESSES = 1 << 0;
         /// Extended page tables.
         EPT = 1 << 1;
         /// RDTSCP does not fault.

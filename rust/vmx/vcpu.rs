@@ -19,7 +19,7 @@ use super::vmcs::vmread;
 use super::vmcs::vmwrite;
 use super::write_log::WriteLog;
 use super::Vmx;
-use crate::apics::Registers;
+use crate::apics::ApicPages;
 use crate::backend::FreeInstructions;
 use crate::backend::TableReg;
 use crate::bindings;
@@ -36,7 +36,6 @@ use crate::x86::segment::SegAttr;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
-use kernel::sync::Arc;
 
 /// IA32_PAT after reset (SDM vol. 3, table 12-12).
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -129,7 +128,7 @@ impl VmxVcpu {
         vmx: &Vmx,
         eptp: u64,
         vpid: super::Vpid,
-        apic: Option<Arc<Registers>>,
+        apic: Option<ApicPages>,
         free: FreeInstructions,
     ) -> Result<Self> {
         let write_log = match vmx.caps.pml {
@@ -171,7 +170,7 @@ impl VmxVcpu {
             vpid,
             flush_memory: true,
             flush_guest: true,
-            apic: apic.map(|registers| VmcsApic::new(registers, vmx.caps.apicv)),
+            apic: apic.map(|pages| VmcsApic::new(pages, vmx.caps.apicv)),
             deadline: None,
             write_log,
             initialised: false,

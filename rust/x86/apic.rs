@@ -318,10 +318,13 @@ impl<P: ApicPage> Apic<P> {
         host: bool,
     ) -> Result<Effect, MsrError> {
         let new = self.base.check_write(value, features, host)?;
-        let old_mode = core::mem::replace(&mut self.base, new).mode();
-        let new_mode = new.mode();
-        if old_mode == new_mode {
+        let old = core::mem::replace(&mut self.base, new);
+        if old == new {
             return Ok(Effect::None);
+        }
+        let (old_mode, new_mode) = (old.mode(), new.mode());
+        if old_mode == new_mode {
+            return Ok(Effect::Identity);
         }
         if matches!(old_mode, ApicMode::X2apic) {
             self.put(Reg::Ldr, 0);

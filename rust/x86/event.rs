@@ -6,6 +6,7 @@
 //! until the processor has delivered it: an exit in the middle of delivery makes it injected again
 //! ([`PendingEvents::redeliver`]). [`PendingEvents::select`] picks what the next entry takes.
 
+use super::bits::bit_flags;
 use super::exception::Fault;
 use super::exception::Vector;
 
@@ -172,6 +173,64 @@ pub struct Selection {
     pub interrupt_window: bool,
 }
 
+/// Classes of events that come between two instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// An event whose delivery began and was broken off by an exit: the processor would have gone on with it.
+    Redelivery,
+    /// A trap on the last instruction, or what an instruction that was emulated has raised.
+    Exception,
+    /// A non-maskable interrupt.
+    Nmi,
+    /// An interrupt, of a controller or the VMM.
+    Interrupt,
+}
+
+bit_flags! {
+    /// What can hold an event back.
+    pub struct Holds(u32) {
+        /// RFLAGS.IF is clear.
+        INTERRUPTS_OFF = 1 << 0;
+        /// The last instruction was STI, or loaded SS.
+        SHADOW = 1 << 1;
+        /// The handler of an NMI runs, until IRET.
+        NMI_HANDLER = 1 << 2;
+    }
+}
+
+/// A class, and what holds it back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The class.
+    pub class: Class,
+    /// Any of these does.
+    pub held_by: Holds,
+}
+
+/// Which event comes first (SDM vol. 3, table 7-2, for what reaches a virtual processor: INIT and SIPI reset it before it is entered, and
+/// machine checks are the host's). An exception while another is delivered makes one of the two: [`combine`].
+pub const PRIORITIES: [Row; 4] = [
+    Row {
+        class: Class::Redelivery,
+        held_by: Holds::empty(),
+    },
+    Row {
+        class: Class::Exception,
+        held_by: Holds::empty(),
+    },
+    NMI,
+    INTERRUPT,
+];
+
+const NMI: Row = Row {
+    class: Class::Nmi,
+    held_by: Holds::NMI_HANDLER.with(Holds::SHADOW),
+};
+const INTERRUPT: Row = Row {
+    class: Class::Interrupt,
+    held_by: Holds::INTERRUPTS_OFF.with(Holds::SHADOW),
+};
+
 /// What an exit says about an event that it broke the delivery of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vectoring {
@@ -318,7 +377,7 @@ impl PendingEvents {
             || self.delivery_begun()
             || self.exception_pending.is_some()
             || (self.nmi_pending > 0 && self.nmi_allowed(gate))
-            || (self.interrupt_pending.is_some() && Self::interrupt_allowed(gate))
+            || (self.interrupt_pending.is_some() && self.interrupt_allowed(gate))
     }
 
     /// Whether there is nothing at all to select: the entry needs no injection and no window.
@@ -346,72 +405,100 @@ impl PendingEvents {
     }
 
     fn nmi_allowed(&self, gate: Gate) -> bool {
-        !self.nmi_masked && gate.shadow == Shadow::None
+        !self.held(gate).has_any(NMI.held_by)
     }
 
-    fn interrupt_allowed(gate: Gate) -> bool {
-        gate.interrupts_enabled && gate.shadow == Shadow::None
+    fn interrupt_allowed(&self, gate: Gate) -> bool {
+        !self.held(gate).has_any(INTERRUPT.held_by)
     }
 
-    /// Picks what the next entry takes, in the order of SDM vol. 3, table 7-2: what was being delivered, then an exception, the NMI,
-    /// an interrupt. What is picked is injected from here on.
+    /// Picks what the next entry takes: the first row of [`PRIORITIES`] that has something and is not held. What is picked is injected
+    /// from here on; the others are asked for again as soon as they can come.
     pub fn select(&mut self, gate: Gate, source: &mut impl InterruptSource) -> Selection {
         let mut selection = Selection::default();
-
-        if let Some(exception) = self.exception_injected {
-            selection.inject = Some(Injection::Exception(exception));
-        } else if self.nmi_injected {
-            selection.inject = Some(Injection::Nmi);
-        } else if let Some(interrupt) = self.interrupt_injected {
-            selection.inject = Some(Injection::Interrupt(interrupt));
+        for row in &PRIORITIES {
+            if selection.inject.is_none() && !self.held(gate).has_any(row.held_by) {
+                selection.inject = self.take(row.class, source);
+            }
+            if !self.waits(row.class, source) {
+                continue;
+            }
+            match row.class {
+                // There is never more than one.
+                Class::Redelivery => {}
+                // It comes where the handler of what was injected begins.
+                Class::Exception => selection.exit_at_once = true,
+                // A handler can be interrupted by an NMI as it begins.
+                Class::Nmi if self.held(gate).has_any(row.held_by) => selection.nmi_window = true,
+                Class::Nmi => selection.exit_at_once = true,
+                // And by an interrupt, if it lets them in.
+                Class::Interrupt => selection.interrupt_window = true,
+            }
         }
+        selection
+    }
 
-        if let Some(exception) = self.exception_pending {
-            if selection.inject.is_none() {
-                self.exception_pending = None;
+    /// What holds events back now.
+    fn held(&self, gate: Gate) -> Holds {
+        Holds::empty()
+            .with_if(Holds::INTERRUPTS_OFF, !gate.interrupts_enabled)
+            .with_if(Holds::SHADOW, !matches!(gate.shadow, Shadow::None))
+            .with_if(Holds::NMI_HANDLER, self.nmi_masked)
+    }
+
+    /// Whether there is an event of a class.
+    fn waits(&self, class: Class, source: &mut impl InterruptSource) -> bool {
+        match class {
+            Class::Redelivery => false,
+            Class::Exception => self.exception_pending.is_some(),
+            Class::Nmi => self.nmi_pending > 0,
+            Class::Interrupt => self.interrupt_pending.is_some() || source.waits(),
+        }
+    }
+
+    /// Takes an event of a class, if there is one: its delivery begins with the next entry.
+    fn take(&mut self, class: Class, source: &mut impl InterruptSource) -> Option<Injection> {
+        match class {
+            Class::Redelivery => self.begun(),
+            Class::Exception => {
+                let exception = self.exception_pending.take()?;
                 // The payload goes in with the entry and is in place from then on.
                 self.exception_injected = Some(Exception {
                     payload: None,
                     ..exception
                 });
-                selection.inject = Some(Injection::Exception(exception));
-            } else {
-                selection.exit_at_once = true;
+                Some(Injection::Exception(exception))
             }
-        }
-
-        if self.nmi_pending > 0 {
-            if !self.nmi_allowed(gate) {
-                selection.nmi_window = true;
-            } else if selection.inject.is_some() {
-                // An exception's handler can be interrupted by an NMI as it begins.
-                selection.exit_at_once = true;
-            } else {
-                self.nmi_pending = self.nmi_pending.saturating_sub(1);
+            Class::Nmi => {
+                self.nmi_pending = self.nmi_pending.checked_sub(1)?;
                 self.nmi_injected = true;
                 self.nmi_masked = true;
-                selection.inject = Some(Injection::Nmi);
-                selection.nmi_window = self.nmi_pending > 0;
+                Some(Injection::Nmi)
             }
-        }
-
-        if selection.inject.is_none() && Self::interrupt_allowed(gate) {
-            let vector = match self.interrupt_pending.take() {
-                None if source.waits() => source.acknowledge(),
-                queued => queued,
-            };
-            if let Some(vector) = vector {
+            Class::Interrupt => {
+                let vector = match self.interrupt_pending.take() {
+                    None if source.waits() => source.acknowledge(),
+                    queued => queued,
+                }?;
                 let interrupt = Interrupt {
                     vector,
                     insn_len: 0,
                 };
                 self.interrupt_injected = Some(interrupt);
-                selection.inject = Some(Injection::Interrupt(interrupt));
+                Some(Injection::Interrupt(interrupt))
             }
         }
-        // Whatever is left waits for the handler to let it in.
-        selection.interrupt_window = self.interrupt_pending.is_some() || source.waits();
-        selection
+    }
+
+    /// The event whose delivery was broken off.
+    fn begun(&self) -> Option<Injection> {
+        if let Some(exception) = self.exception_injected {
+            Some(Injection::Exception(exception))
+        } else if self.nmi_injected {
+            Some(Injection::Nmi)
+        } else {
+            self.interrupt_injected.map(Injection::Interrupt)
+        }
     }
 
     /// Takes notice that the guest was entered and has exited: what was injected is delivered, unless the exit broke its

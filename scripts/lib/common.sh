@@ -53,7 +53,7 @@ guest_key() { KEY_EXTRA=$DEBIAN_SUITE key guest scripts/lib/guest.sh; }
 kselftests_key() {
 	local KEY_EXTRA
 	KEY_EXTRA="$(source_key) $DEBIAN_SUITE"
-	key kselftests scripts/lib/kselftests.sh 'scripts/kselftests/*.patch'
+	key kselftests scripts/lib/kselftests.sh
 }
 
 # kernel_dir FLAVOUR: where modules for that kernel are built against.

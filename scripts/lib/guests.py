@@ -4,6 +4,8 @@
 import os
 import re
 import secrets
+import shlex
+import shutil
 
 import initramfs
 
@@ -15,7 +17,7 @@ CMDLINE = "console=ttyS0,115200 panic=-1"
 class Guest:
     """A Linux kernel, an initramfs of ours, and the line by which its init reports."""
 
-    def __init__(self, kernel, append="", memory=256, timeout=240, options="--irqchip none"):
+    def __init__(self, kernel, append="", memory=256, timeout=240, options=""):
         self.kernel = kernel
         self.nonce = secrets.token_hex(8)
         self.cmdline = f"{CMDLINE} rkvm.nonce={self.nonce} {append}".strip()
@@ -24,18 +26,38 @@ class Guest:
         self.options = options
         self.report = re.compile(rf"guest {self.nonce}: init is up on Linux ([^\s,]+)")
 
-    def stage(self, directory):
-        """Put the guest's files into DIRECTORY, which goes to the disk."""
+    def stage(self, directory, programs=None):
+        """Put the guest's files into DIRECTORY, which goes to the disk. Its initramfs has the modules
+        beside the kernel, if there are any, and the files in the directory PROGRAMS."""
         os.makedirs(directory, exist_ok=True)
         target = os.path.join(directory, "vmlinuz")
         if os.path.exists(target):
             os.unlink(target)
         os.symlink(self.kernel, target)
+        copies = {}
+        modules = os.path.join(os.path.dirname(self.kernel), "modules")
+        # The test kernel has what a guest needs built in; its modules are the machine's.
+        if os.path.basename(self.kernel) == "vmlinuz" and os.path.isdir(modules):
+            for name in os.listdir(modules):
+                copies["modules/" + name] = os.path.join(modules, name)
+        for name in os.listdir(programs) if programs else ():
+            copies["bin/" + name] = os.path.join(programs, name)
         with open(os.path.join(directory, "initramfs"), "wb") as f:
-            f.write(initramfs.with_busybox(os.path.join(HERE, "guest-init"), {}))
+            f.write(initramfs.with_busybox(os.path.join(HERE, "guest-init"), {}, copies))
+        shutil.copy(os.path.join(HERE, "../guest/run"), directory)
 
     def command(self, device, directory):
         """The shell command that boots it inside, with its files in DIRECTORY."""
         return (f"rkvm-vmm --device {device} --kernel {directory}/vmlinuz "
                 f"--initrd {directory}/initramfs --memory {self.memory} {self.options} "
                 f"--timeout {self.timeout} --cmdline '{self.cmdline}'")
+
+
+# Who moves the frames of a guest's network.
+NETWORKS = {"": [], "tap": ["--tap", "tap0"], "vhost": ["--tap", "tap0,vhost"]}
+
+
+def run(directory, device, cpus, irqchip, stress=0, network=""):
+    """The shell command that boots the guest in DIRECTORY and judges it, disks and all."""
+    return shlex.join(["sh", f"{directory}/run", directory, device, str(cpus), irqchip,
+                       secrets.token_hex(8), str(stress or ""), *NETWORKS[network]])

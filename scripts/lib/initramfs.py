@@ -29,10 +29,11 @@ class Archive:
         return b"".join(self.parts)
 
 
-def with_busybox(init, files):
-    """An initramfs whose /init is the file INIT; FILES is a dict of path to text."""
+def with_busybox(init, files, copies=()):
+    """An initramfs whose /init is the file INIT; FILES is a dict of path to text, COPIES of path to
+    a file to copy there, which may be a program."""
     archive = Archive()
-    for name in ("bin", "dev", "proc", "sys", "tmp", "data", "etc"):
+    for name in ("bin", "dev", "proc", "sys", "tmp", "data", "etc", "modules"):
         archive.add(name, 0o040755)
     with open(BUSYBOX, "rb") as f:
         archive.add("bin/busybox", 0o100755, f.read())
@@ -45,4 +46,7 @@ def with_busybox(init, files):
         archive.add("init", 0o100755, f.read())
     for name, text in files.items():
         archive.add(name, 0o100644, text.encode())
+    for name in copies:
+        with open(copies[name], "rb") as f:
+            archive.add(name, 0o100755, f.read())
     return archive.finish()

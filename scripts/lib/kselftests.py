@@ -4,7 +4,7 @@
 Usage: kselftests.py TREE [--record] [PATTERN]
 
 scripts/kselftests/list says what is run, scripts/kselftests/expected what comes
-of it. The programs are unmodified but for scripts/kselftests/*.patch.
+of it. The programs are unmodified.
 """
 
 import os
@@ -18,13 +18,10 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEVICES = ("kvm", "rkvm")
-# Bochs stumbles over APIC virtualisation.
-INSMOD = ("kvm-intel enable_apicv=0", "rkvm")
+INSMOD = ("kvm-intel", "rkvm")
 MEMORY = 2048
 # A machine that is busy for so many seconds of ours for each of its own hangs.
 PATIENCE = 12
-# What the library says, patched, when it goes on without; or what a program asked it.
-NO_IRQCHIP = re.compile(r"^No irqchip in the kernel$|kvm_arch_has_default_irqchip", re.MULTILINE)
 # Some programs say so, and end with 0.
 NOT_RUN = re.compile(r"^(.*), skipping test$", re.MULTILINE)
 GROUPS = {"memory": "Memory", "x86": "Other tests for x86", "not": "Not run"}
@@ -41,7 +38,6 @@ class Case:
         self.group = group
         self.seconds = seconds
         self.cpus = 2 if "2cpu" in options else 1
-        self.irqchip = "irqchip" in options
         self.huge = next((o.partition("=")[2] for o in options if o.startswith("huge=")), "64")
         self.words = words
         self.remark = remark
@@ -65,7 +61,7 @@ def read_list(tree):
             group, how, *words = line.split()
             seconds, *options = how.split(",")
             if group not in GROUPS or not words or not all(
-                    re.fullmatch(r"2cpu|irqchip|huge=\d+", option) for option in options):
+                    re.fullmatch(r"2cpu|huge=\d+", option) for option in options):
                 sys.exit(f"scripts/kselftests/list:{number}: not understood")
             seconds = 0 if group == "not" else int(seconds)
             cases.append(Case(group, seconds, options, words, remark.strip()))
@@ -97,14 +93,12 @@ class Outcome:
         self.lines = lines
 
     @classmethod
-    def of(cls, case, status, lines):
+    def of(cls, status, lines):
         """Judge a program by its exit STATUS and the LINES that it wrote."""
         text = "\n".join(lines)
         if status == 0:
             found = NOT_RUN.search(text)
             return cls("skip", found[1], lines) if found else cls("pass", "", lines)
-        if case.irqchip and NO_IRQCHIP.search(text):
-            return cls("needs irqchip", "", lines)
         if status == SKIPPED:
             found = re.findall(r"# SKIP (?:- )?(?:Requirement not met: )?(.*)$", text, re.MULTILINE)
             return cls("skip", found[-1] if found else lines[-1] if lines else "", lines)
@@ -182,7 +176,7 @@ class Boot:
                 watch(self.work[current][0].seconds * PATIENCE + 60)
             else:
                 case, device = self.work[current]
-                outcome(case, device, Outcome.of(case, int(found[3]), lines))
+                outcome(case, device, Outcome.of(int(found[3]), lines))
                 current, done = None, int(found[2]) + 1
                 watch(300)
         timer.cancel()

@@ -17,7 +17,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 def main():
     """Run, and say what happened."""
     tree, *options = sys.argv[1:]
-    guest = guests.Guest(os.environ["RKVM_KERNEL_PLAIN"] + "/bzImage")
+    guest = guests.Guest(os.environ["RKVM_KERNEL_PLAIN"] + "/bzImage", options="--cpus 2")
     with tempfile.TemporaryDirectory(prefix="rkvm-run-") as work:
         guest.stage(work + "/guest")
         script = f"{guest.command('/dev/rkvm', 'guest')} || exit\nrmmod rkvm || exit 100"

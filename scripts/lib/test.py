@@ -5,8 +5,9 @@ Usage: test.py TREE [PATTERN]
 
 A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
 JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine,
-guest/KERNEL/DEVICE for Linux in the sample VMM, and kselftests/PROGRAM ARGUMENTS
-for the kernel's own KVM selftests on rkvm. PATTERN is a regular
+guest/KERNEL/DEVICE for Linux in the sample VMM, smp-Ncpu/DEVICE/KERNEL-IRQCHIP-CPUS for the same on
+more processors and with disks, and kselftests/PROGRAM ARGUMENTS
+for the kernel's own KVM selftests on rkvm (kselftests-2cpu with two CPUs). PATTERN is a regular
 expression searched in it. testbed/TEST is about the testbed itself. Every job adds JOB/machine: its kernel complained of
 nothing and powered off. RKVM_NOT_BUILT names what did not build.
 """
@@ -41,8 +42,8 @@ RKVM_ONLY = {"module"}
 STRESS = {"faults", "stress", "userfault"}
 # Programs to look for leaks behind: those that make and drop what the module allocates. kmemleak
 # doubles the time of everything, and guests' instructions allocate nothing.
-LEAKS = {"coalesced", "dirty_ring", "lifecycle", "memory", "module", "prefault", "robustness", "smoke",
-         "stats", "system", "vcpu", "vm"}
+LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle", "memory", "module", "pit",
+         "prefault", "robustness", "routing", "smoke", "stats", "system", "vcpu", "vm"}
 # Modules that they need, and what the kernel is told for them.
 STRESS_MODULES = ("kvm-intel", "rkvm", "zram")
 STRESS_APPEND = "proc_mem.force_override=always"
@@ -301,7 +302,8 @@ def guest_job(suite, work, name, image, devices, **options):
     """A boot in which the kernel IMAGE boots as a guest, on each of DEVICES."""
     insmod = tuple({"kvm": "kvm-intel", "rkvm": "rkvm"}[device] for device in devices)
     job = Job(suite, name, insmod=insmod, **options)
-    guest = guests.Guest(image, timeout=900 if job.kernel == "plain" else 3000)
+    guest = guests.Guest(image, timeout=900 if job.kernel == "plain" else 3000,
+                         options="--irqchip none")
     directory = os.path.join(work, name.replace("/", "-"))
     guest.stage(directory)
     job.data += [f"{directory}:guest", os.path.join(suite.tree, "build/bin/rkvm-vmm")]
@@ -312,13 +314,52 @@ def guest_job(suite, work, name, image, devices, **options):
     return job
 
 
-def kernel_selftests(suite):
-    """A boot with the kernel's own tests of memory which both KVM and rkvm are known to pass."""
-    job = Job(suite, "kselftests", memory=kselftests.MEMORY, timeout=1800, insmod=kselftests.INSMOD)
+# Guests with disks, by the number of the machine's CPUs: kernel, interrupt controllers, processors,
+# seconds of stress, network.
+SMP = {
+    1: [("test", "split", 1, 0, "tap"), ("test", "kernel", 2, 3, "vhost"), ("test", "split", 4, 3, ""),
+        ("debian", "split", 2, 0, "vhost")],
+    2: [("test", "split", 2, 3, "vhost"), ("test", "kernel", 8, 3, "tap")],
+}
+# What `make guests-full` runs.
+SMP_FULL = [(kernel, irqchip, cpus, 0 if cpus == 1 else 10, network)
+            for kernel in ("test", "debian") for irqchip in ("none", "split", "kernel")
+            for cpus, network in (((1, ""),) if irqchip == "none" else
+                                  ((1, "tap"), (2, "vhost"), (4, "tap"), (8, "vhost")))]
+
+
+def smp_job(suite, work, cpus, kernels):
+    """A boot in which guests with disks, most with more processors than there are, run."""
+    full = bool(os.environ.get("RKVM_GUESTS_FULL"))
+    name = f"smp-{cpus}cpu"
+    # Documentation/testing.rst says why kvm-intel goes without.
+    job = Job(suite, name, cpus=cpus, timeout=7200 if full else 1200,
+              insmod=("kvm-intel enable_apicv=0", "rkvm", "tun", "vhost_net"))
+    job.data.append(os.path.join(suite.tree, "build/bin/rkvm-vmm"))
+    programs = os.path.join(suite.tree, "build/bin/guest")
+    if "user" in suite.not_built or not os.path.isdir(programs):
+        programs = None
+    for kernel, image in kernels.items():
+        directory = os.path.join(work, f"{name}-{kernel}")
+        guests.Guest(image).stage(directory, programs)
+        job.data.append(f"{directory}:{kernel}")
+    for kernel, irqchip, processors, stress, network in SMP_FULL if full else SMP[cpus]:
+        for device, path in DEVICES.items():
+            job.check(f"{device}/{kernel}-{irqchip}-{processors}",
+                      guests.run(kernel, path, processors, irqchip, stress, network))
+    if job.steps:
+        job.check("unload", "rmmod rkvm")
+    return job
+
+
+def kernel_selftests(suite, name, cpus, groups):
+    """A boot with the kernel's own tests of GROUPS which both KVM and rkvm are known to pass."""
+    job = Job(suite, name, cpus=cpus, memory=kselftests.MEMORY, timeout=1800,
+              insmod=kselftests.INSMOD)
     job.data += kselftests.payload()
     expected = kselftests.read_expected(suite.tree)
     for case in kselftests.read_list(suite.tree):
-        if case.group == "memory" and case.cpus == 1:
+        if case.group in groups and case.cpus == cpus:
             if expected.get(case.name, ())[:2] == ("pass", "pass"):
                 job.check(case.name, shlex.join(case.command("rkvm")),
                           lambda text: not kselftests.NOT_RUN.search(text))
@@ -380,7 +421,8 @@ def jobs(suite, work):
         life_cycle(job)
         out.append(job)
     out += [
-        kernel_selftests(suite),
+        kernel_selftests(suite, "kselftests", 1, ("memory", "x86")),
+        kernel_selftests(suite, "kselftests-2cpu", 2, ("x86",)),
         huge_page_job(suite),
         guest_job(suite, work, "guest/debian", debian, ["rkvm"], timeout=1200),
         guest_job(suite, work, "guest/test-kernel-debug", test_kernel, ["rkvm"], kernel="debug",
@@ -388,6 +430,8 @@ def jobs(suite, work):
         guest_job(suite, work, "guest/test-kernel", test_kernel, ["kvm", "rkvm"]),
         guest_job(suite, work, "guest/test-kernel-2cpu", test_kernel, ["rkvm"], cpus=2),
     ]
+    kernels = {"test": test_kernel, "debian": debian}
+    out += [smp_job(suite, work, cpus, kernels) for cpus in SMP]
     return out
 
 

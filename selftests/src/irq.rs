@@ -67,6 +67,8 @@ pub mod how {
     pub const SLAVE: u64 = 4;
     /// It writes the vector to [`super::PORT_ACK`], before all that.
     pub const REPORT: u64 = 8;
+    /// It writes to the local APIC's EOI register as an MSR: in x2APIC mode.
+    pub const X2APIC: u64 = 16;
 }
 
 guest_code!(main_loop, ".code64",
@@ -99,7 +101,17 @@ guest_code!(handler, ".code64",
     "4: test bl, {MASTER}",
     "jz 5f",
     "out 0x20, al",
-    "5: test bl, {APIC}",
+    "5: test bl, {X2APIC}",
+    "jz 7f",
+    "push rcx",
+    "push rdx",
+    "mov ecx, 0x80b",
+    "xor eax, eax",
+    "xor edx, edx",
+    "wrmsr",
+    "pop rdx",
+    "pop rcx",
+    "7: test bl, {APIC}",
     "jz 6f",
     "mov ebx, {EOI}",
     "mov dword ptr [rbx], 0",
@@ -108,7 +120,7 @@ guest_code!(handler, ".code64",
     "add rsp, 8",
     "iretq";
     SEEN = SEEN, LOG = LOG, LAST = LOG_SIZE - 1, HOW = HOW, REPORT = how::REPORT, ACK = PORT_ACK,
-    SLAVE = how::SLAVE, MASTER = how::MASTER, APIC = how::APIC, EOI = APIC + 0xb0,
+    SLAVE = how::SLAVE, MASTER = how::MASTER, X2APIC = how::X2APIC, APIC = how::APIC, EOI = APIC + 0xb0,
 );
 
 guest_code!(window, ".code64", "sti", "nop", "nop", "cli", "ret");
@@ -175,7 +187,7 @@ pub fn create(vm: &Vm, chips: Chips) -> Result<(), Error> {
 /// The order of the fields is the order in which they are dropped.
 #[derive(Debug)]
 pub struct Guest {
-    /// Its vCPUs; the number of each is also its APIC's.
+    /// Its vCPUs; the number of each is also its APIC's, if [`Guest::new`] made it.
     pub vcpus: Vec<Vcpu>,
     /// The VM.
     pub vm: Vm,
@@ -216,7 +228,6 @@ impl Guest {
     /// A skip if the device has no such controllers, or a failure.
     pub fn new(env: &Env, chips: Chips, n: usize) -> Result<Self, Verdict> {
         let (kvm, vm, mem) = vm_with(env, chips)?;
-        ensure!(n <= MAX_VCPUS, "{n} vCPUs");
         guest::write_gdt(&mem);
         guest::write_idt(&mem, true);
         guest::write_page_tables(&mem);
@@ -233,27 +244,35 @@ impl Guest {
             mem.write_bytes(usize_of(stub), &code);
             guest::set_gate(&mem, v, stub, guest::sel::CODE64, true);
         }
-        let cpuid = kvm.supported_cpuid()?;
-        let mut vcpus = vec![];
-        for id in 0..n {
-            let v = vm.create_vcpu(id)?;
-            v.set_cpuid(&cpuid)?;
-            vcpus.push(v);
-        }
-        let guest = Guest {
-            vcpus,
+        let mut guest = Guest {
+            vcpus: vec![],
             vm,
             kvm,
             mem,
         };
         for id in 0..n {
-            guest.restart(id)?;
+            guest.add_vcpu(id)?;
             if chips != Chips::None {
                 guest.set_how(id, how::APIC);
                 guest.write(id, APIC + 0xf0, 0x1ff)?;
             }
         }
         Ok(guest)
+    }
+
+    /// Adds a vCPU, whose APIC has the number `apic`, as it is: for the other calls, its number is that of
+    /// those before it. Its handlers do no EOI.
+    ///
+    /// # Errors
+    ///
+    /// A failure.
+    pub fn add_vcpu(&mut self, apic: usize) -> Outcome {
+        let id = self.vcpus.len();
+        ensure!(id < MAX_VCPUS, "{id} vCPUs are enough");
+        let v = self.vm.create_vcpu(apic)?;
+        v.set_cpuid(&*self.kvm.supported_cpuid()?)?;
+        self.vcpus.push(v);
+        self.restart(id)
     }
 
     /// Brings a vCPU back to where it waits to be told.

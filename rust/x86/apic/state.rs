@@ -26,7 +26,7 @@ pub type Image = [u8; IMAGE_LEN];
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inconsistent;
 
-/// Vectors 0 to 15 are never in any bank.
+/// Vectors 0 to 15 are never in service.
 const LEGAL_VECTORS: u32 = 0xffff_0000;
 
 fn word(image: &Image, reg: Reg) -> u32 {
@@ -83,9 +83,8 @@ impl<P: ApicPage> Apic<P> {
                 Reg::Id if x2apic => self.put(reg, self.config.id),
                 Reg::Ldr if x2apic => self.put(reg, x2apic_ldr(self.config.id)),
                 Reg::Dfr => self.put(reg, value | 0x0fff_ffff),
-                Reg::Vectors(Bank::Isr | Bank::Tmr | Bank::Irr, 0) => {
-                    self.put(reg, value & LEGAL_VECTORS);
-                }
+                // Requests of them may stay: their class is never above the processor's.
+                Reg::Vectors(Bank::Isr, 0) => self.put(reg, value & LEGAL_VECTORS),
                 Reg::Vectors(..) => self.put(reg, value),
                 Reg::Esr => {
                     let errors = Esr::new(value).and(Esr::NAMED);

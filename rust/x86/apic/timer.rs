@@ -60,6 +60,12 @@ impl BusPeriod {
             _ => None,
         }
     }
+
+    /// In nanoseconds.
+    #[must_use]
+    pub const fn ns(self) -> u64 {
+        self.0.get()
+    }
 }
 
 impl Default for BusPeriod {

@@ -33,6 +33,8 @@ pub struct RuntimeState {
     pub xss: u64,
     /// With a local APIC in the kernel, whether IA32_APIC_BASE enables it; else `None`, and the bit is the VMM's.
     pub apic_enabled: Option<bool>,
+    /// Whether IA32_MISC_ENABLE has MONITOR and MWAIT, if CPUID is to follow it; else `None`, and the bit is the VMM's.
+    pub mwait_enabled: Option<bool>,
 }
 
 /// Why KVM_SET_CPUID2 refuses entries.
@@ -179,7 +181,9 @@ impl<S: DerefMut<Target = [CpuidEntry]>> CpuidTable<S> {
         if let Some(entry) = self.find_mut(1, 0) {
             let ecx = Leaf1Ecx::new(entry.ecx);
             let os = ecx.has(Leaf1Ecx::XSAVE) && state.cr4.has(Cr4::OSXSAVE);
-            entry.ecx = ecx.with_if(Leaf1Ecx::OSXSAVE, os).bits();
+            let ecx = ecx.with_if(Leaf1Ecx::OSXSAVE, os);
+            let mwait = state.mwait_enabled.unwrap_or(ecx.has(Leaf1Ecx::MONITOR));
+            entry.ecx = ecx.with_if(Leaf1Ecx::MONITOR, mwait).bits();
             if let Some(on) = state.apic_enabled {
                 entry.edx = Leaf1Edx::new(entry.edx).with_if(Leaf1Edx::APIC, on).bits();
             }

@@ -20,6 +20,8 @@ const MISC_ENABLE_EMON: u64 = 1 << 7;
 const MISC_ENABLE_BTS_UNAVAILABLE: u64 = 1 << 11;
 /// MISC_ENABLE: precise events are not there, as above.
 const MISC_ENABLE_PEBS_UNAVAILABLE: u64 = 1 << 12;
+/// MISC_ENABLE: MONITOR and MWAIT are there.
+const MISC_ENABLE_MWAIT: u64 = 1 << 18;
 
 /// PLATFORM_INFO: CPUID can be made to fault.
 const PLATFORM_INFO_CPUID_FAULT: u64 = 1 << 31;
@@ -164,6 +166,12 @@ impl MsrState {
     #[must_use]
     pub const fn cpuid_faults(&self, cpl: u8) -> bool {
         self.cpuid_faulting() && cpl > 0
+    }
+
+    /// Whether IA32_MISC_ENABLE has MONITOR and MWAIT.
+    #[must_use]
+    pub const fn has_mwait(&self) -> bool {
+        self.misc_enable & MISC_ENABLE_MWAIT != 0
     }
 
     /// Sets what IA32_ARCH_CAPABILITIES tells guests that have it.

@@ -350,6 +350,23 @@ fn runtime_bits_follow() {
     state.cr4 = Cr4::OSXSAVE;
     table.update(&state, &layout);
     assert_eq!(table.lookup(1, 0).ecx, 0);
+
+    // MONITOR is the VMM's, or follows the MSR.
+    for (given, enabled, wanted) in [
+        (true, None, true),
+        (false, None, false),
+        (true, Some(false), false),
+        (false, Some(true), true),
+    ] {
+        let ecx = Leaf1Ecx::empty().with_if(Leaf1Ecx::MONITOR, given);
+        let mut entries = [entry(1, 0, 0, 0)];
+        entries[0].ecx = ecx.bits();
+        let mut table = CpuidTable::new(&mut entries[..]).unwrap();
+        state.mwait_enabled = enabled;
+        table.update(&state, &layout);
+        let ecx = Leaf1Ecx::new(table.lookup(1, 0).ecx);
+        assert_eq!(ecx.has(Leaf1Ecx::MONITOR), wanted);
+    }
 }
 
 #[test]
@@ -438,6 +455,7 @@ proptest! {
         let layout = XsaveLayout::from_host(|_, i| regs(!i, !i, !i, !i));
         let state = RuntimeState {
             cr4: Cr4::new(cr4), xcr0: Xcr0::new(xcr0), xss, apic_enabled: Some(cr4 & 1 != 0),
+            mwait_enabled: Some(cr4 & 2 != 0),
         };
         table.update(&state, &layout);
         let f = GuestFeatures::derive(|f, i| table.find(f, i).map(CpuidEntry::regs));

@@ -103,13 +103,19 @@ fn an_exception_is_taken_with_its_payload() {
         payload: None,
         ..pf()
     };
-    assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Exception(again)));
+    assert_eq!(
+        e.select(SHUT, &mut NoSource).inject,
+        Some(Injection::Exception(again))
+    );
     // It was delivered.
     e.redeliver(None);
     assert!(e.is_idle());
     // It was not.
     e.redeliver(Some(Vectoring::Exception(gp())));
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(gp())));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Exception(gp()))
+    );
 }
 
 #[test]
@@ -123,7 +129,10 @@ fn exceptions_pile_up_to_a_shutdown() {
         payload: None,
         insn_len: 0,
     };
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(df)));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Exception(df))
+    );
     assert!(!e.take_triple_fault());
     e.raise(gp());
     assert!(e.take_triple_fault());
@@ -131,7 +140,10 @@ fn exceptions_pile_up_to_a_shutdown() {
     // One that broke the delivery of another counts the same.
     e.redeliver(Some(Vectoring::Exception(gp())));
     e.raise(gp());
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Exception(df)));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Exception(df))
+    );
     // A benign one takes the place.
     let mut e = PendingEvents::new();
     e.raise(gp());
@@ -172,7 +184,10 @@ fn interrupts_wait_for_the_gate() {
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.interrupt_window);
     e.redeliver(None);
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Interrupt(int(0x21))));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Interrupt(int(0x21)))
+    );
 }
 
 #[test]
@@ -184,7 +199,10 @@ fn redelivered_interrupts_need_no_gate() {
     };
     for i in [int(0x30), soft] {
         e.redeliver(Some(Vectoring::Interrupt(i)));
-        assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Interrupt(i)));
+        assert_eq!(
+            e.select(SHUT, &mut NoSource).inject,
+            Some(Injection::Interrupt(i))
+        );
         assert_eq!(e.interrupt_in_bitmap(), (!i.is_soft()).then_some(i.vector));
     }
 }
@@ -205,7 +223,10 @@ fn priorities() {
     assert!(s.interrupt_window && !s.nmi_window);
     e.redeliver(None);
     assert!(e.nmi_masked());
-    assert_eq!(e.select(OPEN, &mut NoSource).inject, Some(Injection::Interrupt(int(0x20))));
+    assert_eq!(
+        e.select(OPEN, &mut NoSource).inject,
+        Some(Injection::Interrupt(int(0x20)))
+    );
     // What began is finished first; a new exception comes right after.
     e.redeliver(Some(Vectoring::Interrupt(int(0x20))));
     e.raise(gp());
@@ -213,7 +234,10 @@ fn priorities() {
     assert_eq!(s.inject, Some(Injection::Interrupt(int(0x20))));
     assert!(s.exit_at_once);
     e.redeliver(None);
-    assert_eq!(e.select(SHUT, &mut NoSource).inject, Some(Injection::Exception(gp())));
+    assert_eq!(
+        e.select(SHUT, &mut NoSource).inject,
+        Some(Injection::Exception(gp()))
+    );
 }
 
 #[test]
@@ -253,7 +277,10 @@ fn state_goes_out_and_in() {
     let mut copy = PendingEvents::new();
     copy.set_state(&state).unwrap();
     assert_eq!(copy.state(), state);
-    assert_eq!(copy.select(OPEN, &mut NoSource), e.select(OPEN, &mut NoSource));
+    assert_eq!(
+        copy.select(OPEN, &mut NoSource),
+        e.select(OPEN, &mut NoSource)
+    );
     let state = e.state();
     assert_eq!(state.exception_injected.unwrap().vector, Vector::PF);
     copy.set_state(&state).unwrap();
@@ -318,11 +345,109 @@ fn state_goes_out_and_in() {
         ..EventsState::default()
     })
     .unwrap();
-    assert_eq!(copy.select(SHUT, &mut NoSource).inject, Some(Injection::Interrupt(soft)));
+    assert_eq!(
+        copy.select(SHUT, &mut NoSource).inject,
+        Some(Injection::Interrupt(soft))
+    );
     assert_eq!(copy.interrupt_in_bitmap(), None);
 
     let mut e = PendingEvents::new();
     e.raise(gp());
     e.drop_pending_exception();
     assert!(e.is_idle());
+}
+
+/// A controller with one interrupt.
+struct One(Option<u8>);
+
+impl InterruptSource for One {
+    fn waits(&mut self) -> bool {
+        self.0.is_some()
+    }
+
+    fn acknowledge(&mut self) -> Option<u8> {
+        self.0.take()
+    }
+}
+
+fn with_all(classes: &[Class]) -> (PendingEvents, One) {
+    let mut e = PendingEvents::new();
+    let mut source = One(None);
+    for class in classes {
+        match class {
+            Class::Redelivery => e.redeliver(Some(Vectoring::Interrupt(Interrupt {
+                vector: 0x21,
+                insn_len: 0,
+            }))),
+            Class::Exception => e.raise(gp()),
+            Class::Nmi => e.queue_nmi(),
+            Class::Interrupt => source.0 = Some(0x41),
+        }
+    }
+    (e, source)
+}
+
+fn class_of(injection: Option<Injection>) -> Option<Class> {
+    Some(match injection? {
+        Injection::Interrupt(Interrupt { vector: 0x21, .. }) => Class::Redelivery,
+        Injection::Exception(_) => Class::Exception,
+        Injection::Nmi => Class::Nmi,
+        Injection::Interrupt(_) => Class::Interrupt,
+    })
+}
+
+/// Each row comes before those below it, and lets them have their turn.
+#[test]
+fn each_row_comes_before_those_below() {
+    for (n, row) in PRIORITIES.iter().enumerate() {
+        let classes: Vec<_> = PRIORITIES[n..].iter().map(|row| row.class).collect();
+        let (mut e, mut source) = with_all(&classes);
+        let s = e.select(OPEN, &mut source);
+        assert_eq!(class_of(s.inject), Some(row.class));
+        let below = &classes[1..];
+        assert_eq!(
+            s.exit_at_once,
+            below.contains(&Class::Exception)
+                || below.contains(&Class::Nmi) && row.class != Class::Nmi,
+            "{row:?}"
+        );
+        assert_eq!(s.interrupt_window, below.contains(&Class::Interrupt));
+        assert!(!s.nmi_window);
+    }
+}
+
+/// Each row is held back by what it says, and by nothing else.
+#[test]
+fn each_row_is_held_back_by_what_it_says() {
+    for row in &PRIORITIES {
+        for hold in [Holds::INTERRUPTS_OFF, Holds::SHADOW, Holds::NMI_HANDLER] {
+            let (mut e, mut source) = with_all(&[row.class]);
+            e.set_nmi_masked(hold == Holds::NMI_HANDLER);
+            let gate = Gate {
+                interrupts_enabled: hold != Holds::INTERRUPTS_OFF,
+                shadow: if hold == Holds::SHADOW {
+                    Shadow::Sti
+                } else {
+                    Shadow::None
+                },
+            };
+            let s = e.select(gate, &mut source);
+            let held = row.held_by.has(hold);
+            let expected = (!held).then_some(row.class);
+            assert_eq!(class_of(s.inject), expected, "{row:?} by {hold:?}");
+            assert_eq!(s.nmi_window, held && row.class == Class::Nmi);
+            assert_eq!(s.interrupt_window, held && row.class == Class::Interrupt);
+            assert!(!s.exit_at_once);
+        }
+    }
+}
+
+/// What is held back lets the rows below it by.
+#[test]
+fn a_held_row_lets_others_by() {
+    let (mut e, mut source) = with_all(&[Class::Nmi, Class::Interrupt]);
+    e.set_nmi_masked(true);
+    let s = e.select(OPEN, &mut source);
+    assert_eq!(class_of(s.inject), Some(Class::Interrupt));
+    assert!(s.nmi_window);
 }

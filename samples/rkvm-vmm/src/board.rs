@@ -337,6 +337,11 @@ impl<W: Write> Board<W> {
         }
     }
 
+    /// Tells whether the processor's interrupts come from here, and not from a local APIC.
+    pub fn gives_interrupts(&self) -> bool {
+        matches!(self.interrupts, Interrupts::Pics(_))
+    }
+
     /// Tells whether an interrupt waits for the processor, to be given by [`Board::acknowledge`].
     pub fn intr(&self) -> bool {
         self.interrupts.intr()

@@ -146,6 +146,11 @@ pub struct Cli {
     #[arg(long)]
     pub virtio_console: bool,
 
+    /// A virtio network interface at this TAP device of the host's, its frames moved by this program
+    /// or by the kernel's vhost-net
+    #[arg(long, value_name = "NAME[,vhost]", value_parser = parse_tap)]
+    pub tap: Option<Tap>,
+
     /// A virtio source of random numbers
     #[arg(long)]
     pub rng: bool,
@@ -193,6 +198,15 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tap {
+    /// Name of the host's side.
+    pub name: String,
+    /// vhost-net moves the frames.
+    pub vhost: bool,
+}
+
 /// A virtio device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Virtio {
@@ -200,6 +214,8 @@ pub enum Virtio {
     Disk(Disk),
     /// The console.
     Console,
+    /// The network interface.
+    Net(Tap),
     /// The source of random numbers.
     Rng,
 }
@@ -337,7 +353,8 @@ impl Cli {
         let disks = self.disk.iter().cloned().map(Virtio::Disk);
         let console = self.virtio_console.then_some(Virtio::Console);
         let rng = self.rng.then_some(Virtio::Rng);
-        disks.chain(console).chain(rng).collect()
+        let net = self.tap.clone().map(Virtio::Net);
+        disks.chain(console).chain(net).chain(rng).collect()
     }
 }
 
@@ -372,6 +389,22 @@ fn parse_disk(text: &str) -> Result<Disk, String> {
     Ok(Disk {
         file: file.into(),
         read_only,
+    })
+}
+
+/// Parses the name of a TAP device, and who is to serve it.
+fn parse_tap(text: &str) -> Result<Tap, String> {
+    let (name, vhost) = match text.split_once(',') {
+        None => (text, false),
+        Some((name, "vhost")) => (name, true),
+        Some((_, other)) => return Err(format!("`{other}` is not `vhost`")),
+    };
+    if name.is_empty() {
+        return Err("a TAP device has a name".into());
+    }
+    Ok(Tap {
+        name: name.into(),
+        vhost,
     })
 }
 
@@ -477,6 +510,13 @@ mod tests {
         let acpi = plan.acpi().unwrap().virtio;
         assert_eq!((acpi[2].base, acpi[2].gsi), (0xd000_2000, 18));
         assert_eq!((acpi[1].level, acpi[2].level), (false, true));
+        let tap = |name: &str, vhost| Tap {
+            name: name.into(),
+            vhost,
+        };
+        assert_eq!(parse_tap("tap0"), Ok(tap("tap0", false)));
+        assert_eq!(parse_tap("tap0,vhost"), Ok(tap("tap0", true)));
+        assert!(parse_tap("tap0,fast").is_err() && parse_tap(",vhost").is_err());
         let none = parse(&[&words[..], &["--irqchip", "none"]].concat()).unwrap();
         assert!(none.plan().is_err());
         let many = parse(&[&words[..2], &["--disk", "a"].repeat(9)].concat()).unwrap();

@@ -36,6 +36,7 @@ use crate::virtio::block::Block;
 use crate::virtio::console::Console;
 use crate::virtio::console::Input;
 use crate::virtio::mmio::Mmio;
+use crate::virtio::net::Net;
 use crate::virtio::rng::Rng;
 use crate::virtio::Device;
 
@@ -122,6 +123,7 @@ fn plug_virtio(
                 board.set_console(input.clone());
                 Box::new(Console::new(input))
             }
+            Virtio::Net(tap) => Box::new(Net::open(&tap.name, tap.vhost, memory)?),
             Virtio::Rng => Box::new(Rng::open()?),
         };
         let device = Mmio::new(device, memory.clone()).context("cannot make a virtio device")?;

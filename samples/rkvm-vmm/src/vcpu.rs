@@ -118,6 +118,11 @@ impl Vcpu<'_> {
                 Exit::EndOfInterrupt(vector) => board.end_of_interrupt(vector),
                 Exit::Io { port, write, data } => self.io(&mut board, port, write, data),
                 Exit::Done | Exit::Interrupted => {}
+                Exit::Hlt if !board.gives_interrupts() => {
+                    board.finish(Outcome::UnexpectedExit(
+                        "KVM_EXIT_HLT, where the kernel has the local APICs".into(),
+                    ));
+                }
                 Exit::Hlt => board = self.halt(board),
                 Exit::Shutdown => board.finish(Outcome::TripleFault {
                     expected: self.triple_fault_resets,

@@ -150,6 +150,25 @@ guest "reset by port 0x92" 0 ""
 hex ba f9 0c b0 06 ee eb fe
 guest "reset by port 0xcf9" 0 ""
 
+# mov dx,0x606; mov al,0x34; out dx,al: sleep control, type 5 and "go"
+hex ba 06 06 b0 34 ee eb fe
+guest "ACPI power off" 0 "" --irqchip split
+says "ACPI power off is explained" "sleep control"
+# mov dx,0x605; mov al,0x34; out dx,al: the upper half of PM1 control
+hex ba 05 06 b0 34 ee eb fe
+guest "ACPI power off by PM1 control" 0 "" --irqchip kernel
+
+# The first of several processors ends all, which wait to be started.
+hex b0 2a e6 f4
+guest "debug exit with four processors" 42 "" --irqchip split --cpus 4
+guest "debug exit with all controllers in the kernel" 42 "" --irqchip kernel --cpus 4
+hex eb fe
+guest "timeout with three processors" 198 "" --irqchip split --cpus 3 --timeout 1
+says "timeout shows all of them" "^vCPU 2:"
+guest "one processor without local APIC" 192 "" --cpus 2
+says "one processor without local APIC is explained" "needs local APICs"
+guest "no disk without I/O APIC" 192 "" --disk "$dir/guest"
+
 # lidt with limit 0; int3. In protected mode, for KVM's emulation of real mode (on a
 # processor without unrestricted guest) does not look at the limit.
 hex 0f 01 1d 08 00 01 00 cc 00 00 00 00 00 00

@@ -5,12 +5,14 @@
 
 use kvm_bindings as kb;
 use selftests::check::expect_errno;
+use selftests::host::{interrupting_handler, interval_alarm, Rng};
 use selftests::irq::{self, chip, line, line_status, to_msi, vm_with, Chips, Guest, APIC, IOAPIC};
 use selftests::machine::Exit;
 use selftests::sys::{self, Error};
 use selftests::vm::Vm;
-use selftests::{ensure, ensure_eq, guest_code, tests, Env, Outcome};
+use selftests::{ensure, ensure_eq, fail, guest_code, tests, Env, Outcome};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 fn create_full(vm: &Vm) -> Result<(), Error> {
     irq::create(vm, Chips::Full)
@@ -205,6 +207,154 @@ fn interrupt_window(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// With PICs in the kernel, there is no window that userspace could ask for.
+fn no_window(env: &Env) -> Outcome {
+    guest_code!(code, ".code64", "sti", "nop", "nop", "cli", "ret");
+    let g = Guest::new(env, Chips::Full, 1)?;
+    g.vcpus[0].kvm_run_mut().request_interrupt_window = 1;
+    for _ in 0..3 {
+        g.exec(0, code(), |_| {})?;
+        let run = g.vcpus[0].kvm_run();
+        let got = (run.ready_for_interrupt_injection, run.if_flag);
+        ensure_eq!(got, (1, 0), "ready, IF");
+    }
+    Ok(())
+}
+
+/// A vCPU that is created while the controllers are: it has a local APIC, or they came too late.
+fn creation_race(env: &Env) -> Outcome {
+    let kvm = env.open()?;
+    drop(vm_with(env, Chips::Full)?);
+    let mut counts = [0, 0];
+    for round in 0..env.fewer(150) {
+        let vm = kvm.create_vm()?;
+        let chips = if round % 2 == 0 {
+            Chips::Full
+        } else {
+            Chips::Split(24)
+        };
+        let ready = AtomicU32::new(0);
+        // Each of them is a little later than the other, now and then.
+        let meet = |delay: u64| {
+            ready.fetch_add(1, Ordering::SeqCst);
+            while ready.load(Ordering::SeqCst) < 2 {
+                std::thread::yield_now();
+            }
+            (0..delay).for_each(|_| std::hint::spin_loop());
+        };
+        let (late, early) = (round % 5 * 400, round % 3 * 400);
+        let (vcpu, made) = std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                meet(late);
+                vm.create_vcpu(0)
+            });
+            meet(early);
+            let made = irq::create(&vm, chips);
+            (other.join(), made)
+        });
+        let Ok(vcpu) = vcpu else { fail!("panic") };
+        let mut lapic = kb::kvm_lapic_state::default();
+        let r = vcpu?.fd.ioctl_mut(sys::KVM_GET_LAPIC, &mut lapic);
+        counts[usize::from(made.is_ok())] += 1;
+        match made {
+            Ok(()) => {
+                r?;
+                expect_errno(irq::create(&vm, chips), libc::EEXIST, "again")?;
+            }
+            Err(e) => {
+                let late = [libc::EINVAL, libc::EEXIST];
+                ensure!(late.contains(&e.errno), "controllers: {e}");
+                expect_errno(r, libc::EINVAL, "the local APIC")?;
+            }
+        }
+    }
+    println!("too late {}, in time {}", counts[0], counts[1]);
+    Ok(())
+}
+
+/// Nonsense from the guest and the host: what registers and lines take, in any order.
+fn nonsense(env: &Env) -> Outcome {
+    println!("seed {}", env.seed);
+    interrupting_handler(libc::SIGALRM)?;
+    let mut rng = Rng::new(env.seed);
+    let ports = [
+        0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x4d1, 0x40, 0x41, 0x42, 0x43, 0x61,
+    ];
+    guest_code!(
+        outs,
+        ".code64",
+        "mov [rdi], eax",
+        "mov ecx, [rdi]",
+        "out dx, al",
+        "in al, dx",
+        "ret"
+    );
+    guest_code!(look, ".code64", "sti", "nop", "nop", "cli", "ret");
+    let mut finished = 0;
+    for _ in 0..env.fewer(15) {
+        let g = Guest::new(env, Chips::Full, 1)?;
+        if g.kvm.capability(kb::KVM_CAP_PIT2) > 0 {
+            g.vm.fd.ioctl(sys::KVM_CREATE_PIT, 0)?;
+        }
+        g.set_how(0, rng.below(8));
+        interval_alarm(5);
+        for _ in 0..60 {
+            let gsi = rng.below(26) as u32;
+            line(&g.vm, gsi, rng.below(2) as u32)?;
+            line_status(&g.vm, gsi, rng.below(2) as u32)?;
+            match rng.below(12) {
+                0 => {
+                    let mut c = chip(&g.vm, rng.below(3) as u32)?;
+                    // SAFETY: The array is as large as the union, whose bytes may have any value.
+                    let bytes = unsafe { &mut c.chip.dummy };
+                    // Not where the I/O APIC is.
+                    for b in &mut bytes[8..] {
+                        *b = rng.number() as i8;
+                    }
+                    g.vm.fd.ioctl_ref(sys::KVM_SET_IRQCHIP, &c)?;
+                }
+                1 => {
+                    let entries: Vec<_> = (0..rng.below(30) as u32)
+                        .map(|i| match rng.below(2) {
+                            0 => to_msi(i, APIC | rng.below(1 << 20), rng.number() as u32 & !0x700),
+                            _ => irq::to_pin(i, rng.below(3) as u32, rng.below(24) as u32),
+                        })
+                        .collect();
+                    let _ = irq::route(&g.vm, &entries);
+                }
+                _ => {}
+            }
+            let code = if rng.below(3) == 0 { look() } else { outs() };
+            g.begin(0, code, |r| {
+                r.rdi = IOAPIC + 0x10 * rng.below(2);
+                // No INIT, SIPI or SMI from the I/O APIC: then the guest would be another's.
+                r.rax = rng.number() & !0x700;
+                r.rdx = ports[rng.below(11) as usize];
+            })?;
+            // A line that nobody lowers may keep it busy.
+            let end = (0..200).find_map(|_| match g.run(0) {
+                Ok(Exit::Out { port: 0x80, .. }) => Some(true),
+                Ok(Exit::Out { .. } | Exit::In { .. }) => None,
+                _ => Some(false),
+            });
+            match end {
+                Some(true) => finished += 1,
+                _ => break,
+            }
+        }
+        interval_alarm(0);
+    }
+    println!("{finished} rounds came to their end");
+    ensure!(finished > 20, "only {finished} rounds came to their end");
+    // The next VM knows nothing of that.
+    let g = Guest::new(env, Chips::Full, 1)?;
+    irq::set_entry(&g.vm, 20, 0x60)?;
+    line(&g.vm, 20, 1)?;
+    g.window(0)?;
+    ensure_eq!(g.log(0), [0x60], "vectors of the next VM");
+    Ok(())
+}
+
 /// With userspace's I/O APIC, the EOI of a level of one of its pins is an exit.
 fn eoi_exits(env: &Env) -> Outcome {
     guest_code!(read, ".code64", "mov al, [rdi]", "ret");
@@ -255,6 +405,33 @@ fn eoi_exits(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// A level that is in service when its route goes to another vCPU: its end is an exit where it is.
+fn eoi_of_the_old_route(env: &Env) -> Outcome {
+    let g = Guest::new(env, Chips::Split(8), 2)?;
+    let to = |id: u64| irq::route(&g.vm, &[to_msi(4, APIC | (id << 12), 0x51 | (1 << 15))]);
+    guest_code!(eoi, ".code64", "mov dword ptr [rdi], 0", "ret");
+    (0..2).for_each(|id| g.set_how(id, 0));
+    to(0)?;
+    line(&g.vm, 4, 1)?;
+    g.window(0)?;
+    ensure_eq!(g.log(0), [0x51], "vectors of vCPU 0");
+    to(1)?;
+    line(&g.vm, 4, 1)?;
+    g.window(1)?;
+    ensure_eq!(g.log(1), [0x51], "vectors of vCPU 1");
+    for id in 0..2 {
+        g.begin(id, eoi(), |r| r.rdi = APIC + 0xb0)?;
+        let exit = g.run(id)?;
+        ensure_eq!(
+            exit,
+            Exit::Other(kb::KVM_EXIT_IOAPIC_EOI),
+            "exit of vCPU {id}"
+        );
+        g.finish(id, &mut |_| Ok(()))?;
+    }
+    Ok(())
+}
+
 fn main() -> ExitCode {
     selftests::tap::main(
         "irqchip",
@@ -265,7 +442,11 @@ fn main() -> ExitCode {
             refusals,
             interrupt,
             interrupt_window,
+            no_window,
+            creation_race,
+            nonsense,
             eoi_exits,
+            eoi_of_the_old_route,
         ],
     )
 }

@@ -354,6 +354,34 @@ fn resample_pic(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// Levels of a device that raises its line again at each EOI, while its guest runs or is halted.
+fn resample_running(env: &Env) -> Outcome {
+    let g = Guest::new(env, Chips::Full, 1)?;
+    set_entry(&g.vm, GSI as usize, 0x61 | LEVEL)?;
+    let (fd, eoi) = (EventFd::new()?, EventFd::new()?);
+    assign_level(&g.vm, &fd, GSI, &eoi)?;
+    let mut want = 0;
+    for code in [irq::spin(), irq::idle()] {
+        g.running(code, |_| {
+            for round in 0..env.fewer(100) {
+                fd.signal()?;
+                ensure!(eoi.wait(patient(3000)), "round {round}: no EOI");
+                ensure_eq!(eoi.take()?, 1, "round {round}: EOIs");
+                want += 1;
+                ensure_eq!(g.count(0, 0x61), want, "round {round}: interrupts");
+            }
+            Ok(())
+        })?;
+    }
+    ensure_eq!(
+        entry(&g.vm, GSI as usize)?,
+        0x61 | LEVEL,
+        "entry at the end"
+    );
+    ensure_eq!(irq::ioapic(&g.vm)?.irr, 0, "lines at the end");
+    Ok(())
+}
+
 /// A level that was masked when it came: unmasked, its owner is asked, and raises it again if it still
 /// means it.
 fn resample_unmasked(env: &Env) -> Outcome {
@@ -718,6 +746,7 @@ fn main() -> ExitCode {
             resample,
             resample_shared,
             resample_pic,
+            resample_running,
             resample_unmasked,
             closed,
             many,

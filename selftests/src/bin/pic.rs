@@ -130,11 +130,12 @@ fn senseless_state(env: &Env) -> Outcome {
         }
         g.restart(0)?;
     }
-    // Still as good as new, once initialised.
+    // Still as good as new, once initialised. The slave first: what it asks for is the master's to keep.
     g.set_how(0, 0);
-    for (port, base) in [(MASTER, BASE), (SLAVE, BASE2)] {
-        let id = u32::from(port == SLAVE);
+    for id in [1, 0] {
         set_pic(&g.vm, id, kb::kvm_pic_state::default())?;
+    }
+    for (port, base) in [(SLAVE, BASE2), (MASTER, BASE)] {
         init(&g, port, base, 1)?;
     }
     taken(&g)?;
@@ -520,6 +521,23 @@ fn lint0(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// Without an APIC, as IA32_APIC_BASE says, there is no LINT0, and the PIC has the processor for itself.
+fn no_apic(env: &Env) -> Outcome {
+    let g = guest(env)?;
+    g.write(0, LINT0, EXTINT | MASKED)?;
+    pulse(&g.vm, 5)?;
+    ensure_eq!(taken(&g)?, [], "vectors with LINT0 masked");
+    let mut s = g.vcpus[0].sregs()?;
+    s.apic_base &= !(1 << 11);
+    g.vcpus[0].set_sregs(&s)?;
+    ensure_eq!(taken(&g)?, [BASE + 5], "vectors without an APIC");
+    g.out8(MASTER, 0x20)?;
+    pulse(&g.vm, 6)?;
+    g.halt(0)?;
+    ensure_eq!(g.log(0), [BASE + 5, BASE + 6], "vectors, halted");
+    Ok(())
+}
+
 /// The vCPU whose LINT0 is open gets them, be it halted or running.
 fn wakes(env: &Env) -> Outcome {
     let g = Guest::new(env, Chips::Full, 2)?;
@@ -578,6 +596,7 @@ fn main() -> ExitCode {
             poll,
             nested,
             lint0,
+            no_apic,
             wakes,
             both,
         ],

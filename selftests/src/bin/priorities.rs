@@ -385,23 +385,8 @@ fn again_after_exits(env: &Env) -> Outcome {
     guest_code!(int3, ".code64", "nop", "int3");
     let g = ready(env)?;
     let c = g.cpu(0);
-    g.acknowledge(0, block::NONE);
     let fault = |vector, error| Answer::Fault { vector, error };
     for round in 0..10 {
-        // An interrupt of the APIC's: it is in service once.
-        g.forget(0);
-        pend(&g, V)?;
-        lose_pages(&g)?;
-        go(&g, nothing(), IF)?;
-        ensure_eq!(g.log(0), vec![V], "interrupts in round {round}");
-        let s = State::get(c.vcpu())?;
-        let bits = (s.vector(reg::IRR, V), s.vector(reg::ISR, V));
-        ensure_eq!(bits, (false, true), "pending, in service");
-        c.xwrite(reg::EOI, 0)?;
-        ensure!(
-            !State::get(c.vcpu())?.vector(reg::ISR, V),
-            "in service after EOI"
-        );
         // An NMI: blocked until IRET, and no more then.
         g.forget(0);
         lose_pages(&g)?;
@@ -473,42 +458,62 @@ fn crowd_after_exits(env: &Env) -> Outcome {
 
 /// A delivery whose stack is a device: userspace is told, and when it has mended that, the delivery goes
 /// on.
-fn stack_is_mmio(env: &Env) -> Outcome {
-    for kind in ["interrupt", "NMI"] {
-        let g = ready(env)?;
-        let v = &g.vcpus[0];
-        g.cpu(0).load(Op::Nop, 0, 0)?;
-        let mut r = v.regs()?;
-        let good = r.rsp;
-        r.rflags |= IF;
-        r.rsp = at::MMIO + 0x800;
-        v.set_regs(&r)?;
-        if kind == "NMI" {
-            nmi(&g)?;
-        } else {
-            pend(&g, V)?;
+fn stack_in_device(env: &Env, pend: impl FnOnce(&Guest) -> Outcome, vector: u8) -> Outcome {
+    let g = ready(env)?;
+    let v = &g.vcpus[0];
+    g.cpu(0).load(Op::Nop, 0, 0)?;
+    let mut r = v.regs()?;
+    let good = r.rsp;
+    r.rflags |= IF;
+    r.rsp = at::MMIO + 0x800;
+    v.set_regs(&r)?;
+    pend(&g)?;
+    v.run()?;
+    match decode(v) {
+        Exit::Internal { suberror, .. } => {
+            ensure_eq!(suberror, kb::KVM_INTERNAL_ERROR_DELIVERY_EV, "suberror");
         }
-        v.run()?;
-        match decode(v) {
-            Exit::Internal { suberror, .. } => {
-                ensure_eq!(
-                    suberror,
-                    kb::KVM_INTERNAL_ERROR_DELIVERY_EV,
-                    "suberror, {kind}"
-                );
-            }
-            other => fail!("exit {other:x?} of an {kind} with its stack in a device"),
-        }
-        ensure_eq!(g.total(0), 0, "events");
-        let mut r = v.regs()?;
-        ensure_eq!(r.rsp, at::MMIO + 0x800, "RSP");
-        r.rsp = good;
-        v.set_regs(&r)?;
-        g.cpu(0).finish()?;
-        let want = if kind == "NMI" { 2 } else { V };
-        ensure_eq!(g.log(0), vec![want], "events when that is mended");
+        other => fail!("exit {other:x?} of a delivery with its stack in a device"),
+    }
+    ensure_eq!(g.total(0), 0, "events");
+    let mut r = v.regs()?;
+    ensure_eq!(r.rsp, at::MMIO + 0x800, "RSP");
+    r.rsp = good;
+    v.set_regs(&r)?;
+    g.cpu(0).finish()?;
+    ensure_eq!(g.log(0), vec![vector], "events when that is mended");
+    Ok(())
+}
+
+fn nmi_stack_in_device(env: &Env) -> Outcome {
+    stack_in_device(env, nmi, 2)
+}
+
+/// The same for an interrupt of the APIC's: it is in service once.
+fn interrupt_again_after_exits(env: &Env) -> Outcome {
+    let g = ready(env)?;
+    let c = g.cpu(0);
+    g.acknowledge(0, block::NONE);
+    for round in 0..10 {
+        g.forget(0);
+        pend(&g, V)?;
+        lose_pages(&g)?;
+        go(&g, nothing(), IF)?;
+        ensure_eq!(g.log(0), vec![V], "interrupts in round {round}");
+        let s = State::get(c.vcpu())?;
+        let bits = (s.vector(reg::IRR, V), s.vector(reg::ISR, V));
+        ensure_eq!(bits, (false, true), "pending, in service");
+        c.xwrite(reg::EOI, 0)?;
+        ensure!(
+            !State::get(c.vcpu())?.vector(reg::ISR, V),
+            "in service after EOI"
+        );
     }
     Ok(())
+}
+
+fn interrupt_stack_in_device(env: &Env) -> Outcome {
+    stack_in_device(env, |g| pend(g, V), V)
 }
 
 /// Makes the gate of `vector` one that is not present.
@@ -663,7 +668,9 @@ fn main() -> ExitCode {
             nested,
             again_after_exits,
             crowd_after_exits,
-            stack_is_mmio,
+            nmi_stack_in_device,
+            interrupt_again_after_exits,
+            interrupt_stack_in_device,
             missing_gates,
             events,
         ],

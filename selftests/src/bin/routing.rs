@@ -12,7 +12,7 @@ use selftests::irq::{
 };
 use selftests::sys;
 use selftests::vm::Vm;
-use selftests::{ensure, ensure_eq, fail, tests, Env, Outcome, Verdict};
+use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -446,7 +446,7 @@ fn msi_order(env: &Env) -> Outcome {
 fn wide_destinations(env: &Env) -> Outcome {
     let g = Guest::new(env, Chips::Full, 2)?;
     if g.kvm.capability(kb::KVM_CAP_X2APIC_API) <= 0 {
-        selftests::skip!("no KVM_CAP_X2APIC_API");
+        skip!("no KVM_CAP_X2APIC_API");
     }
     for flags in [1 << 4, 1 << 31, 1 << 32, u64::MAX] {
         let r = g.vm.enable_cap(kb::KVM_CAP_X2APIC_API, flags);
@@ -486,6 +486,58 @@ fn wide_destinations(env: &Env) -> Outcome {
     ensure_eq!(line_status(&g.vm, 6, 1)?, 1, "APIC 1 by a route: status");
     (0..2).try_for_each(|id| g.window(id))?;
     ensure_eq!((g.log(0), g.log(1)), (vec![], vec![0x71, 0x70]), "vectors");
+    Ok(())
+}
+
+/// An APIC whose number has more than 8 bits: only wide destinations reach it.
+fn wide_apic(env: &Env) -> Outcome {
+    const ID: u64 = 300;
+    let mut g = Guest::new(env, Chips::Full, 1)?;
+    if g.kvm.capability(kb::KVM_CAP_X2APIC_API) <= 0 {
+        skip!("no KVM_CAP_X2APIC_API");
+    }
+    if g.kvm.capability(kb::KVM_CAP_MAX_VCPU_ID) <= ID as i32 {
+        skip!("no vCPU has the number {ID}");
+    }
+    guest_code!(wrmsr, ".code64", "wrmsr", "ret");
+    g.add_vcpu(usize_of(ID))?;
+    let mut s = g.vcpus[1].sregs()?;
+    s.apic_base |= 1 << 10;
+    g.vcpus[1].set_sregs(&s)?;
+    g.exec(1, wrmsr(), |r| (r.rcx, r.rax, r.rdx) = (0x80f, 0x1ff, 0))?;
+    g.set_how(1, how::X2APIC);
+    let wide = to(ID & 0xff) | (ID >> 8 << 40);
+    let nobody = |address: u64, what: &str| -> Outcome {
+        let r = msi(&g.vm, address, 0x70);
+        ensure!(
+            r.as_ref()
+                .map_or_else(|e| e.errno == libc::EPERM, |n| *n == 0),
+            "{what}: {r:?}"
+        );
+        Ok(())
+    };
+    nobody(wide, "not enabled")?;
+    nobody(to(ID & 0xff), "its low 8 bits")?;
+    let all = kb::KVM_X2APIC_API_USE_32BIT_IDS | kb::KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+    g.vm.enable_cap(
+        kb::KVM_CAP_X2APIC_API,
+        kb::KVM_X2APIC_API_USE_32BIT_IDS.into(),
+    )?;
+    nobody(to(ID & 0xff), "its low 8 bits, enabled")?;
+    ensure_eq!(send(&g.vm, wide, 0x70)?, 1, "vCPUs");
+    route(&g.vm, &[to_msi(30, wide, 0x71)])?;
+    ensure_eq!(line_status(&g.vm, 30, 1)?, 1, "status of a route");
+    g.window(1)?;
+    ensure_eq!(g.log(1), [0x71, 0x70], "vectors");
+    // All, as an xAPIC has it, is an x2APIC's too, unless that is disabled.
+    ensure_eq!(send(&g.vm, to(0xff), 0x72)?, 2, "all");
+    g.vm.enable_cap(kb::KVM_CAP_X2APIC_API, all.into())?;
+    // KVM finds an xAPIC then only if that has a logical number.
+    let xapics = send(&g.vm, to(0xff), 0x73)?;
+    (0..2).try_for_each(|id| g.window(id))?;
+    let want: &[u8] = if xapics == 1 { &[0x73, 0x72] } else { &[0x72] };
+    ensure_eq!(g.log(0), want, "vectors of the xAPIC");
+    ensure_eq!(g.log(1), [0x71, 0x70, 0x72], "vectors of the x2APIC");
     Ok(())
 }
 
@@ -602,6 +654,7 @@ fn main() -> ExitCode {
             msi_delivery,
             msi_order,
             wide_destinations,
+            wide_apic,
             replaced_in_flight,
             no_stale_route,
             crossing,

@@ -618,9 +618,11 @@ guest_code!(checker, ".code64",
 );
 
 guest_code!(invalidate, ".code64",
+    "cmp eax, 0x55", // not for a spurious interrupt
+    "jne 2f",
     "invlpg [{V}]",
     "lock inc qword ptr [{B} + 0x80]",
-    "ret";
+    "2: ret";
     V = SHARED, B = block::FIRST,
 );
 

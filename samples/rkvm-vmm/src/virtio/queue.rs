@@ -33,6 +33,16 @@ impl Ring {
         }
     }
 
+    /// The queue's addresses and size, for someone else to serve it.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// The file that interrupts the guest, for the same.
+    pub fn interrupt(&self) -> &EventFd {
+        &self.interrupt
+    }
+
     /// Gives every available chain to `serve`, which returns how many bytes it wrote to it, or `None`
     /// to leave it and all behind it for later. Returns whether chains were used, and interrupts the
     /// guest for them if the driver wants that.
