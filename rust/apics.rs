@@ -593,6 +593,12 @@ impl Apics {
         self.table.read().broadcast
     }
 
+    /// How wide the IDs in a message are, and whom 0xff means. In any context.
+    pub(crate) fn addressing(&self) -> (IdFormat, Broadcast) {
+        let table = self.table.read();
+        (table.ids, table.broadcast)
+    }
+
     /// How wide IDs are.
     pub(crate) fn ids(&self) -> IdFormat {
         self.table.read().ids

@@ -204,11 +204,11 @@ impl Irqs {
 
     /// Sends a message: KVM's value for how it fared.
     fn send_msi(&self, msi: &Msi) -> isize {
-        let ids = self.apics.ids();
+        let (ids, broadcast) = self.apics.addressing();
         if !msi.is_valid(ids) {
             return -1;
         }
-        match msi.message(ids, self.apics.broadcast()) {
+        match msi.message(ids, broadcast) {
             Some(message) => self.deliver(&message),
             None => 0,
         }
@@ -226,17 +226,30 @@ impl Irqs {
     /// Has `source` drive the line with a GSI. What became of it is KVM's `status`: -1 if it was
     /// ignored, 0 if it is one with the request before, else how many took it. In any context.
     pub(crate) fn set_line(&self, gsi: u32, source: Source, signal: Signal) -> isize {
-        self.drive(gsi, source, signal, Caller::Other)
+        self.drive(&self.routes.read(), gsi, source, signal, Caller::Other)
     }
 
     /// KVM_IRQ_LINE_STATUS: as [`Self::set_line`], by user space that counts on the status.
     pub(crate) fn set_line_status(&self, gsi: u32, signal: Signal) -> isize {
-        self.drive(gsi, Source::USER, signal, Caller::Counts)
+        self.drive(
+            &self.routes.read(),
+            gsi,
+            Source::USER,
+            signal,
+            Caller::Counts,
+        )
     }
 
-    fn drive(&self, gsi: u32, source: Source, signal: Signal, caller: Caller) -> isize {
+    fn drive(
+        &self,
+        table: &Table,
+        gsi: u32,
+        source: Source,
+        signal: Signal,
+        caller: Caller,
+    ) -> isize {
         let mut status = -1;
-        for route in self.routes.read().routes(gsi) {
+        for route in table.routes(gsi) {
             let this = match route {
                 Route::Input(Input::Pic(pin)) => self.set_pic_line(*pin, source, signal),
                 Route::Input(Input::Ioapic(pin)) => {
@@ -255,8 +268,10 @@ impl Irqs {
 
     /// Has `source` drive the line high and low again. In any context.
     pub(crate) fn pulse(&self, gsi: u32, source: Source) {
-        self.set_line(gsi, source, Signal::High);
-        self.set_line(gsi, source, Signal::Low);
+        let table = self.routes.read();
+        for signal in [Signal::High, Signal::Low] {
+            self.drive(&table, gsi, source, signal, Caller::Other);
+        }
     }
 
     /// The vectors whose ends on an APIC are to be told: to [`Self::eoi`], or to user space if the I/O
@@ -277,7 +292,7 @@ impl Irqs {
             Mode::None => {}
             Mode::Split => {
                 let pins = self.mode.load(Ordering::Relaxed) >> 2;
-                let (ids, broadcast) = (self.apics.ids(), self.apics.broadcast());
+                let (ids, broadcast) = self.apics.addressing();
                 for msi in self.routes.read().messages_below(pins) {
                     match msi.message(ids, broadcast) {
                         Some(message) if message.trigger == Trigger::Level => add(&message),

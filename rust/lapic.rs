@@ -88,7 +88,7 @@ pub(crate) struct LocalApic {
     timer: HrTimer<WakeUp>,
     /// The timer of the host is armed.
     armed: bool,
-    /// When the timer last went off, in nanoseconds of CLOCK_MONOTONIC.
+    /// When the timer that goes on by itself last went off, in nanoseconds of CLOCK_MONOTONIC.
     last_expiry: u64,
     /// The processor delivers interrupts by itself.
     pub(crate) virtualised: bool,
@@ -185,8 +185,10 @@ impl LocalApic {
     /// The timer's interrupt, if it is time for it. What is no vector is left to the caller.
     pub(crate) fn run_timer(&mut self, clock: &GuestClock) -> Delivered {
         let (expiry, delivered) = self.model.run_timer(clock);
-        if let Expiry::Fired { .. } = expiry {
-            self.last_expiry = hrtimer::now();
+        if let Expiry::Fired { next } = expiry {
+            if next.is_some() {
+                self.last_expiry = hrtimer::now();
+            }
             self.recheck = true;
         }
         delivered

@@ -249,7 +249,9 @@ impl<L: Loaded> Run<'_, L> {
             return None;
         }
 
-        self.prepare_apic();
+        if self.arch.apic.is_some() {
+            self.prepare_apic();
+        }
         if delivery.exit_at_once {
             // It waits for interrupts to be on, which is in the guest, after the delivery.
             preempt.interrupt_self();
@@ -304,6 +306,7 @@ impl<L: Loaded> Run<'_, L> {
                 // exception be raised here: what was injected before is not concluded yet.
                 Exit::Rdmsr if self.rdmsr() => {}
                 Exit::Wrmsr if self.wrmsr_at_once() => {}
+                Exit::Timer if self.timer_at_once() => {}
                 exit => return exit,
             }
             if self.shared.pending() || task::guest_entry_work_pending(irqs) {
@@ -390,10 +393,8 @@ impl<L: Loaded> Run<'_, L> {
                 linear,
             } => self.page_fault(gpa, access, linear),
             Exit::Hlt => self.halt(),
-            Exit::Timer => {
-                self.shared.request(Request::Timer);
-                Ok(Next::Guest)
-            }
+            // It has been run, and the loop looks for what came of it.
+            Exit::Timer => Ok(Next::Guest),
             Exit::PriorityBelowThreshold => {
                 self.recheck_interrupts();
                 Ok(Next::Guest)

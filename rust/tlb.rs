@@ -171,6 +171,7 @@ impl VcpuShared {
     }
 
     /// The barrier between what the vCPU has said of its mode and what it looks for next.
+    #[inline]
     pub(crate) fn order_after_exit(&self) {
         core::sync::atomic::fence(Ordering::SeqCst);
     }
@@ -184,11 +185,13 @@ impl VcpuShared {
     }
 
     /// KVM_RUN begins, in the current thread.
+    #[inline]
     pub(crate) fn begin_run(&self) {
         self.sleeps.store(false, Ordering::Relaxed);
     }
 
     /// KVM_RUN ends.
+    #[inline]
     pub(crate) fn end_run(&self) {
         self.sleeps.store(true, Ordering::Relaxed);
     }
@@ -211,6 +214,7 @@ impl VcpuShared {
     }
 
     /// Returns if there is a request that wakes the vCPU.
+    #[inline]
     pub(crate) fn has_reason_to_wake(&self) -> bool {
         self.requests.load(Ordering::SeqCst) & Request::WAKE != 0
     }

@@ -16,8 +16,10 @@ use crate::tlb::Request;
 use crate::tlb::VcpuShared;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::apic::base::DEFAULT_ADDRESS;
+use crate::x86::apic::events::ApicEvent;
 use crate::x86::apic::message::Target;
 use crate::x86::apic::timer::Clock;
+use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Effect;
 use crate::x86::apic::Eoi;
 use crate::x86::cpuid::features::Features;
@@ -114,12 +116,7 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
 }
 
 /// The timer may go off at another moment than before.
-pub(super) fn set_timer(
-    hw: &mut impl Loaded,
-    apic: &mut LocalApic,
-    clock: &GuestClock,
-    tsc_khz: u32,
-) {
+fn set_timer(hw: &mut impl Loaded, apic: &mut LocalApic, clock: &GuestClock, tsc_khz: u32) {
     if hw.has_timer() {
         // The host's own timer is for when the vCPU sleeps.
         hw.set_timer(apic.expires_tsc(clock, tsc_khz));
@@ -270,6 +267,32 @@ impl<L: Loaded> Run<'_, L> {
             self.hw.set_timer(apic.expires_tsc(&clock, tsc_khz));
         }
         true
+    }
+
+    /// The timer may have gone off.
+    pub(super) fn run_timer(&mut self) {
+        let clock = clock(&mut self.hw);
+        let tsc_khz = self.arch.tsc_khz;
+        let Some(apic) = self.arch.apic.as_deref_mut() else {
+            return;
+        };
+        if let Delivered::Event(ApicEvent::Nmi) = apic.run_timer(&clock) {
+            self.arch.events.queue_nmi();
+        }
+        set_timer(&mut self.hw, apic, &clock, tsc_khz);
+    }
+
+    /// The same, with interrupts off: returns if the processor delivers what has come of it, and there is
+    /// nothing else for an entry to.
+    #[inline(never)]
+    pub(super) fn timer_at_once(&mut self) -> bool {
+        self.run_timer();
+        let apic = self.arch.apic.as_deref();
+        let by_itself = apic.is_some_and(|apic| apic.virtualised) && self.arch.events.is_idle();
+        if by_itself {
+            self.prepare_apic();
+        }
+        by_itself
     }
 
     /// Before an entry, interrupts off: what has been posted, and what the processor has to know of a

@@ -5,7 +5,6 @@
 
 use super::apic::apply;
 use super::apic::clock;
-use super::apic::set_timer;
 use super::apic::Around;
 use super::apic::Controllers;
 use super::Next;
@@ -163,19 +162,14 @@ impl<L: Loaded> Run<'_, L> {
             let around = self.around();
             accept_events(&mut self.hw, self.arch, &around);
         }
-        let clock = clock(&mut self.hw);
-        let tsc_khz = self.arch.tsc_khz;
+        if shared.take(Request::Timer) {
+            self.run_timer();
+        }
         let Some(apic) = self.arch.apic.as_deref_mut() else {
             return;
         };
         if shared.take(Request::Interrupts) {
             apic.recheck = true;
-        }
-        if shared.take(Request::Timer) {
-            if let Delivered::Event(ApicEvent::Nmi) = apic.run_timer(&clock) {
-                self.arch.events.queue_nmi();
-            }
-            set_timer(&mut self.hw, apic, &clock, tsc_khz);
         }
         if shared.take(Request::Watchdog) {
             if let Delivered::Event(ApicEvent::Nmi) = apic.model.deliver_local(LvtEntry::Lint0) {

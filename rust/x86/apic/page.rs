@@ -55,11 +55,9 @@ pub(super) fn put<P: ApicPage>(page: &P, reg: Reg, value: u32) {
 }
 
 /// The word of a bank that a vector's bit is in, and the bit.
+#[inline]
 const fn locate(bank: Bank, vector: u8) -> (u16, u32) {
-    (
-        Reg::Vectors(bank, vector >> 5).offset(),
-        1 << (vector & 0x1f),
-    )
+    (bank.offset(vector >> 5), 1 << (vector & 0x1f))
 }
 
 /// Whether a vector's bit is set.
@@ -87,7 +85,7 @@ pub(super) fn clear<P: ApicPage>(page: &P, bank: Bank, vector: u8) {
 #[inline]
 pub(super) fn highest<P: ApicPage>(page: &P, bank: Bank) -> Option<u8> {
     (0..8u8).rev().find_map(|word| {
-        let bits = page.read(Reg::Vectors(bank, word).offset());
+        let bits = page.read(bank.offset(word));
         bits.checked_ilog2().map(|bit| (word << 5) | bit as u8)
     })
 }

@@ -16,6 +16,20 @@ pub enum Bank {
     Irr,
 }
 
+impl Bank {
+    /// Where a word of it is in the page; the first is word 0.
+    #[inline]
+    #[must_use]
+    pub const fn offset(self, word: u8) -> u16 {
+        let first = match self {
+            Self::Isr => 0x100,
+            Self::Tmr => 0x180,
+            Self::Irr => 0x200,
+        };
+        first | ((word & 7) as u16) << 4
+    }
+}
+
 /// An entry of the local vector table (SDM vol. 3, 12.5.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LvtEntry {
@@ -307,6 +321,7 @@ impl Reg {
     }
 
     /// Where it is in the page.
+    #[inline]
     #[must_use]
     pub const fn offset(self) -> u16 {
         match self {
@@ -319,14 +334,7 @@ impl Reg {
             Self::Ldr => 0x0d0,
             Self::Dfr => 0x0e0,
             Self::Svr => 0x0f0,
-            Self::Vectors(bank, word) => {
-                let word = ((word & 7) as u16) << 4;
-                match bank {
-                    Bank::Isr => 0x100 | word,
-                    Bank::Tmr => 0x180 | word,
-                    Bank::Irr => 0x200 | word,
-                }
-            }
+            Self::Vectors(bank, word) => bank.offset(word),
             Self::Esr => 0x280,
             Self::Lvt(LvtEntry::Cmci) => 0x2f0,
             Self::Icr => 0x300,
