@@ -649,7 +649,7 @@ fn mwait(env: &Env) -> Outcome {
         let mut c = m.kvm.supported_cpuid()?;
         for e in c.list_mut() {
             if e.function == 1 {
-                e.ecx = e.ecx & !(1 << 3) | u32::from(in_cpuid) << 3;
+                e.ecx = (e.ecx & !(1 << 3)) | (u32::from(in_cpuid) << 3);
             }
         }
         m.vcpu.set_cpuid(&c)?;
@@ -665,7 +665,7 @@ fn mwait(env: &Env) -> Outcome {
         } else {
             m.expect_hlt()?;
         }
-        let seen = m.vcpu.regs()?.r9 & 1 << 3 != 0;
+        let seen = m.vcpu.regs()?.r9 & (1 << 3) != 0;
         ensure_eq!(seen, told, "{case}: MONITOR in CPUID");
     }
     Ok(())
