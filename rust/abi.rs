@@ -54,7 +54,7 @@ pub(crate) use crate::bindings::kvm_xcrs;
 pub(crate) const API_VERSION: isize = 12;
 
 /// The most vCPUs in a VM (KVM_CAP_MAX_VCPUS).
-pub(crate) const MAX_VCPUS: usize = 64;
+pub(crate) const MAX_VCPUS: usize = 1024;
 
 /// One more than the greatest vCPU identifier (KVM_CAP_MAX_VCPU_ID). A topology of processors leaves
 /// numbers out.

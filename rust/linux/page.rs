@@ -87,10 +87,10 @@ impl KernelPage {
     /// A word that others may change at the same time, if it is in the page and aligned.
     #[inline]
     pub(crate) fn atomic(&self, offset: usize) -> Option<&AtomicU32> {
+        let place = self.at::<u32>(offset)?;
         // SAFETY: The place is in the page and aligned, by `at`, and stays as long as the page. Who
         // else writes there does so by whole words.
-        self.at::<u32>(offset)
-            .map(|place| unsafe { AtomicU32::from_ptr(place) })
+        Some(unsafe { AtomicU32::from_ptr(place) })
     }
 
     /// Copies bytes out, as many as both sides have.

@@ -6,8 +6,8 @@ Usage: test.py TREE [PATTERN]
 A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
 JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine,
 guest/KERNEL/DEVICE for Linux in the sample VMM, smp-Ncpu/DEVICE/KERNEL-IRQCHIP-CPUS for the same on
-more processors and with disks, and kselftests/PROGRAM ARGUMENTS
-for the kernel's own KVM selftests on rkvm (kselftests-2cpu with two CPUs). PATTERN is a regular
+more processors and with disks, and kselftests/PROGRAM ARGUMENTS for the kernel's own KVM selftests
+on rkvm (kselftests-2cpu with two CPUs). PATTERN is a regular
 expression searched in it. testbed/TEST is about the testbed itself. Every job adds JOB/machine: its kernel complained of
 nothing and powered off. RKVM_NOT_BUILT names what did not build.
 """
@@ -332,7 +332,7 @@ def smp_job(suite, work, cpus, kernels):
     """A boot in which guests with disks, most with more processors than there are, run."""
     full = bool(os.environ.get("RKVM_GUESTS_FULL"))
     name = f"smp-{cpus}cpu"
-    # Documentation/testing.rst says why kvm-intel goes without.
+    # Documentation/testing.rst says why kvm-intel does without APIC virtualisation.
     job = Job(suite, name, cpus=cpus, timeout=7200 if full else 1200,
               insmod=("kvm-intel enable_apicv=0", "rkvm", "tun", "vhost_net"))
     job.data.append(os.path.join(suite.tree, "build/bin/rkvm-vmm"))

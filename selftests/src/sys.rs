@@ -153,6 +153,9 @@ ioctls! {
     KVM_SET_DEBUGREGS: WRITE, 0xa2, size::<kb::kvm_debugregs>();
     KVM_SET_TSC_KHZ: 0, 0xa2, 0;
     KVM_GET_TSC_KHZ: 0, 0xa3, 0;
+    KVM_SET_DEVICE_ATTR: WRITE, 0xe1, size::<kb::kvm_device_attr>();
+    KVM_GET_DEVICE_ATTR: WRITE, 0xe2, size::<kb::kvm_device_attr>();
+    KVM_HAS_DEVICE_ATTR: WRITE, 0xe3, size::<kb::kvm_device_attr>();
     KVM_SIGNAL_MSI: WRITE, 0xa5, size::<kb::kvm_msi>();
     KVM_ENABLE_CAP: WRITE, 0xa3, size::<kb::kvm_enable_cap>();
     KVM_GET_XSAVE: READ, 0xa4, 4096;

@@ -26,7 +26,7 @@ impl Bank {
             Self::Tmr => 0x180,
             Self::Irr => 0x200,
         };
-        first | ((word & 7) as u16) << 4
+        first | (((word & 7) as u16) << 4)
     }
 }
 

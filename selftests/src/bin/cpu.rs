@@ -606,6 +606,71 @@ fn vcpus_apart(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// MONITOR and MWAIT do nothing, unless the VMM wants them to fault where CPUID has not got them; CPUID follows
+/// IA32_MISC_ENABLE in it, if the VMM wants that.
+fn mwait(env: &Env) -> Outcome {
+    guest_code!(code, ".code64",
+        // MISC_ENABLE.MWAIT gets the value of R8.
+        "mov ecx, 0x1a0",
+        "rdmsr",
+        "btr eax, 18",
+        "or eax, r8d",
+        "wrmsr",
+        "mov eax, 1",
+        "xor ecx, ecx",
+        "cpuid",
+        "mov r9d, ecx",
+        "mov eax, {D}",
+        "xor ecx, ecx",
+        "xor edx, edx",
+        "monitor",
+        "mwait",
+        "hlt";
+        D = D,
+    );
+    const NEVER_UD: u32 = kb::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
+    const NO_UPDATE: u32 = kb::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
+    for (disabled, in_cpuid, in_msr) in [
+        (0, false, false),
+        (NEVER_UD, false, true),
+        (NEVER_UD, true, false),
+        (NO_UPDATE, true, false),
+        (NO_UPDATE | NEVER_UD, true, false),
+        (NO_UPDATE | NEVER_UD, false, true),
+    ] {
+        let case =
+            format!("quirks {disabled:#x} disabled, {in_cpuid} in CPUID, {in_msr} in the MSR");
+        let m = Machine::bare(env, at::SIZE)?;
+        let quirks = m.kvm.capability(kb::KVM_CAP_DISABLE_QUIRKS2);
+        if quirks & (NEVER_UD | NO_UPDATE) as i32 != (NEVER_UD | NO_UPDATE) as i32 {
+            skip!("no such quirks");
+        }
+        m.vm.enable_cap(kb::KVM_CAP_DISABLE_QUIRKS2, disabled.into())?;
+        let mut c = m.kvm.supported_cpuid()?;
+        for e in c.list_mut() {
+            if e.function == 1 {
+                e.ecx = (e.ecx & !(1 << 3)) | (u32::from(in_cpuid) << 3);
+            }
+        }
+        m.vcpu.set_cpuid(&c)?;
+        m.start(Mode::Long, code())?;
+        m.patch_regs(|r| r.r8 = u64::from(in_msr) << 18)?;
+        let told = if disabled & NO_UPDATE != 0 {
+            in_msr
+        } else {
+            in_cpuid
+        };
+        if disabled & NEVER_UD != 0 && !told {
+            m.expect_exception(6)?;
+        } else {
+            m.expect_hlt()?;
+        }
+        let seen = m.vcpu.regs()?.r9 & (1 << 3) != 0;
+        ensure_eq!(seen, told, "{case}: MONITOR in CPUID");
+    }
+    Ok(())
+}
+
 fn main() -> ExitCode {
     selftests::tap::main(
         "cpu",
@@ -622,6 +687,7 @@ fn main() -> ExitCode {
             debug_register_faults,
             general_detect,
             xsetbv,
+            mwait,
             quiet_instructions,
             hypercall,
             tsc_monotonic,
