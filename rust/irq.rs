@@ -251,10 +251,7 @@ impl Irqs {
         let mut status = -1;
         for route in table.routes(gsi) {
             let this = match route {
-                Route::Input(Input::Pic(pin)) => self.set_pic_line(*pin, source, signal),
-                Route::Input(Input::Ioapic(pin)) => {
-                    self.set_ioapic_line(*pin, source, signal, caller)
-                }
+                Route::Input(input) => self.set_input(*input, source, signal, caller),
                 Route::Msi(msi) if signal.is_high() => self.send_msi(msi),
                 // The end of a level is no message.
                 Route::Msi(_) => -1,
@@ -264,6 +261,15 @@ impl Irqs {
             }
         }
         status
+    }
+
+    // Not inlined: what it saves and sets up is not for messages, which have the shorter way.
+    #[inline(never)]
+    fn set_input(&self, input: Input, source: Source, signal: Signal, caller: Caller) -> isize {
+        match input {
+            Input::Pic(pin) => self.set_pic_line(pin, source, signal),
+            Input::Ioapic(pin) => self.set_ioapic_line(pin, source, signal, caller),
+        }
     }
 
     /// Has `source` drive the line high and low again. In any context.
