@@ -17,7 +17,6 @@ use crate::tlb::VcpuShared;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::apic::events::ApicEvent;
-use crate::x86::apic::message::Target;
 use crate::x86::apic::timer::Clock;
 use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Effect;
@@ -350,15 +349,14 @@ impl<L: Loaded> Run<'_, L> {
         let Some(apic) = self.arch.apic.as_deref_mut() else {
             return false;
         };
-        // Fixed, edge, physical, by no shorthand: what else there is can take its time.
-        if value & 0xc_cf00 & !0x4000 != 0 {
+        // Fixed, edge, by no shorthand: what else there is can take its time.
+        if value & 0xc_8700 != 0 {
             return false;
         }
         let clock = GuestClock { tsc_offset: 0 };
         match apic.model.write_msr(msr, value, &clock) {
             Ok(Effect::Send(message)) => {
                 let sender = apic.model.config().id;
-                debug_assert!(!matches!(message.target, Target::Itself));
                 self.apics.send(&message, Some(sender));
                 true
             }

@@ -133,6 +133,8 @@ pub(crate) fn write(
         Class::ControlStructure if msr == Msr::EFER => write_efer(hw, arch, host, value, by_host)?,
         Class::Time => {
             write_time(hw, arch, msr, value, by_host);
+            // A deadline is one of the guest's counter, which may have moved.
+            return Ok(Effect::Timer);
         }
         Class::ControlStructure | Class::Switched => {
             if msr == Msr::SPEC_CTRL {

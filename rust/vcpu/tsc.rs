@@ -31,6 +31,8 @@ impl<L: Loaded> Locked<'_, L> {
         has_attr(attr)?;
         let offset = user::read(attr.addr as usize)?;
         self.hw.set_tsc_offset(offset);
+        // A deadline is one of the guest's counter.
+        self.apply(Effect::Timer);
         // A deadline comes earlier or later now.
         self.apply(Effect::Timer);
         Ok(())

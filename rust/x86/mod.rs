@@ -26,8 +26,8 @@
 //! | [`pit`] | [`Pit`](pit::Pit): the 8254 timer, the speaker's port, ticks that a guest is late for |
 //!
 //! `apic`, `line`, `ioapic`, `pic` and `pit` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP,
-//! KVM_CAP_SPLIT_IRQCHIP, KVM_CREATE_PIT2), which the module does not offer yet: only the tests use them. The module uses the rules of
-//! IA32_APIC_BASE alone ([`ApicBase`](apic::base::ApicBase)).
+//! KVM_CAP_SPLIT_IRQCHIP, KVM_CREATE_PIT2). Without one, the module uses the rules of IA32_APIC_BASE alone
+//! ([`ApicBase`](apic::base::ApicBase)).
 //!
 //! The emulator, from the side of an EPT violation in no memory slot:
 //!

@@ -297,7 +297,7 @@ fn nonsense(env: &Env) -> Outcome {
             g.vm.fd.ioctl(sys::KVM_CREATE_PIT, 0)?;
         }
         g.set_how(0, rng.below(8));
-        interval_alarm(5);
+        interval_alarm(5 * u64::from(env.slow));
         for _ in 0..60 {
             let gsi = rng.below(26) as u32;
             line(&g.vm, gsi, rng.below(2) as u32)?;
@@ -345,7 +345,7 @@ fn nonsense(env: &Env) -> Outcome {
         interval_alarm(0);
     }
     println!("{finished} rounds came to their end");
-    ensure!(finished > 20, "only {finished} rounds came to their end");
+    ensure!(finished > 20 / u64::from(env.slow), "only {finished} rounds came to their end");
     // The next VM knows nothing of that.
     let g = Guest::new(env, Chips::Full, 1)?;
     irq::set_entry(&g.vm, 20, 0x60)?;
