@@ -228,25 +228,21 @@ impl<L: Loaded> Run<'_, L> {
         let Some(apic) = self.arch.apic.as_deref_mut() else {
             return false;
         };
-        let told = match apic.model.highest_in_service() {
-            Some(vector) => apic.tells_eoi(vector),
-            None => false,
-        };
-        if told || value != 0 {
+        if value != 0 || apic.model.mode() != ApicMode::X2apic {
             return false;
         }
-        let clock = GuestClock { tsc_offset: 0 };
-        match apic.model.write_msr(Msr::X2APIC_EOI, value, &clock) {
-            Ok(_) => {
-                if apic.model.highest_requested().is_some() {
-                    // The loop stops for it.
-                    apic.recheck = true;
-                    self.shared.request(Request::Interrupts);
-                }
-                true
-            }
-            Err(_) => false,
+        let vector = apic.model.highest_in_service();
+        if vector.is_some_and(|vector| apic.tells_eoi(vector)) {
+            return false;
         }
+        // Nobody wants to know what has ended.
+        let _ = apic.model.eoi();
+        if apic.model.highest_requested().is_some() {
+            // The loop stops for it.
+            apic.recheck = true;
+            self.shared.request(Request::Interrupts);
+        }
+        true
     }
 
     /// A deadline that is still to come.

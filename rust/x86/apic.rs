@@ -419,7 +419,8 @@ impl<P: ApicPage> Apic<P> {
         let vector = self.pending_interrupt()?;
         page::clear(&self.page, Bank::Irr, vector);
         page::set(&self.page, Bank::Isr, vector);
-        self.update_ppr();
+        // It is pending because its class is above the task's and those of all in service.
+        self.put(Reg::Ppr, u32::from(vector & 0xf0));
         Some(vector)
     }
 

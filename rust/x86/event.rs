@@ -133,7 +133,7 @@ pub enum Injection {
 pub trait InterruptSource {
     /// Whether one waits that the processor's priority lets through.
     fn waits(&mut self) -> bool;
-    /// Takes the one that comes first: it is in service from now on.
+    /// Takes the one that comes first, if one [waits](Self::waits): it is in service from now on.
     fn acknowledge(&mut self) -> Option<u8>;
 }
 
@@ -476,10 +476,8 @@ impl PendingEvents {
                 Some(Injection::Nmi)
             }
             Class::Interrupt => {
-                let vector = match self.interrupt_pending.take() {
-                    None if source.waits() => source.acknowledge(),
-                    queued => queued,
-                }?;
+                let queued = self.interrupt_pending.take();
+                let vector = queued.or_else(|| source.acknowledge())?;
                 let interrupt = Interrupt {
                     vector,
                     insn_len: 0,
