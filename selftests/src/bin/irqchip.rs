@@ -345,7 +345,10 @@ fn nonsense(env: &Env) -> Outcome {
         interval_alarm(0);
     }
     println!("{finished} rounds came to their end");
-    ensure!(finished > 20 / u64::from(env.slow), "only {finished} rounds came to their end");
+    ensure!(
+        finished > 20 / u64::from(env.slow),
+        "only {finished} rounds came to their end"
+    );
     // The next VM knows nothing of that.
     let g = Guest::new(env, Chips::Full, 1)?;
     irq::set_entry(&g.vm, 20, 0x60)?;
