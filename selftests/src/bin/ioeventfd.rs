@@ -718,12 +718,13 @@ fn assign_race(env: &Env) -> Outcome {
         (PORT, kicks_port(), 0),
     ] {
         g.begin(0, code, |r| (r.rdi, r.rcx) = (place.addr, writes))?;
-        let done = AtomicBool::new(false);
+        let (begun, done) = (AtomicBool::new(false), AtomicBool::new(false));
         let (exits, signals, cycles) = std::thread::scope(|scope| {
             let other = scope.spawn(|| -> Result<(u64, u64), Verdict> {
                 let (mut n, mut cycles) = (0, 0);
                 while !done.load(Ordering::SeqCst) {
                     assign(&g.vm, place, &fd, len, None)?;
+                    begun.store(true, Ordering::SeqCst);
                     n += fd.take()?;
                     if cycles % 4 == 0 {
                         sleep_ms(1);
@@ -736,6 +737,10 @@ fn assign_race(env: &Env) -> Outcome {
                 }
                 Ok((n, cycles))
             });
+            // All writes may be over before it is assigned for the first time.
+            while !begun.load(Ordering::SeqCst) && !other.is_finished() {
+                sleep_ms(1);
+            }
             let r = exits(&g.vcpus[0]);
             done.store(true, Ordering::SeqCst);
             let (signals, cycles) = other.join().unwrap_or_else(|_| fail!("panic"))?;
