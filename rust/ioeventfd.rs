@@ -6,6 +6,7 @@ use crate::abi::kvm_ioeventfd;
 use crate::bindings as b;
 use crate::bus::Space;
 use crate::linux::eventfd::EventFd;
+use crate::linux::no_space;
 use crate::linux::srcu::SrcuCell;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
@@ -19,6 +20,9 @@ const PIO: u32 = 1 << b::kvm_ioeventfd_flag_nr_pio;
 const DEASSIGN: u32 = 1 << b::kvm_ioeventfd_flag_nr_deassign;
 const VIRTIO_CCW: u32 = 1 << b::kvm_ioeventfd_flag_nr_virtio_ccw_notify;
 const KNOWN: u32 = (1 << b::kvm_ioeventfd_flag_nr_max) - 1;
+
+/// The most of a VM. KVM has no limit, but a copy of the list is made with each change.
+const MAX_EVENTFDS: usize = 65536;
 
 /// Which writes are meant. The order is that of [`List`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -130,7 +134,7 @@ impl List {
         found(&exact).or_else(|| found(&any_value))
     }
 
-    /// A copy with another one: EEXIST if it collides, ENOMEM.
+    /// A copy with another one: EEXIST if it collides, ENOSPC, ENOMEM.
     fn with(&self, key: Match, eventfd: Arc<EventFd>) -> Result<KBox<Self>> {
         let first = self.position(&Match::any(key.space, key.addr));
         let mut here = self.0.get(first..).unwrap_or(&[]).iter();
@@ -140,6 +144,9 @@ impl List {
             .any(|(this, _)| this.collides(&key))
         {
             return Err(EEXIST);
+        }
+        if self.0.len() >= MAX_EVENTFDS {
+            return Err(no_space());
         }
         let at = self.position(&key);
         let mut next = Self::with_room(self.0.len().saturating_add(1))?;
@@ -208,7 +215,7 @@ impl IoEventFds {
 
     /// KVM_IOEVENTFD. EINVAL: a length that no write has, a range that wraps, a flag that is not known,
     /// a value without a length; something that is no eventfd. EBADF. EEXIST if a write could be meant
-    /// twice; ENOENT if there is none such to remove. ENOMEM.
+    /// twice, ENOSPC if there are too many; ENOENT if there is none such to remove. ENOMEM.
     ///
     /// Once one has been removed, it is signalled no more.
     pub(crate) fn change(&self, args: &kvm_ioeventfd) -> Result {

@@ -10,9 +10,10 @@ use kernel::prelude::*;
 /// Bytes in a page.
 pub(crate) const PAGE_SIZE: usize = kernel::page::PAGE_SIZE;
 
-/// The physical address of something that the kernel's allocator made.
+/// The physical address of something that the kernel's allocator made: it is in the direct map.
 pub(crate) fn phys_of<T>(place: &T) -> u64 {
-    // SAFETY: An address calculation: for what is elsewhere it is wrong, and nothing else.
+    // SAFETY: An address calculation, which reads nothing. (For what is not in the direct map the result
+    // is meaningless, and a kernel with CONFIG_DEBUG_VIRTUAL says so.)
     unsafe { bindings::rkvm_virt_to_phys(core::ptr::from_ref(place).cast()) }
 }
 

@@ -16,7 +16,9 @@ pub(crate) struct Sleeper {
 
 // SAFETY: The kernel's own accesses are atomic.
 unsafe impl Send for Sleeper {}
-// SAFETY: As above: any thread may wake, and that one at a time sleeps is asked of the caller.
+// SAFETY: As above: any thread may wake. Should two sleep, against what `sleep_until` asks, the pointer
+// to one of them is overwritten, and that one is not woken; the pointer is read under RCU, so the task
+// behind it is alive.
 unsafe impl Sync for Sleeper {}
 
 impl Sleeper {

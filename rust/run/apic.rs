@@ -17,6 +17,7 @@ use crate::tlb::VcpuShared;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::apic::events::ApicEvent;
+use crate::x86::apic::message::X2APIC_BROADCAST;
 use crate::x86::apic::timer::Clock;
 use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Effect;
@@ -345,8 +346,9 @@ impl<L: Loaded> Run<'_, L> {
         let Some(apic) = self.arch.apic.as_deref_mut() else {
             return false;
         };
-        // Fixed, edge, by no shorthand: what else there is can take its time.
-        if value & 0xc_8700 != 0 {
+        // Fixed, edge, by no shorthand and not for all: what else there is can take its time, and should
+        // not with interrupts off where there are many vCPUs.
+        if value & 0xc_8700 != 0 || (value >> 32) as u32 == X2APIC_BROADCAST {
             return false;
         }
         let clock = GuestClock { tsc_offset: 0 };
