@@ -220,6 +220,7 @@ impl<'a> Decoder<'a> {
             rex: self.rex != 0,
             dst: operands.dst,
             src: operands.src,
+            src2: operands.src2,
             string_seg: self.seg.unwrap_or(SegReg::Ds),
         })
     }

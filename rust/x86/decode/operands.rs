@@ -23,6 +23,7 @@ use super::REX_X;
 pub(super) struct Operands {
     pub(super) dst: Operand,
     pub(super) src: Operand,
+    pub(super) src2: Operand,
 }
 
 const RAX: Operand = Operand::Reg(Gpr::Rax);
@@ -77,6 +78,8 @@ impl Decoder<'_> {
             Width::Full => self.full_size(),
             Width::Wide if self.rex & REX_W != 0 => Size::Qword,
             Width::Wide => Size::Dword,
+            Width::Near if self.mode.is_64bit() => Size::Qword,
+            Width::Near => self.full_size(),
             Width::Stack => match (self.mode.is_64bit(), self.full_size()) {
                 (true, Size::Dword) => Size::Qword,
                 (_, size) => size,
@@ -109,6 +112,7 @@ impl Decoder<'_> {
     /// Takes the bytes that a row's form asks for.
     pub(super) fn operands(&mut self, row: &Row, size: Size) -> Result<Operands, DecodeError> {
         let none = Operand::None;
+        let mut src2 = Operand::None;
         let (dst, src) = match row.form {
             Form::None => (none, none),
             Form::Rm => (self.rm(row, size)?, none),
@@ -145,8 +149,41 @@ impl Decoder<'_> {
                 let m = self.modrm(row.only)?;
                 (self.rm_operand(m, size), segment_register(m.ext)?)
             }
+            Form::RegRmImm => {
+                let m = self.modrm(row.only)?;
+                let rm = self.rm_operand(m, size);
+                src2 = self.immediate(size)?;
+                (self.register(m.reg, size), rm)
+            }
+            Form::RegRmImm8 => {
+                let m = self.modrm(row.only)?;
+                let rm = self.rm_operand(m, size);
+                src2 = self.immediate(Size::Byte)?;
+                (self.register(m.reg, size), rm)
+            }
+            Form::RmRegCount => {
+                let m = self.modrm(row.only)?;
+                src2 = Operand::Imm(self.number(1)?);
+                (self.rm_operand(m, size), self.register(m.reg, size))
+            }
+            Form::RmRegCl => {
+                let m = self.modrm(row.only)?;
+                src2 = Operand::Reg(Gpr::Rcx);
+                (self.rm_operand(m, size), self.register(m.reg, size))
+            }
+            Form::LowAcc => (self.low_register(size), RAX),
+            Form::Count => (none, Operand::Imm(self.number(1)?)),
+            Form::Imm16 => (none, Operand::Imm(self.number(2)?)),
+            Form::Imm16Count => {
+                let first = self.number(2)?;
+                src2 = Operand::Imm(self.number(1)?);
+                (none, Operand::Imm(first))
+            }
+            Form::Near8 => (none, self.immediate(Size::Byte)?),
+            Form::Near => (none, self.immediate(size)?),
+            Form::SegSource => (none, segment_register((self.opcode >> 3) & 7)?),
         };
-        Ok(Operands { dst, src })
+        Ok(Operands { dst, src, src2 })
     }
 
     fn rm(&mut self, row: &Row, size: Size) -> Result<Operand, DecodeError> {

@@ -65,6 +65,8 @@ pub(super) enum Width {
     Full,
     /// Four or eight bytes, by REX.W alone.
     Wide,
+    /// That of near branches: as `Full`, but eight bytes in 64-bit code whatever the prefix (AMD differs).
+    Near,
     /// That of the stack: as `Full`, but there are no four bytes in 64-bit code.
     Stack,
     /// Always the same.
@@ -128,4 +130,26 @@ pub(super) enum Form {
     OffsetAcc,
     /// A segment register to memory or a register.
     RmSeg,
+    /// Memory or a register, and a constant of the operand size, to a register.
+    RegRmImm,
+    /// The same with a constant of one byte, sign-extended.
+    RegRmImm8,
+    /// A register and a constant of one byte to memory or a register.
+    RmRegCount,
+    /// A register and CL to memory or a register.
+    RmRegCl,
+    /// A register in the opcode and the accumulator.
+    LowAcc,
+    /// A constant of one byte as source, unsigned.
+    Count,
+    /// A constant of two bytes as source, unsigned.
+    Imm16,
+    /// One of two bytes, then one of one byte, unsigned.
+    Imm16Count,
+    /// A displacement from the next instruction, of one byte.
+    Near8,
+    /// The same, of two or four bytes.
+    Near,
+    /// A segment register as source, by the bits of the opcode that PUSH and POP have it in.
+    SegSource,
 }
