@@ -8,6 +8,7 @@ use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
+use crate::pv::PvState;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
@@ -56,6 +57,8 @@ pub(crate) struct Arch {
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
+    /// What a guest that knows KVM has asked for.
+    pub(crate) pv: PvState,
     /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
     pub(crate) tsc_khz: u32,
     /// IA32_TSC_ADJUST.
@@ -91,6 +94,7 @@ impl Arch {
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
+            pv: PvState::new(),
             tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,
             emulator: Emulator::new(),
@@ -174,6 +178,7 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     arch.breakpoints_armed = false;
     arch.emulator.abort();
     arch.pending = Pending::Nothing;
+    arch.pv.reset();
 }
 
 fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {

@@ -12,6 +12,7 @@ pub(crate) mod halt;
 mod memory;
 pub(crate) mod msr;
 mod port;
+mod pv;
 mod spin;
 
 use crate::abi;
@@ -246,6 +247,7 @@ impl<L: Loaded> Run<'_, L> {
             drop(irqs);
             drop(preempt);
             self.hw.cancel_injection();
+            self.update_structures();
             return None;
         }
 

@@ -69,6 +69,11 @@ pub(crate) enum Request {
     EoiVectors = 1 << 5,
     /// The PIT has ticked, for an APIC that makes an NMI of it.
     Watchdog = 1 << 6,
+    /// Structures of the guest's that the kernel keeps up to date may have to be: see
+    /// [`PvState`](crate::pv::PvState).
+    Structures = 1 << 7,
+    /// Another vCPU has woken this one from HLT, by a hypercall.
+    Unhalt = 1 << 8,
 }
 
 impl Request {
@@ -76,7 +81,8 @@ impl Request {
     pub(crate) const WAKE: u32 = Self::Interrupts as u32
         | Self::ApicEvents as u32
         | Self::Timer as u32
-        | Self::Watchdog as u32;
+        | Self::Watchdog as u32
+        | Self::Unhalt as u32;
 }
 
 /// The vCPU executes host code, or is not loaded at all.

@@ -96,6 +96,7 @@ impl<B: Backend> State<B> {
                 backend.new_vcpu(vm.memory.eptp(), pages, vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
+            arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, &vm.apics);
                 let virtualised = backend.virtualises_apics();
@@ -183,6 +184,7 @@ impl<B: Backend> Vcpu<B> {
 
     fn around(&self) -> Around<'_> {
         Around {
+            memory: &self.vm.memory,
             shared: &self.shared,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
@@ -419,6 +421,10 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_XCRS => {
                 let xcrs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_xcrs(&xcrs))?;
+            }
+            ioctl::ENABLE_CAP => {
+                let cap = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.enable_cap(&cap))?;
             }
             ioctl::GET_CPUID2 => this.with_loaded(|cpu| cpu.get_cpuid(arg))?,
             ioctl::SET_CPUID2 => this.with_loaded(|cpu| cpu.set_cpuid(arg))?,

@@ -110,6 +110,7 @@ impl<L: Loaded> Run<'_, L> {
     pub(super) fn attend(&mut self) -> bool {
         if self.shared.pending() {
             self.take_apic_requests();
+            self.update_structures();
         }
         if matches!(self.arch.mp_state, HALTED | AP_RESET_HOLD) && self.has_reason_to_run() {
             self.arch.mp_state = RUNNABLE;

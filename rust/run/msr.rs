@@ -60,6 +60,7 @@ pub(crate) fn read(
 ) -> Result<u64, MsrError> {
     let features = &arch.features;
     match msr.class() {
+        Class::Paravirtual => super::pv::read_msr(arch, msr),
         Class::Emulated if msr == Msr::APIC_BASE => Ok(arch.apic_base()),
         Class::Emulated => arch.msrs.read(msr, features, by_host),
         Class::ControlStructure if msr == Msr::EFER => Ok(hw.efer().bits()),
@@ -122,6 +123,7 @@ pub(crate) fn write(
 ) -> Result<Effect, MsrError> {
     let host = around.host;
     match msr.class() {
+        Class::Paravirtual => super::pv::write_msr(arch, around, msr, value)?,
         Class::Emulated if msr == Msr::APIC_BASE => return write_apic_base(arch, value, by_host),
         Class::Emulated if msr == Msr::MISC_ENABLE => {
             write_misc_enable(hw, arch, around, value, by_host)?;
