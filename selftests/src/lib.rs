@@ -18,6 +18,7 @@ pub mod irq;
 pub mod machine;
 pub mod mem;
 pub mod ops;
+pub mod power;
 pub mod pressure;
 pub mod probe;
 pub mod smp;
