@@ -36,6 +36,8 @@ use crate::linux::task;
 use crate::linux::task::SignalMask;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
+use crate::pv::steal::Preemption;
+use crate::pv::steal::Watch;
 use crate::run::apic::Around;
 use crate::run::Run;
 use crate::run_page::RunPages;
@@ -70,6 +72,8 @@ pub(crate) struct Vcpu<B: Backend> {
 struct State<B: Backend> {
     #[pin]
     follows: Followed<B::Follows>,
+    #[pin]
+    preemption: Followed<Preemption>,
     #[pin]
     fpu: GuestFpu,
     hw: B::Vcpu,
@@ -108,6 +112,7 @@ impl<B: Backend> State<B> {
             }
             Ok(try_pin_init!(Self {
                 follows <- Followed::new(follows),
+                preemption <- Followed::new(Preemption::new(vm.memory.clone(), shared.clone())),
                 fpu <- GuestFpu::new(),
                 hw,
                 arch,
@@ -242,6 +247,7 @@ impl<B: Backend> Vcpu<B> {
         let mut guard = self.state.lock_killable()?;
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
+        let preemption = state.preemption.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
         if core::mem::replace(&mut state.arch.thread, task::current_address())
             != task::current_address()
@@ -282,6 +288,7 @@ impl<B: Backend> Vcpu<B> {
             shared: &self.shared,
             page: &self.pages,
             host,
+            watch: Watch::new(preemption, &self.vm.notifiers),
         };
         let result = run.run(prepared);
         self.shared.end_run();

@@ -303,6 +303,7 @@ impl<L: Loaded> Run<'_, L> {
         };
         if !apic.virtualised {
             self.hw.set_priority_threshold(apic.priority_threshold());
+            self.offer_eoi();
             return;
         }
         let posted = self.shared.apic().filter(|shared| shared.has_posted());

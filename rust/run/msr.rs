@@ -98,6 +98,8 @@ pub(crate) fn read(
                     Err(MsrError::Unknown)
                 }
                 Msr::TSC_DEADLINE => Ok(apic.model.tsc_deadline()),
+                // Not before the guest's EOIs have been looked for, after the exit.
+                _ if arch.pv.eoi.offered => Err(MsrError::Refused),
                 _ => apic.model.read_msr(msr, &super::apic::clock(hw)),
             }
         }

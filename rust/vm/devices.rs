@@ -14,6 +14,7 @@ use crate::backend::Backend;
 use crate::backend::FreeInstructions;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS2;
+use crate::bindings::KVM_CAP_EXIT_HYPERCALL;
 use crate::bindings::KVM_CAP_EXIT_ON_EMULATION_FAILURE;
 use crate::bindings::KVM_CAP_SPLIT_IRQCHIP;
 use crate::bindings::KVM_CAP_X2APIC_API;
@@ -157,6 +158,7 @@ impl<B: Backend> Vm<B> {
                 }
                 self.apics.set_bus_cycle(cap.args[0])
             }
+            KVM_CAP_EXIT_HYPERCALL => self.apics.set_hypercall_exits(cap.args[0]),
             KVM_CAP_X86_DISABLE_EXITS => self.disable_exits(cap.args[0]),
             // It is never otherwise.
             KVM_CAP_EXIT_ON_EMULATION_FAILURE if cap.args[0] <= 1 => Ok(()),

@@ -315,6 +315,9 @@ pub const SAVED: &[Msr] = &[
     Msr::POWER_CTL,
     Msr::SMI_COUNT,
     Msr::UCODE_REV,
+    Msr::KVM_STEAL_TIME,
+    Msr::KVM_PV_EOI_EN,
+    Msr::KVM_POLL_CONTROL,
 ];
 
 /// Checks a value for an MSR of class [`Class::ControlStructure`], [`Class::Switched`] or [`Class::Command`] before it is taken, as
