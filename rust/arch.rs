@@ -8,6 +8,7 @@ use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
+use crate::msr_filter::MsrFilter;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
@@ -30,6 +31,7 @@ use crate::x86::segment::CpuMode;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 /// A vCPU's CPUID table.
 pub(crate) type Cpuid = CpuidTable<KVVec<CpuidEntry>>;
@@ -56,6 +58,8 @@ pub(crate) struct Arch {
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
+    /// Which MSRs the guest may access, if not all.
+    pub(crate) msr_filter: Option<Arc<MsrFilter>>,
     /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
     pub(crate) tsc_khz: u32,
     /// IA32_TSC_ADJUST.
@@ -91,6 +95,7 @@ impl Arch {
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
+            msr_filter: None,
             tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,
             emulator: Emulator::new(),

@@ -83,6 +83,7 @@ abi_types! {
     kvm_mp_state,
     kvm_msr_entry,
     kvm_msi,
+    kvm_msr_filter,
     kvm_msr_list,
     kvm_msrs,
     kvm_pit_config,

@@ -43,6 +43,7 @@ mod lapic;
 mod linux;
 mod mem;
 mod mmu;
+mod msr_filter;
 mod run;
 mod run_page;
 mod stats;

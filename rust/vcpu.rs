@@ -277,6 +277,7 @@ impl<B: Backend> Vcpu<B> {
             bus: &self.vm.bus,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
+            msrs: &self.vm.msrs,
             shared: &self.shared,
             page: &self.pages,
             host,

@@ -30,6 +30,7 @@ pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
 pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
 pub(crate) const ENABLE_CAP: u32 = _IOW::<kvm_enable_cap>(KVMIO, 0xa3);
 pub(crate) const CLEAR_DIRTY_LOG: u32 = _IOWR::<kvm_clear_dirty_log>(KVMIO, 0xc0);
+pub(crate) const SET_MSR_FILTER: u32 = _IOW::<kvm_msr_filter>(KVMIO, 0xc6);
 pub(crate) const RESET_DIRTY_RINGS: u32 = _IO(KVMIO, 0xc7);
 pub(crate) const SET_USER_MEMORY_REGION2: u32 = _IOW::<kvm_userspace_memory_region2>(KVMIO, 0x49);
 pub(crate) const REGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x67);

@@ -5,6 +5,7 @@
 //! [`Msr::class`] says where an MSR lives. Those of [`Class::Emulated`] live in [`state::MsrState`]; the backend keeps the others, in
 //! its control structure or in the processor, and asks [`check_value`] before it takes a value for one.
 
+pub mod filter;
 pub mod mtrr;
 pub mod state;
 
@@ -191,6 +192,8 @@ pub enum MsrError {
     Unknown,
     /// It exists, and does not take this value or this kind of access. #GP(0) for the guest.
     Refused,
+    /// The VMM has denied it to the guest. #GP(0) for the guest, unless the VMM wants to answer itself.
+    Filtered,
 }
 
 impl Msr {
