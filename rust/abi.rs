@@ -49,6 +49,7 @@ pub(crate) use crate::bindings::kvm_userspace_memory_region;
 pub(crate) use crate::bindings::kvm_userspace_memory_region2;
 pub(crate) use crate::bindings::kvm_vapic_addr;
 pub(crate) use crate::bindings::kvm_vcpu_events;
+pub(crate) use crate::bindings::kvm_x86_mce;
 pub(crate) use crate::bindings::kvm_xcrs;
 
 /// KVM_GET_API_VERSION: the only version there has been since 2007.

@@ -19,6 +19,7 @@ use crate::x86::cpuid::CpuidEntry;
 use crate::x86::emulate::Emulator;
 use crate::x86::event::PendingEvents;
 use crate::x86::event::Shadow;
+use crate::x86::mce::MachineChecks;
 use crate::x86::msr::state::MsrState;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -58,6 +59,7 @@ pub(crate) struct Arch {
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
+    pub(crate) mce: KBox<MachineChecks>,
     /// Which MSRs the guest may access, if not all.
     pub(crate) msr_filter: Option<Arc<MsrFilter>>,
     /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
@@ -95,6 +97,7 @@ impl Arch {
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
+            mce: KBox::new(MachineChecks::new(), GFP_KERNEL_ACCOUNT)?,
             msr_filter: None,
             tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,

@@ -99,6 +99,7 @@ abi_types! {
     kvm_userspace_memory_region2,
     kvm_vapic_addr,
     kvm_vcpu_events,
+    kvm_x86_mce,
     kvm_xcrs,
 }
 

@@ -170,6 +170,7 @@ pub(crate) fn read(
     match msr.class() {
         Class::Emulated if msr == Msr::APIC_BASE => Ok(arch.apic_base()),
         Class::Emulated => arch.msrs.read(msr, features, by_host),
+        Class::MachineCheck => arch.mce.read(msr, by_host),
         Class::ControlStructure if msr == Msr::EFER => Ok(hw.efer().bits()),
         Class::Switched if msr == Msr::TSC_AUX && !by_host && !has_tsc_aux(arch) => {
             Err(MsrError::Unknown)
@@ -238,6 +239,7 @@ pub(crate) fn write(
             let features = arch.features;
             arch.msrs.write(msr, value, &features, by_host)?;
         }
+        Class::MachineCheck => arch.mce.write(msr, value, by_host)?,
         Class::ControlStructure if msr == Msr::EFER => write_efer(hw, arch, host, value, by_host)?,
         Class::Time => {
             write_time(hw, arch, msr, value, by_host);

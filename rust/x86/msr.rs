@@ -11,6 +11,7 @@ pub mod state;
 
 use super::cpuid::features::Features;
 use super::cpuid::features::GuestFeatures;
+use super::mce;
 use super::regs::Cr4;
 use super::segment::is_canonical;
 
@@ -84,6 +85,8 @@ msrs! {
     MCG_STATUS = 0x17a;
     /// Enables machine-check banks.
     MCG_CTL = 0x17b;
+    /// Controls local machine checks.
+    MCG_EXT_CTL = 0x4d0;
     /// Performance status: the current ratio.
     PERF_STATUS = 0x198;
     /// Performance control: the wanted ratio.
@@ -179,6 +182,8 @@ pub enum Class {
     Time,
     /// In the local APIC.
     LocalApic,
+    /// In [`super::mce::MachineChecks`], which reads and writes it entirely.
+    MachineCheck,
     /// A command to the processor, with no value.
     Command,
     /// There is no such MSR: #GP.
@@ -221,6 +226,7 @@ impl Msr {
             Self::TSC_DEADLINE => Class::LocalApic,
             Self(0x800..=0x8ff) => Class::LocalApic,
             Self::PRED_CMD | Self::FLUSH_CMD => Class::Command,
+            _ if mce::is_machine_check(self) => Class::MachineCheck,
             _ if state::is_emulated(self) => Class::Emulated,
             _ => Class::Unknown,
         }
