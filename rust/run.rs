@@ -34,6 +34,7 @@ use crate::linux::msr as host_msr;
 use crate::linux::task;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
+use crate::msr_filter::MsrRules;
 use crate::pv::steal::Watch;
 use crate::run_page::RunPages;
 use crate::system::Host;
@@ -53,6 +54,7 @@ use kernel::prelude::*;
 
 pub(crate) use hypercall::PendingHypercall;
 pub(crate) use memory::PendingMmio;
+pub(crate) use msr::PendingMsr;
 pub(crate) use port::PendingPort;
 
 /// What a handler wants next.
@@ -76,6 +78,8 @@ pub(crate) enum Pending {
     Mmio(PendingMmio),
     /// A hypercall that the VMM was asked to do.
     Hypercall(PendingHypercall),
+    /// An access to an MSR that the VMM was asked for.
+    Msr(PendingMsr),
 }
 
 /// Where the guest was when it left for user space. A VMM that resets the vCPU there, because the
@@ -102,6 +106,7 @@ pub(crate) struct Run<'a, L: Loaded> {
     pub(crate) bus: &'a Bus,
     pub(crate) apics: &'a Apics,
     pub(crate) irqs: &'a Irqs,
+    pub(crate) msrs: &'a MsrRules,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) page: &'a RunPages,
     pub(crate) host: &'a Host,
@@ -149,6 +154,7 @@ impl<L: Loaded> Run<'_, L> {
             Pending::Port(port) => self.complete_port(port),
             Pending::Mmio(mmio) => self.complete_mmio(mmio),
             Pending::Hypercall(call) => Ok(self.complete_hypercall(call)),
+            Pending::Msr(msr) => self.complete_msr(&msr),
         }
     }
 
@@ -178,6 +184,8 @@ impl<L: Loaded> Run<'_, L> {
                     self.page.set_ioapic_eoi(vector);
                     return Ok(());
                 }
+            } else if self.shared.take(Request::MsrFilter) {
+                self.fetch_msr_filter();
             }
             if task::guest_entry_work_seen() {
                 // A signal, before it came or while the rest was done.
@@ -319,7 +327,7 @@ impl<L: Loaded> Run<'_, L> {
                 Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
                 // Reading changes nothing that an entry prepares; writing may. Nor may an
                 // exception be raised here: what was injected before is not concluded yet.
-                Exit::Rdmsr if self.rdmsr() => {}
+                Exit::Rdmsr if self.rdmsr_at_once() => {}
                 Exit::Wrmsr if self.wrmsr_at_once() => {}
                 Exit::Timer if self.timer_at_once() => {}
                 exit => return exit,
@@ -427,13 +435,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.register_written(offset);
                 Ok(Next::Guest)
             }
-            Exit::Rdmsr => {
-                if self.rdmsr() {
-                    Ok(Next::Guest)
-                } else {
-                    self.raise(Fault::gp(0))
-                }
-            }
+            Exit::Rdmsr => self.rdmsr(),
             Exit::Wrmsr => self.wrmsr(),
             Exit::Cr(access) => self.cr_access(access),
             Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),

@@ -11,6 +11,7 @@ use crate::bindings::kvm_run;
 use crate::linux::file::NewVma;
 use crate::linux::page::KernelPage;
 use crate::linux::page::PAGE_SIZE;
+use crate::x86::msr::Msr;
 use core::mem::offset_of;
 use kernel::prelude::*;
 
@@ -280,6 +281,37 @@ impl RunPages {
         self.set_exit_reason(abi::exit::IOAPIC_EOI);
         self.run
             .write(offset_of!(kvm_run, __bindgen_anon_1.eoi.vector), vector);
+    }
+
+    /// KVM_EXIT_X86_RDMSR, or KVM_EXIT_X86_WRMSR of a value.
+    pub(crate) fn set_msr(&self, msr: Msr, value: Option<u64>, reason: u32) {
+        let exit = match value {
+            None => abi::exit::RDMSR,
+            Some(_) => abi::exit::WRMSR,
+        };
+        self.set_exit_reason(exit);
+        let run = &self.run;
+        // The answer, and what pads it.
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.msr.error), 0u64);
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.msr.reason), reason);
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.msr.index), msr.0);
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.msr.data),
+            value.unwrap_or(0),
+        );
+    }
+
+    /// Whether the VMM refused the access.
+    pub(crate) fn msr_refused(&self) -> bool {
+        self.run
+            .read::<u8>(offset_of!(kvm_run, __bindgen_anon_1.msr.error))
+            != 0
+    }
+
+    /// What the VMM answered to a read.
+    pub(crate) fn msr_data(&self) -> u64 {
+        self.run
+            .read(offset_of!(kvm_run, __bindgen_anon_1.msr.data))
     }
 
     /// KVM_EXIT_EXCEPTION.

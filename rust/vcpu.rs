@@ -10,6 +10,7 @@ mod cpuid;
 mod events;
 mod fpu;
 mod lapic;
+mod mce;
 mod msrs;
 mod regs;
 pub(crate) mod sync;
@@ -285,6 +286,7 @@ impl<B: Backend> Vcpu<B> {
             bus: &self.vm.bus,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
+            msrs: &self.vm.msrs,
             shared: &self.shared,
             page: &self.pages,
             host,
@@ -437,6 +439,14 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_CPUID2 => this.with_loaded(|cpu| cpu.set_cpuid(arg))?,
             ioctl::GET_MSRS => return this.with_loaded(|cpu| cpu.get_msrs(arg)),
             ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
+            ioctl::X86_SETUP_MCE => {
+                let cap = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.setup_mce(cap))?;
+            }
+            ioctl::X86_SET_MCE => {
+                let mce = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_mce(&mce))?;
+            }
             ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.tsc_khz as isize)),
             ioctl::GET_STATS_FD => return Self::stats_fd(this),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,

@@ -29,6 +29,7 @@ use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
+use crate::msr_filter::MsrRules;
 use crate::stats;
 use crate::stats::Description;
 use crate::system::no_arg;
@@ -53,6 +54,8 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) apics: Arc<Apics>,
     pub(crate) irqs: Arc<Irqs>,
     irqfds: IrqFds,
+    #[pin]
+    pub(crate) msrs: MsrRules,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Held while a vCPU is made.
@@ -139,6 +142,7 @@ impl<B: Backend> Vm<B> {
                 apics,
                 irqs,
                 irqfds,
+                msrs <- MsrRules::new(),
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus::new()),
                 boot_cpu_id: AtomicU32::new(0),
@@ -269,6 +273,11 @@ impl<B: Backend> FileObject for Vm<B> {
             }
             ioctl::CLEAR_DIRTY_LOG => {
                 this.memory.clear_dirty_log(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::SET_MSR_FILTER => {
+                let filter = user::read(arg)?;
+                this.msrs.set_filter(&filter, this.memory.vcpus())?;
                 Ok(0)
             }
             ioctl::RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),

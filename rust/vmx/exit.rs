@@ -28,6 +28,7 @@ use crate::x86::event::Interrupt;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
 use crate::x86::exception::Vector;
+use crate::x86::msr::filter::Access as MsrAccess;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -419,6 +420,10 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool {
         LoadedVcpu::write_msr(self, msr, value)
+    }
+
+    fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
+        self.v.msr_bitmap.pass_allowed(allowed);
     }
 
     fn tsc_offset(&mut self) -> u64 {

@@ -15,6 +15,7 @@ use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
 use super::fields::SegmentFields;
 use super::load::Loadable;
+use super::msr_bitmap::MsrBitmap;
 use super::vmcs::vmread;
 use super::vmcs::vmwrite;
 use super::write_log::WriteLog;
@@ -101,6 +102,8 @@ pub(crate) struct VmxVcpu {
     /// The TLB is flushed before the next entry.
     pub(super) flush_memory: bool,
     pub(super) flush_guest: bool,
+    /// Which MSRs the guest accesses without an exit.
+    pub(super) msr_bitmap: MsrBitmap,
     /// The APIC, if it is in the kernel.
     pub(super) apic: Option<VmcsApic>,
     /// When the guest is to exit, in ticks of the host's time-stamp counter.
@@ -170,6 +173,7 @@ impl VmxVcpu {
             vpid,
             flush_memory: true,
             flush_guest: true,
+            msr_bitmap: MsrBitmap::new()?,
             apic: apic.map(|pages| VmcsApic::new(pages, vmx.caps.apicv)),
             deadline: None,
             write_log,
@@ -227,7 +231,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::EXIT_MSR_LOAD_COUNT, 0);
         self.write(f::ENTRY_MSR_LOAD_COUNT, 0);
         self.write(f::ENTRY_INTR_INFO, 0);
-        self.write(f::MSR_BITMAP, self.vmx.msr_bitmap.phys());
+        self.write(f::MSR_BITMAP, self.v.msr_bitmap.phys());
         self.write(f::EPT_POINTER, self.v.eptp);
         if self.v.secondary.has(SecondaryControls::VPID) {
             self.write(f::VPID, self.v.vpid.id());
