@@ -74,6 +74,8 @@ pub(crate) enum Request {
     Structures = 1 << 7,
     /// Another vCPU has woken this one from HLT, by a hypercall.
     Unhalt = 1 << 8,
+    /// The VMM has changed which MSRs the guest may access.
+    MsrFilter = 1 << 9,
 }
 
 impl Request {
@@ -123,9 +125,10 @@ impl VcpuShared {
     ) -> impl PinInit<Self, Error> {
         // Nobody takes requests of an APIC where there is none.
         let requests = match apic {
-            Some(_) => Request::WriteLogging as u32 | Request::EoiVectors as u32,
-            None => Request::WriteLogging as u32,
+            Some(_) => Request::EoiVectors as u32,
+            None => 0,
         };
+        let requests = requests | Request::WriteLogging as u32 | Request::MsrFilter as u32;
         try_pin_init!(Self {
             requests: AtomicU32::new(requests),
             mode: AtomicU32::new(OUTSIDE_GUEST),
