@@ -88,6 +88,7 @@ pub(crate) mod exit {
     pub(crate) use crate::bindings::KVM_EXIT_EXCEPTION as EXCEPTION;
     pub(crate) use crate::bindings::KVM_EXIT_FAIL_ENTRY as FAIL_ENTRY;
     pub(crate) use crate::bindings::KVM_EXIT_HLT as HLT;
+    pub(crate) use crate::bindings::KVM_EXIT_HYPERCALL as HYPERCALL;
     pub(crate) use crate::bindings::KVM_EXIT_INTERNAL_ERROR as INTERNAL_ERROR;
     pub(crate) use crate::bindings::KVM_EXIT_INTR as INTR;
     pub(crate) use crate::bindings::KVM_EXIT_IO as IO;

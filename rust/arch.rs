@@ -9,6 +9,7 @@ use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
 use crate::msr_filter::MsrFilter;
+use crate::pv::PvState;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
@@ -59,6 +60,8 @@ pub(crate) struct Arch {
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
+    /// What a guest that knows KVM has asked for.
+    pub(crate) pv: PvState,
     pub(crate) mce: KBox<MachineChecks>,
     /// Which MSRs the guest may access, if not all.
     pub(crate) msr_filter: Option<Arc<MsrFilter>>,
@@ -97,6 +100,7 @@ impl Arch {
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
+            pv: PvState::new(),
             mce: KBox::new(MachineChecks::new(), GFP_KERNEL_ACCOUNT)?,
             msr_filter: None,
             tsc_khz: crate::linux::msr::tsc_khz(),
@@ -182,6 +186,7 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     arch.breakpoints_armed = false;
     arch.emulator.abort();
     arch.pending = Pending::Nothing;
+    arch.pv.reset();
 }
 
 fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {

@@ -274,6 +274,9 @@ pub(crate) trait Loaded {
     /// The segment and the address size of INS or OUTS, if the hardware tells.
     fn string_io_info(&mut self) -> Option<(SegReg, u8)>;
 
+    /// The guest's #UD does not exit any more.
+    fn leave_undefined_to_guest(&mut self);
+
     /// Drops what the TLB holds of the guest's own translations.
     fn flush_guest_tlb(&mut self);
     /// Drops what the TLB holds of guest-physical translations.

@@ -9,9 +9,11 @@
 pub(crate) mod apic;
 pub(crate) mod cr;
 pub(crate) mod halt;
+pub(crate) mod hypercall;
 mod memory;
 pub(crate) mod msr;
 mod port;
+mod pv;
 mod spin;
 
 use crate::abi;
@@ -33,6 +35,7 @@ use crate::linux::task;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
 use crate::msr_filter::MsrRules;
+use crate::pv::steal::Watch;
 use crate::run_page::RunPages;
 use crate::system::Host;
 use crate::tlb::Request;
@@ -49,6 +52,7 @@ use crate::x86::regs::Rflags;
 use apic::Controllers;
 use kernel::prelude::*;
 
+pub(crate) use hypercall::PendingHypercall;
 pub(crate) use memory::PendingMmio;
 pub(crate) use msr::PendingMsr;
 pub(crate) use port::PendingPort;
@@ -72,6 +76,8 @@ pub(crate) enum Pending {
     Port(PendingPort),
     /// An instruction whose device accesses the VMM was asked for.
     Mmio(PendingMmio),
+    /// A hypercall that the VMM was asked to do.
+    Hypercall(PendingHypercall),
     /// An access to an MSR that the VMM was asked for.
     Msr(PendingMsr),
 }
@@ -104,13 +110,16 @@ pub(crate) struct Run<'a, L: Loaded> {
     pub(crate) shared: &'a VcpuShared,
     pub(crate) page: &'a RunPages,
     pub(crate) host: &'a Host,
+    pub(crate) watch: Watch<'a>,
 }
 
 impl<L: Loaded> Run<'_, L> {
     /// KVM_RUN, from the completion of what the last one left to the outputs of this one. `prepared` is
     /// how what comes before went: the outputs come after a failure too.
     pub(crate) fn run(&mut self, prepared: Result) -> Result {
+        self.begin_watch();
         let result = prepared.and_then(|()| self.run_inner());
+        self.end_watch();
         let ready = self.irqs.mode() == Mode::Kernel || self.ready_for_interrupt();
         let interrupts_on = self.hw.rflags().has(Rflags::IF);
         self.page
@@ -144,6 +153,7 @@ impl<L: Loaded> Run<'_, L> {
             Pending::Nothing => Ok(Next::Guest),
             Pending::Port(port) => self.complete_port(port),
             Pending::Mmio(mmio) => self.complete_mmio(mmio),
+            Pending::Hypercall(call) => Ok(self.complete_hypercall(call)),
             Pending::Msr(msr) => self.complete_msr(&msr),
         }
     }
@@ -254,6 +264,7 @@ impl<L: Loaded> Run<'_, L> {
             drop(irqs);
             drop(preempt);
             self.hw.cancel_injection();
+            self.update_structures();
             return None;
         }
 
@@ -292,9 +303,13 @@ impl<L: Loaded> Run<'_, L> {
             exit => Some(exit),
         };
         task::guest_time_ends(&irqs);
+        self.watch.set_between(exit.is_none());
         drop(irqs);
         drop(preempt);
 
+        if self.arch.pv.eoi.offered {
+            self.take_back_offer();
+        }
         // An entry that failed has not touched the event.
         if !self.hw.entry_failed() {
             events::conclude(&mut self.hw, &mut self.arch.events, &delivery);
@@ -428,17 +443,15 @@ impl<L: Loaded> Run<'_, L> {
             Exit::Exception(exception) if exception.vector == Vector::AC => {
                 self.alignment_check(exception)
             }
+            Exit::Exception(exception) if exception.vector == Vector::UD => {
+                self.undefined(exception)
+            }
             Exit::Exception(exception) => {
                 events::mark_restart(&mut self.hw, exception.vector);
                 self.arch.events.raise(exception);
                 Ok(Next::Guest)
             }
-            Exit::Vmcall => {
-                self.shared.stats.hypercalls.bump();
-                self.hypercall();
-                self.skip();
-                Ok(Next::Guest)
-            }
+            Exit::Vmcall => self.vmcall(),
             Exit::Pause => self.pause(),
             Exit::Invd => {
                 self.skip();
@@ -517,22 +530,6 @@ impl<L: Loaded> Run<'_, L> {
         events::mark_restart(&mut self.hw, exception.vector);
         self.arch.events.raise(exception);
         Ok(Next::Guest)
-    }
-
-    /// VMCALL: no hypercall is offered, and none at all to user mode.
-    fn hypercall(&mut self) {
-        let error: i64 = if crate::arch::cpl(&mut self.hw) == 0 {
-            -i64::from(crate::bindings::KVM_ENOSYS)
-        } else {
-            -i64::from(crate::bindings::KVM_EPERM)
-        };
-        let value = error as u64;
-        let value = if crate::arch::in_64bit_mode(&mut self.hw) {
-            value
-        } else {
-            value & 0xffff_ffff
-        };
-        self.hw.set_gpr(Gpr::Rax, value);
     }
 
     /// Raises an exception in the place of completing the instruction.

@@ -251,6 +251,31 @@ impl RunPages {
         self.set_internal_error(abi::internal::EMULATION, &words);
     }
 
+    /// KVM_EXIT_HYPERCALL; `wide` is whether the guest executes 64-bit code.
+    pub(crate) fn set_hypercall(&self, number: u64, args: [u64; 3], wide: bool) {
+        self.set_exit_reason(abi::exit::HYPERCALL);
+        let run = &self.run;
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.hypercall.nr), number);
+        let mut at = offset_of!(kvm_run, __bindgen_anon_1.hypercall.args);
+        for arg in args {
+            run.write(at, arg);
+            at += 8;
+        }
+        // A VMM that says nothing has done it.
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.hypercall.ret), 0u64);
+        // KVM_EXIT_HYPERCALL_LONG_MODE.
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.hypercall.__bindgen_anon_1.flags),
+            u64::from(wide),
+        );
+    }
+
+    /// What the VMM's hypercall came to.
+    pub(crate) fn hypercall_result(&self) -> u64 {
+        self.run
+            .read(offset_of!(kvm_run, __bindgen_anon_1.hypercall.ret))
+    }
+
     /// KVM_EXIT_IOAPIC_EOI.
     pub(crate) fn set_ioapic_eoi(&self, vector: u8) {
         self.set_exit_reason(abi::exit::IOAPIC_EOI);

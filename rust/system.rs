@@ -66,6 +66,7 @@ impl Host {
             arch_capabilities: false,
             tsc_adjust: true,
             kernel_apic: true,
+            paravirtual: crate::pv::supported(),
             mappable_bits: 48,
         };
         let mut host = Self {

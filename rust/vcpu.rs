@@ -37,6 +37,8 @@ use crate::linux::task;
 use crate::linux::task::SignalMask;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
+use crate::pv::steal::Preemption;
+use crate::pv::steal::Watch;
 use crate::run::apic::Around;
 use crate::run::Run;
 use crate::run_page::RunPages;
@@ -72,6 +74,8 @@ struct State<B: Backend> {
     #[pin]
     follows: Followed<B::Follows>,
     #[pin]
+    preemption: Followed<Preemption>,
+    #[pin]
     fpu: GuestFpu,
     hw: B::Vcpu,
     arch: Arch,
@@ -97,6 +101,7 @@ impl<B: Backend> State<B> {
                 backend.new_vcpu(vm.memory.eptp(), pages, vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
+            arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, &vm.apics);
                 let virtualised = backend.virtualises_apics();
@@ -108,6 +113,7 @@ impl<B: Backend> State<B> {
             }
             Ok(try_pin_init!(Self {
                 follows <- Followed::new(follows),
+                preemption <- Followed::new(Preemption::new(vm.memory.clone(), shared.clone())),
                 fpu <- GuestFpu::new(),
                 hw,
                 arch,
@@ -184,6 +190,7 @@ impl<B: Backend> Vcpu<B> {
 
     fn around(&self) -> Around<'_> {
         Around {
+            memory: &self.vm.memory,
             shared: &self.shared,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
@@ -241,6 +248,7 @@ impl<B: Backend> Vcpu<B> {
         let mut guard = self.state.lock_killable()?;
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
+        let preemption = state.preemption.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
         if core::mem::replace(&mut state.arch.thread, task::current_address())
             != task::current_address()
@@ -282,6 +290,7 @@ impl<B: Backend> Vcpu<B> {
             shared: &self.shared,
             page: &self.pages,
             host,
+            watch: Watch::new(preemption, &self.vm.notifiers),
         };
         let result = run.run(prepared);
         self.shared.end_run();
@@ -421,6 +430,10 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_XCRS => {
                 let xcrs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_xcrs(&xcrs))?;
+            }
+            ioctl::ENABLE_CAP => {
+                let cap = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.enable_cap(&cap))?;
             }
             ioctl::GET_CPUID2 => this.with_loaded(|cpu| cpu.get_cpuid(arg))?,
             ioctl::SET_CPUID2 => this.with_loaded(|cpu| cpu.set_cpuid(arg))?,

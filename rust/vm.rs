@@ -48,8 +48,7 @@ use kernel::sync::Mutex;
 #[pin_data]
 pub(crate) struct Vm<B: Backend> {
     pub(crate) machine: Arc<Machine<B>>,
-    #[pin]
-    pub(crate) memory: GuestMemory,
+    pub(crate) memory: Arc<GuestMemory>,
     #[pin]
     pub(crate) bus: Bus,
     pub(crate) apics: Arc<Apics>,
@@ -131,13 +130,14 @@ impl<B: Backend> Vm<B> {
     pub(crate) fn new(machine: Arc<Machine<B>>) -> Result<Arc<Self>> {
         let caps = machine.backend.ept_caps();
         let pid = current!().pid();
+        let memory = Arc::pin_init(GuestMemory::new(caps), GFP_KERNEL_ACCOUNT)?;
         let apics = Apics::new()?;
         let irqs = Irqs::new(&apics)?;
         let irqfds = IrqFds::new(irqs.clone())?;
         Arc::pin_init(
             try_pin_init!(Self {
                 machine,
-                memory <- GuestMemory::new(caps),
+                memory,
                 bus <- Bus::new(irqs.clone()),
                 apics,
                 irqs,

@@ -23,13 +23,14 @@ pub(crate) const GET_MSR_FEATURE_INDEX_LIST: u32 = _IOWR::<kvm_msr_list>(KVMIO, 
 pub(crate) const X86_GET_MCE_CAP_SUPPORTED: u32 = _IOR::<u64>(KVMIO, 0x9d);
 
 // A VM.
+/// Of a vCPU, too.
+pub(crate) const ENABLE_CAP: u32 = _IOW::<kvm_enable_cap>(KVMIO, 0xa3);
 pub(crate) const CREATE_VCPU: u32 = _IO(KVMIO, 0x41);
 pub(crate) const GET_DIRTY_LOG: u32 = _IOW::<kvm_dirty_log>(KVMIO, 0x42);
 pub(crate) const SET_NR_MMU_PAGES: u32 = _IO(KVMIO, 0x44);
 pub(crate) const SET_USER_MEMORY_REGION: u32 = _IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
 pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
 pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
-pub(crate) const ENABLE_CAP: u32 = _IOW::<kvm_enable_cap>(KVMIO, 0xa3);
 pub(crate) const CLEAR_DIRTY_LOG: u32 = _IOWR::<kvm_clear_dirty_log>(KVMIO, 0xc0);
 pub(crate) const SET_MSR_FILTER: u32 = _IOW::<kvm_msr_filter>(KVMIO, 0xc6);
 pub(crate) const RESET_DIRTY_RINGS: u32 = _IO(KVMIO, 0xc7);

@@ -168,6 +168,7 @@ pub(crate) fn read(
 ) -> Result<u64, MsrError> {
     let features = &arch.features;
     match msr.class() {
+        Class::Paravirtual => super::pv::read_msr(arch, msr),
         Class::Emulated if msr == Msr::APIC_BASE => Ok(arch.apic_base()),
         Class::Emulated => arch.msrs.read(msr, features, by_host),
         Class::MachineCheck => arch.mce.read(msr, by_host),
@@ -206,6 +207,8 @@ pub(crate) fn read(
                     Err(MsrError::Unknown)
                 }
                 Msr::TSC_DEADLINE => Ok(apic.model.tsc_deadline()),
+                // Not before the guest's EOIs have been looked for, after the exit.
+                _ if arch.pv.eoi.offered => Err(MsrError::Refused),
                 _ => apic.model.read_msr(msr, &super::apic::clock(hw)),
             }
         }
@@ -231,6 +234,7 @@ pub(crate) fn write(
 ) -> Result<Effect, MsrError> {
     let host = around.host;
     match msr.class() {
+        Class::Paravirtual => super::pv::write_msr(arch, around, msr, value)?,
         Class::Emulated if msr == Msr::APIC_BASE => return write_apic_base(arch, value, by_host),
         Class::Emulated if msr == Msr::MISC_ENABLE => {
             write_misc_enable(hw, arch, around, value, by_host)?;

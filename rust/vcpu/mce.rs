@@ -33,12 +33,7 @@ impl<L: Loaded> Locked<'_, L> {
             bank: given.bank,
         };
         let enabled = self.hw.cr4().has(Cr4::MCE);
-        match self
-            .arch
-            .mce
-            .report(&report, enabled)
-            .map_err(|_| EINVAL)?
-        {
+        match self.arch.mce.report(&report, enabled).map_err(|_| EINVAL)? {
             Signal::None => {}
             Signal::Interrupt => self.deliver_corrected(),
             Signal::Exception => self.arch.events.raise(Exception {

@@ -14,6 +14,7 @@ use crate::backend::Backend;
 use crate::backend::FreeInstructions;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS2;
+use crate::bindings::KVM_CAP_EXIT_HYPERCALL;
 use crate::bindings::KVM_CAP_EXIT_ON_EMULATION_FAILURE;
 use crate::bindings::KVM_CAP_MSR_PLATFORM_INFO;
 use crate::bindings::KVM_CAP_SPLIT_IRQCHIP;
@@ -159,6 +160,7 @@ impl<B: Backend> Vm<B> {
                 }
                 self.apics.set_bus_cycle(cap.args[0])
             }
+            KVM_CAP_EXIT_HYPERCALL => self.apics.set_hypercall_exits(cap.args[0]),
             KVM_CAP_X86_USER_SPACE_MSR => self.msrs.set_exits(cap.args[0]),
             KVM_CAP_MSR_PLATFORM_INFO => {
                 self.msrs.show_platform_info(cap.args[0] != 0);

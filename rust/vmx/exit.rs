@@ -590,6 +590,10 @@ impl Loaded for LoadedVcpu<'_> {
         Some((seg, size))
     }
 
+    fn leave_undefined_to_guest(&mut self) {
+        LoadedVcpu::leave_undefined_to_guest(self);
+    }
+
     fn flush_guest_tlb(&mut self) {
         self.v.flush_guest = true;
     }

@@ -182,6 +182,9 @@ impl VmxVcpu {
     }
 }
 
+/// #UD, in the exception bitmap.
+const UNDEFINED: u32 = 1 << 6;
+
 impl<'a> LoadedVcpu<'a> {
     /// Loads the vCPU, and writes what never changes if this is the first time.
     pub(super) fn new(vmx: &'a Vmx, v: &'a mut VmxVcpu, follow: Following<'a, Loadable>) -> Self {
@@ -218,8 +221,9 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
         // Machine checks are the host's. #DB and #AC could otherwise keep the processor delivering
-        // exceptions within exceptions for ever, with no interrupt window between.
-        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | 1 << 1);
+        // exceptions within exceptions for ever, with no interrupt window between. #UD may be another
+        // processor's instruction.
+        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1);
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -566,6 +570,12 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.halts {
             self.write(f::GUEST_ACTIVITY, 0);
         }
+    }
+
+    /// The guest's #UD does not exit any more.
+    pub(super) fn leave_undefined_to_guest(&mut self) {
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(f::EXCEPTION_BITMAP, exits & !UNDEFINED);
     }
 
     /// Turns a primary control on or off.

@@ -35,6 +35,10 @@ msrs! {
     P5_MC_TYPE = 0x1;
     /// The time-stamp counter.
     TSC = 0x10;
+    /// KVM: where the guest wants the time of day, by its old number.
+    KVM_WALL_CLOCK_OLD = 0x11;
+    /// KVM: where the vCPU's clock is, by its old number.
+    KVM_SYSTEM_TIME_OLD = 0x12;
     /// Platform ID, for choosing microcode.
     PLATFORM_ID = 0x17;
     /// The base of the local APIC, and its mode.
@@ -147,6 +151,24 @@ msrs! {
     X2APIC_LAST = 0x8ff;
     /// State components that XSAVES handles beyond XCR0.
     XSS = 0xda0;
+    /// KVM: where the guest wants the time of day.
+    KVM_WALL_CLOCK = 0x4b56_4d00;
+    /// KVM: where the vCPU's clock is.
+    KVM_SYSTEM_TIME = 0x4b56_4d01;
+    /// KVM: where and how asynchronous page faults are told of.
+    KVM_ASYNC_PF_EN = 0x4b56_4d02;
+    /// KVM: where the time is counted in which the vCPU would have run.
+    KVM_STEAL_TIME = 0x4b56_4d03;
+    /// KVM: where ends of interrupts can be left.
+    KVM_PV_EOI_EN = 0x4b56_4d04;
+    /// KVM: whether the host waits for a while before it puts a halted vCPU to sleep.
+    KVM_POLL_CONTROL = 0x4b56_4d05;
+    /// KVM: the vector of pages that have come.
+    KVM_ASYNC_PF_INT = 0x4b56_4d06;
+    /// KVM: the guest has taken notice of a page that has come, write-only.
+    KVM_ASYNC_PF_ACK = 0x4b56_4d07;
+    /// KVM: whether the guest can be migrated.
+    KVM_MIGRATION_CONTROL = 0x4b56_4d08;
     /// Extended features.
     EFER = 0xc000_0080;
     /// Segments of SYSCALL and SYSRET.
@@ -182,6 +204,8 @@ pub enum Class {
     Time,
     /// In the local APIC.
     LocalApic,
+    /// One of KVM's own, by which a guest that knows it tells what it wants.
+    Paravirtual,
     /// In [`super::mce::MachineChecks`], which reads and writes it entirely.
     MachineCheck,
     /// A command to the processor, with no value.
@@ -225,6 +249,8 @@ impl Msr {
             Self::TSC | Self::TSC_ADJUST => Class::Time,
             Self::TSC_DEADLINE => Class::LocalApic,
             Self(0x800..=0x8ff) => Class::LocalApic,
+            Self::KVM_WALL_CLOCK_OLD | Self::KVM_SYSTEM_TIME_OLD => Class::Paravirtual,
+            Self(0x4b56_4d00..=0x4b56_4d08) => Class::Paravirtual,
             Self::PRED_CMD | Self::FLUSH_CMD => Class::Command,
             _ if mce::is_machine_check(self) => Class::MachineCheck,
             _ if state::is_emulated(self) => Class::Emulated,
@@ -298,6 +324,9 @@ pub const SAVED: &[Msr] = &[
     Msr::POWER_CTL,
     Msr::SMI_COUNT,
     Msr::UCODE_REV,
+    Msr::KVM_STEAL_TIME,
+    Msr::KVM_PV_EOI_EN,
+    Msr::KVM_POLL_CONTROL,
 ];
 
 /// Checks a value for an MSR of class [`Class::ControlStructure`], [`Class::Switched`] or [`Class::Command`] before it is taken, as

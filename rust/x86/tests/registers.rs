@@ -326,7 +326,8 @@ fn msr_classes() {
         (Msr(0x26f), Class::Emulated),
         (Msr(0x251), Class::Unknown),
         (Msr(0x900), Class::Unknown),
-        (Msr(0x4b56_4d00), Class::Unknown),
+        (Msr(0x4b56_4d00), Class::Paravirtual),
+        (Msr(0x4b56_4d09), Class::Unknown),
         (Msr(0x480), Class::Unknown),
         (Msr(u32::MAX), Class::Unknown),
     ] {
