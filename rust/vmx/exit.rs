@@ -428,7 +428,12 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
-        self.v.msr_bitmap.pass_allowed(allowed);
+        let switched = self.v.entry.switch_spec_ctrl != 0;
+        self.v.msr_bitmap.pass_allowed(allowed, switched);
+    }
+
+    fn command(&mut self, msr: Msr) {
+        LoadedVcpu::command(msr);
     }
 
     fn tsc_offset(&mut self) -> u64 {
