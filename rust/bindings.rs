@@ -72,6 +72,7 @@ abi_types! {
     kvm_dirty_log,
     kvm_enable_cap,
     kvm_fpu,
+    kvm_guest_debug,
     kvm_interrupt,
     kvm_ioeventfd,
     kvm_irq_level,

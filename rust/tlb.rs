@@ -68,6 +68,8 @@ pub(crate) enum Request {
     EoiVectors = 1 << 5,
     /// The PIT has ticked, for an APIC that makes an NMI of it.
     Watchdog = 1 << 6,
+    /// A debugger steps through the guest: the next step begins with no interrupt shadow.
+    DebugStep = 1 << 7,
 }
 
 impl Request {

@@ -7,6 +7,7 @@
 //! [`VcpuShared`].
 
 mod cpuid;
+pub(crate) mod debug;
 mod events;
 mod fpu;
 mod lapic;
@@ -397,6 +398,10 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_DEBUGREGS => {
                 let regs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_debugregs(&regs))?;
+            }
+            ioctl::SET_GUEST_DEBUG => {
+                let given = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_guest_debug(&given))?;
             }
             ioctl::GET_FPU => {
                 let fpu = this.with_loaded(|cpu| Ok(cpu.get_fpu()))?;

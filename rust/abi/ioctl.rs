@@ -65,6 +65,7 @@ pub(crate) const SET_MSRS: u32 = _IOW::<kvm_msrs>(KVMIO, 0x89);
 pub(crate) const SET_SIGNAL_MASK: u32 = _IOW::<b::kvm_signal_mask>(KVMIO, 0x8b);
 pub(crate) const GET_FPU: u32 = _IOR::<kvm_fpu>(KVMIO, 0x8c);
 pub(crate) const SET_FPU: u32 = _IOW::<kvm_fpu>(KVMIO, 0x8d);
+pub(crate) const SET_GUEST_DEBUG: u32 = _IOW::<kvm_guest_debug>(KVMIO, 0x9b);
 pub(crate) const SET_CPUID2: u32 = _IOW::<kvm_cpuid2>(KVMIO, 0x90);
 pub(crate) const GET_CPUID2: u32 = _IOWR::<kvm_cpuid2>(KVMIO, 0x91);
 pub(crate) const GET_MP_STATE: u32 = _IOR::<kvm_mp_state>(KVMIO, 0x98);

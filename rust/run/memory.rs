@@ -350,7 +350,8 @@ impl<L: Loaded> Run<'_, L> {
 
         match outcome {
             Outcome::Done(done) => {
-                if done.retired {
+                // Each iteration of a repeated instruction ends with a step.
+                if done.retired || done.single_step {
                     super::retire_emulated(&mut self.hw, done.single_step);
                 }
                 Ok(Next::Guest)

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KVM_GET/SET_REGS, SREGS, DEBUGREGS, MP_STATE.
+//! KVM_GET/SET_REGS, SREGS.
 
 use super::Locked;
-use crate::abi::kvm_debugregs;
 use crate::abi::kvm_dtable;
 use crate::abi::kvm_regs;
 use crate::abi::kvm_segment;
@@ -11,12 +10,10 @@ use crate::abi::kvm_sregs;
 use crate::backend::Loaded;
 use crate::backend::TableReg;
 use crate::run::cr::load_pdptes;
+use crate::run::debug;
 use crate::x86::cr;
-use crate::x86::cr::DebugReg;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
-use crate::x86::regs::Dr6;
-use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
@@ -103,7 +100,7 @@ impl<L: Loaded> Locked<'_, L> {
             r14: hw.gpr(Gpr::R14),
             r15: hw.gpr(Gpr::R15),
             rip: hw.rip(),
-            rflags: hw.rflags().bits(),
+            rflags: debug::shown_rflags(hw, self.arch).bits(),
         }
     }
 
@@ -131,7 +128,10 @@ impl<L: Loaded> Locked<'_, L> {
             hw.set_gpr(r, value);
         }
         hw.set_rip(regs.rip);
-        hw.set_rflags(Rflags::new(regs.rflags) | Rflags::FIXED);
+        let flags = Rflags::new(regs.rflags) | Rflags::FIXED;
+        let step = flags.has(Rflags::TF) || self.arch.debugger.steps();
+        hw.set_rflags(flags.with_if(Rflags::TF, step));
+        debug::settle_step(hw, self.arch);
         self.arch.events.drop_pending_exception();
     }
 
@@ -218,32 +218,4 @@ impl<L: Loaded> Locked<'_, L> {
         self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
         Ok(())
     }
-
-    /// KVM_GET_DEBUGREGS.
-    pub(super) fn get_debugregs(&mut self) -> kvm_debugregs {
-        kvm_debugregs {
-            db: self.arch.dr,
-            dr6: self.arch.dr6,
-            dr7: self.hw.dr7().bits(),
-            flags: 0,
-            reserved: [0; 9],
-        }
-    }
-
-    /// KVM_SET_DEBUGREGS: EINVAL for flags, and for upper halves that are not zero.
-    pub(super) fn set_debugregs(&mut self, regs: &kvm_debugregs) -> Result {
-        if regs.flags != 0 {
-            return Err(EINVAL);
-        }
-        let dr6 = cr::check_debug_write(DebugReg::Status, regs.dr6).map_err(|_| EINVAL)?;
-        let dr7 = cr::check_debug_write(DebugReg::Control, regs.dr7).map_err(|_| EINVAL)?;
-        self.arch.dr = regs.db;
-        self.arch.dr6 = dr6;
-        let dr7 = Dr7::new(dr7);
-        self.arch.breakpoints_armed = dr7.any_enabled();
-        self.hw.set_dr7(dr7);
-        Ok(())
-    }
 }
-
-const _: () = assert!(Dr6::RESET.bits() == 0xffff_0ff0);

@@ -54,6 +54,10 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::OSXMMEXCPT.bits()
     | Cr4::PGE.bits();
 
+/// Exceptions that exit. Machine checks are the host's. #DB and #AC could otherwise keep the processor
+/// delivering exceptions within exceptions for ever, with no interrupt window between.
+const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | 1 << 1;
+
 /// How many ticks lie between two executions of PAUSE in one loop, at most, and how many a loop may take.
 const PLE_GAP: u32 = 128;
 const PLE_WINDOW: u32 = 4096;
@@ -213,9 +217,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
-        // Machine checks are the host's. #DB and #AC could otherwise keep the processor delivering
-        // exceptions within exceptions for ever, with no interrupt window between.
-        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | 1 << 1);
+        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS);
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -562,6 +564,11 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.halts {
             self.write(f::GUEST_ACTIVITY, 0);
         }
+    }
+
+    /// Has the guest exit at INT3, or not.
+    pub(super) fn intercept_int3(&mut self, on: bool) {
+        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS | u32::from(on) << 3);
     }
 
     /// Turns a primary control on or off.
