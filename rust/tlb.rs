@@ -68,8 +68,15 @@ pub(crate) enum Request {
     EoiVectors = 1 << 5,
     /// The PIT has ticked, for an APIC that makes an NMI of it.
     Watchdog = 1 << 6,
+    /// Structures of the guest's that the kernel keeps up to date may have to be: see
+    /// [`PvState`](crate::pv::PvState).
+    Structures = 1 << 7,
+    /// Another vCPU has woken this one from HLT, by a hypercall.
+    Unhalt = 1 << 8,
+    /// The VMM has changed which MSRs the guest may access.
+    MsrFilter = 1 << 9,
     /// A debugger steps through the guest: the next step begins with no interrupt shadow.
-    DebugStep = 1 << 7,
+    DebugStep = 1 << 10,
 }
 
 impl Request {
@@ -77,7 +84,8 @@ impl Request {
     pub(crate) const WAKE: u32 = Self::Interrupts as u32
         | Self::ApicEvents as u32
         | Self::Timer as u32
-        | Self::Watchdog as u32;
+        | Self::Watchdog as u32
+        | Self::Unhalt as u32;
 }
 
 /// The vCPU executes host code, or is not loaded at all.
@@ -118,9 +126,10 @@ impl VcpuShared {
     ) -> impl PinInit<Self, Error> {
         // Nobody takes requests of an APIC where there is none.
         let requests = match apic {
-            Some(_) => Request::WriteLogging as u32 | Request::EoiVectors as u32,
-            None => Request::WriteLogging as u32,
+            Some(_) => Request::EoiVectors as u32,
+            None => 0,
         };
+        let requests = requests | Request::WriteLogging as u32 | Request::MsrFilter as u32;
         try_pin_init!(Self {
             requests: AtomicU32::new(requests),
             mode: AtomicU32::new(OUTSIDE_GUEST),

@@ -10,6 +10,7 @@ mod caps;
 mod exit;
 mod fields;
 mod load;
+mod msr_bitmap;
 mod vcpu;
 mod vmcs;
 mod write_log;
@@ -23,7 +24,6 @@ use crate::linux::cpu::HotplugState;
 use crate::linux::cpu::PerCpuHold;
 use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
-use crate::linux::page::KernelPage;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::unsupported;
@@ -88,91 +88,6 @@ impl HostState {
     }
 }
 
-/// Which accesses to an MSR do not exit.
-#[derive(Clone, Copy)]
-enum Pass {
-    Reads,
-    Writes,
-    Both,
-}
-
-/// The bitmap of the MSRs that a guest reads and writes without an exit (SDM vol. 3, 25.6.9). It is
-/// the same for all.
-struct MsrBitmap(KernelPage);
-
-impl MsrBitmap {
-    const READ_LOW: usize = 0;
-    const READ_HIGH: usize = 1024;
-    const WRITE: usize = 2048;
-
-    fn new() -> Result<Self> {
-        let page = KernelPage::new()?;
-        for offset in (0..4096).step_by(8) {
-            page.write(offset, u64::MAX);
-        }
-        let bitmap = Self(page);
-        for msr in [
-            Msr::FS_BASE,
-            Msr::GS_BASE,
-            Msr::KERNEL_GS_BASE,
-            Msr::SYSENTER_CS,
-            Msr::SYSENTER_ESP,
-            Msr::SYSENTER_EIP,
-        ] {
-            bitmap.pass(msr, Pass::Both);
-        }
-        for msr in [Msr::TSC, Msr::STAR, Msr::LSTAR, Msr::SYSCALL_MASK] {
-            bitmap.pass(msr, Pass::Reads);
-        }
-        Ok(bitmap)
-    }
-
-    /// The same for a guest whose x2APIC registers the processor has: reads of all but the current count,
-    /// and writes of those that change nothing outside.
-    fn with_x2apic() -> Result<Self> {
-        const READ: [core::ops::RangeInclusive<u32>; 8] = [
-            0x802..=0x803,
-            0x808..=0x808,
-            0x80a..=0x80a,
-            0x80d..=0x80d,
-            0x80f..=0x828,
-            0x830..=0x830,
-            0x832..=0x838,
-            0x83e..=0x83e,
-        ];
-        let bitmap = Self::new()?;
-        for msr in READ.into_iter().flatten() {
-            bitmap.pass(Msr(msr), Pass::Reads);
-        }
-        for msr in [Msr::X2APIC_TPR, Msr::X2APIC_EOI, Msr::X2APIC_SELF_IPI] {
-            bitmap.pass(msr, Pass::Writes);
-        }
-        Ok(bitmap)
-    }
-
-    fn pass(&self, msr: Msr, what: Pass) {
-        let Msr(msr) = msr;
-        let base = if msr < 0x2000 {
-            Self::READ_LOW
-        } else {
-            Self::READ_HIGH
-        };
-        let byte = base + (msr & 0x1fff) as usize / 8;
-        let bit = 1u8 << (msr & 7);
-        if !matches!(what, Pass::Writes) {
-            self.0.write(byte, self.0.read::<u8>(byte) & !bit);
-        }
-        if !matches!(what, Pass::Reads) {
-            let byte = byte + Self::WRITE;
-            self.0.write(byte, self.0.read::<u8>(byte) & !bit);
-        }
-    }
-
-    fn phys(&self) -> u64 {
-        self.0.phys()
-    }
-}
-
 // The VMCSs that exist, by VPID counted from the top: kvm-intel, which may be loaded too, counts from
 // the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.)
 kernel::sync::global_lock! {
@@ -230,8 +145,6 @@ impl Drop for Vpid {
 pub(crate) struct Vmx {
     caps: VmxCaps,
     host: HostState,
-    msr_bitmap: MsrBitmap,
-    x2apic_msr_bitmap: MsrBitmap,
     /// Last: VMX goes off after everything that needs it is gone.
     _on: HotplugState<VmxHold>,
 }
@@ -284,8 +197,6 @@ impl Vmx {
         Ok(Self {
             caps: VmxCaps::probe()?,
             host: HostState::read()?,
-            msr_bitmap: MsrBitmap::new()?,
-            x2apic_msr_bitmap: MsrBitmap::with_x2apic()?,
             _on: HotplugState::register()
                 .inspect_err(|_| pr_err!("VMX could not be turned on on every CPU\n"))?,
         })

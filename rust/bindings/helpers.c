@@ -14,6 +14,7 @@
 #include <linux/rcuwait.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/stat.h>
 #include <linux/smp.h>
 #include <asm/apic.h>
 #include <asm/cpu.h>
@@ -354,3 +355,16 @@ bool rkvm_should_stop_polling(void)
 {
 	return need_resched() || signal_pending(current) || !single_task_running();
 }
+
+bool rkvm_delays_are_counted(void) { return sched_info_on(); }
+
+u64 rkvm_waited_ns(void)
+{
+#ifdef CONFIG_SCHED_INFO
+	return current->sched_info.run_delay;
+#else
+	return 0;
+#endif
+}
+
+bool rkvm_current_is_runnable(void) { return task_is_runnable(current); }

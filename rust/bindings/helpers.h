@@ -177,4 +177,9 @@ struct file *rkvm_readable_file(const char *name, const struct file_operations *
 
 struct mm_struct *rkvm_current_mm(void);
 
+/* What the scheduler knows of the current thread. */
+bool rkvm_delays_are_counted(void);
+u64 rkvm_waited_ns(void);
+bool rkvm_current_is_runnable(void);
+
 #endif

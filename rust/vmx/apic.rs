@@ -122,13 +122,7 @@ impl LoadedVcpu<'_> {
     fn choose_msr_bitmap(&mut self) {
         let x2apic = self.v.secondary.has(SecondaryControls::X2APIC);
         let inhibited = self.v.apic.as_ref().is_some_and(|apic| apic.inhibited);
-        let bitmap = if x2apic && !inhibited {
-            &self.vmx.x2apic_msr_bitmap
-        } else {
-            &self.vmx.msr_bitmap
-        };
-        let bitmap = bitmap.phys();
-        self.write(f::MSR_BITMAP, bitmap);
+        self.v.msr_bitmap.pass_x2apic(x2apic && !inhibited);
     }
 
     /// Has the processor deliver no interrupts, and every access exit but those to the task priority.

@@ -15,6 +15,7 @@ use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
 use super::fields::SegmentFields;
 use super::load::Loadable;
+use super::msr_bitmap::MsrBitmap;
 use super::vmcs::vmread;
 use super::vmcs::vmwrite;
 use super::write_log::WriteLog;
@@ -55,8 +56,12 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::PGE.bits();
 
 /// Exceptions that exit. Machine checks are the host's. #DB and #AC could otherwise keep the processor
-/// delivering exceptions within exceptions for ever, with no interrupt window between.
-const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | 1 << 1;
+/// delivering exceptions within exceptions for ever, with no interrupt window between. #UD may be another
+/// processor's instruction.
+const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1;
+
+/// INT3, in the bitmap of exceptions.
+const BREAKPOINT: u32 = 1 << 3;
 
 /// How many ticks lie between two executions of PAUSE in one loop, at most, and how many a loop may take.
 const PLE_GAP: u32 = 128;
@@ -105,6 +110,8 @@ pub(crate) struct VmxVcpu {
     /// The TLB is flushed before the next entry.
     pub(super) flush_memory: bool,
     pub(super) flush_guest: bool,
+    /// Which MSRs the guest accesses without an exit.
+    pub(super) msr_bitmap: MsrBitmap,
     /// The APIC, if it is in the kernel.
     pub(super) apic: Option<VmcsApic>,
     /// When the guest is to exit, in ticks of the host's time-stamp counter.
@@ -174,6 +181,7 @@ impl VmxVcpu {
             vpid,
             flush_memory: true,
             flush_guest: true,
+            msr_bitmap: MsrBitmap::new()?,
             apic: apic.map(|pages| VmcsApic::new(pages, vmx.caps.apicv)),
             deadline: None,
             write_log,
@@ -181,6 +189,9 @@ impl VmxVcpu {
         })
     }
 }
+
+/// #UD, in the exception bitmap.
+const UNDEFINED: u32 = 1 << 6;
 
 impl<'a> LoadedVcpu<'a> {
     /// Loads the vCPU, and writes what never changes if this is the first time.
@@ -225,7 +236,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::EXIT_MSR_LOAD_COUNT, 0);
         self.write(f::ENTRY_MSR_LOAD_COUNT, 0);
         self.write(f::ENTRY_INTR_INFO, 0);
-        self.write(f::MSR_BITMAP, self.vmx.msr_bitmap.phys());
+        self.write(f::MSR_BITMAP, self.v.msr_bitmap.phys());
         self.write(f::EPT_POINTER, self.v.eptp);
         if self.v.secondary.has(SecondaryControls::VPID) {
             self.write(f::VPID, self.v.vpid.id());
@@ -568,7 +579,17 @@ impl<'a> LoadedVcpu<'a> {
 
     /// Has the guest exit at INT3, or not.
     pub(super) fn intercept_int3(&mut self, on: bool) {
-        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS | u32::from(on) << 3);
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(
+            f::EXCEPTION_BITMAP,
+            exits & !BREAKPOINT | if on { BREAKPOINT } else { 0 },
+        );
+    }
+
+    /// The guest's #UD does not exit any more.
+    pub(super) fn leave_undefined_to_guest(&mut self) {
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(f::EXCEPTION_BITMAP, exits & !UNDEFINED);
     }
 
     /// Turns a primary control on or off.
