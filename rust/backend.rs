@@ -231,6 +231,7 @@ pub(crate) trait Loaded {
     fn idtr(&mut self) -> TableReg;
     fn set_idtr(&mut self, value: TableReg);
     /// The four entries of PAE paging, which the processor loads with CR3.
+    fn pdptes(&mut self) -> [u64; 4];
     fn set_pdptes(&mut self, pdptes: &[u64; 4]);
 
     /// MSRs that the hardware holds.

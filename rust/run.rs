@@ -11,7 +11,7 @@ pub(crate) mod cr;
 pub(crate) mod debug;
 pub(crate) mod halt;
 pub(crate) mod hypercall;
-mod memory;
+pub(crate) mod memory;
 pub(crate) mod msr;
 mod port;
 mod pv;

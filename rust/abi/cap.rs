@@ -31,6 +31,10 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_VCPU_EVENTS
         | b::KVM_CAP_DEBUGREGS
         | b::KVM_CAP_SET_GUEST_DEBUG
+        | b::KVM_CAP_SREGS2
+        | b::KVM_CAP_EXCEPTION_PAYLOAD
+        | b::KVM_CAP_X86_TRIPLE_FAULT_EVENT
+        | b::KVM_CAP_SYS_ATTRIBUTES
         | b::KVM_CAP_READONLY_MEM
         | b::KVM_CAP_GET_TSC_KHZ
         | b::KVM_CAP_IMMEDIATE_EXIT

@@ -61,6 +61,7 @@ pub(crate) const GET_REGS: u32 = _IOR::<kvm_regs>(KVMIO, 0x81);
 pub(crate) const SET_REGS: u32 = _IOW::<kvm_regs>(KVMIO, 0x82);
 pub(crate) const GET_SREGS: u32 = _IOR::<kvm_sregs>(KVMIO, 0x83);
 pub(crate) const SET_SREGS: u32 = _IOW::<kvm_sregs>(KVMIO, 0x84);
+pub(crate) const TRANSLATE: u32 = _IOWR::<kvm_translation>(KVMIO, 0x85);
 pub(crate) const INTERRUPT: u32 = _IOW::<kvm_interrupt>(KVMIO, 0x86);
 /// Of the device, for feature MSRs, and of a vCPU.
 pub(crate) const GET_MSRS: u32 = _IOWR::<kvm_msrs>(KVMIO, 0x88);
@@ -97,4 +98,6 @@ pub(crate) const GET_STATS_FD: u32 = _IO(KVMIO, 0xce);
 pub(crate) const GET_XSAVE2: u32 = _IOR::<b::kvm_xsave>(KVMIO, 0xcf);
 pub(crate) const GET_XCRS: u32 = _IOR::<kvm_xcrs>(KVMIO, 0xa6);
 pub(crate) const SET_XCRS: u32 = _IOW::<kvm_xcrs>(KVMIO, 0xa7);
+pub(crate) const GET_SREGS2: u32 = _IOR::<kvm_sregs2>(KVMIO, 0xcc);
+pub(crate) const SET_SREGS2: u32 = _IOW::<kvm_sregs2>(KVMIO, 0xcd);
 pub(crate) const PRE_FAULT_MEMORY: u32 = _IOWR::<kvm_pre_fault_memory>(KVMIO, 0xd5);

@@ -410,6 +410,10 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_idtr(self, value);
     }
 
+    fn pdptes(&mut self) -> [u64; 4] {
+        LoadedVcpu::pdptes(self)
+    }
+
     fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         LoadedVcpu::set_pdptes(self, pdptes);
     }

@@ -493,6 +493,15 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_IDTR_LIMIT, u32::from(value.limit));
     }
 
+    pub(super) fn pdptes(&self) -> [u64; 4] {
+        [
+            self.read(f::GUEST_PDPTE0),
+            self.read(f::GUEST_PDPTE1),
+            self.read(f::GUEST_PDPTE2),
+            self.read(f::GUEST_PDPTE3),
+        ]
+    }
+
     pub(super) fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         self.write(f::GUEST_PDPTE0, pdptes[0]);
         self.write(f::GUEST_PDPTE1, pdptes[1]);
