@@ -233,6 +233,7 @@ pub(crate) trait Loaded {
     fn idtr(&mut self) -> TableReg;
     fn set_idtr(&mut self, value: TableReg);
     /// The four entries of PAE paging, which the processor loads with CR3.
+    fn pdptes(&mut self) -> [u64; 4];
     fn set_pdptes(&mut self, pdptes: &[u64; 4]);
 
     /// MSRs that the hardware holds.
@@ -268,6 +269,8 @@ pub(crate) trait Loaded {
     fn set_pending_step(&mut self);
     /// Takes that back: returns if one was due.
     fn take_pending_step(&mut self) -> bool;
+    /// Has the guest exit at INT3, or not.
+    fn intercept_int3(&mut self, on: bool);
 
     /// The base of the code segment.
     fn cs_base(&mut self) -> u64;
@@ -302,6 +305,9 @@ pub(crate) trait Loaded {
     fn set_interrupt_status(&mut self, in_service: u8, requested: u8);
     /// A vector has been requested beside those that the processor knows of.
     fn raise_requested(&mut self, requested: u8);
+    /// Has the processor leave the virtual APIC alone for a while: it neither delivers interrupts nor
+    /// answers accesses, should it do so otherwise.
+    fn inhibit_virtual_apic(&mut self, inhibited: bool);
     /// The vectors whose end is to exit.
     fn set_eoi_exits(&mut self, vectors: &[u64; 4]);
     /// Whether [`set_timer`](Self::set_timer) does anything.

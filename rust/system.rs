@@ -5,6 +5,7 @@
 use crate::abi;
 use crate::abi::ioctl;
 use crate::abi::kvm_cpuid2;
+use crate::abi::kvm_device_attr;
 use crate::abi::kvm_msr_list;
 use crate::backend::Backend;
 use crate::linux::file;
@@ -30,6 +31,9 @@ use crate::x86::regs::Xcr0;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
+
+/// KVM_X86_XCOMP_GUEST_SUPP.
+const XCOMP_GUEST_SUPP: u64 = crate::bindings::KVM_X86_XCOMP_GUEST_SUPP as u64;
 
 /// What guests can be given on this machine, found out when the module loads.
 pub(crate) struct Host {
@@ -133,6 +137,16 @@ impl<B: Backend> FileObject for System<B> {
                 Ok(0)
             }
             ioctl::GET_MSRS => this.get_feature_msrs(arg),
+            ioctl::HAS_DEVICE_ATTR => {
+                this.attribute(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::GET_DEVICE_ATTR => {
+                let attr = user::read(arg)?;
+                let value = this.attribute(&attr)?;
+                user::write(attr.addr as usize, &value)?;
+                Ok(0)
+            }
             // As in KVM, where a VM's file has ENOTTY for it.
             _ => Err(EINVAL),
         }
@@ -153,6 +167,15 @@ impl<B: Backend> System<B> {
         no_arg(kind, 0)?;
         let vm = Vm::new(self.machine.clone())?;
         file::anon_fd(c"kvm-vm", vm)
+    }
+
+    /// An attribute of the whole (KVM_CAP_SYS_ATTRIBUTES): which components of the FPU state a guest can
+    /// have; ENXIO for another.
+    fn attribute(&self, attr: &kvm_device_attr) -> Result<u64> {
+        match (attr.group, attr.attr) {
+            (0, XCOMP_GUEST_SUPP) => Ok(self.machine.host.supported.xcr0.bits()),
+            _ => Err(ENXIO),
+        }
     }
 
     fn get_supported_cpuid(&self, arg: usize) -> Result<isize> {

@@ -76,6 +76,8 @@ pub(crate) enum Request {
     Unhalt = 1 << 8,
     /// The VMM has changed which MSRs the guest may access.
     MsrFilter = 1 << 9,
+    /// A debugger steps through the guest: the next step begins with no interrupt shadow.
+    DebugStep = 1 << 10,
 }
 
 impl Request {

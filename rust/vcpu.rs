@@ -7,6 +7,7 @@
 //! [`VcpuShared`].
 
 mod cpuid;
+pub(crate) mod debug;
 mod events;
 mod fpu;
 mod lapic;
@@ -368,6 +369,22 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 let sregs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_sregs(&sregs))?;
             }
+            ioctl::GET_SREGS2 => {
+                let sregs = this.with_loaded(|cpu| Ok(cpu.get_sregs2()))?;
+                user::write(arg, &sregs)?;
+            }
+            ioctl::SET_SREGS2 => {
+                let sregs = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_sregs2(&sregs))?;
+            }
+            ioctl::TRANSLATE => {
+                let mut translation = user::read(arg)?;
+                this.with_loaded(|cpu| {
+                    cpu.translate(&mut translation);
+                    Ok(())
+                })?;
+                user::write(arg, &translation)?;
+            }
             ioctl::GET_MP_STATE => {
                 let mp_state = this.with_loaded(|cpu| Ok(cpu.get_mp_state()))?;
                 user::write(arg, &abi::kvm_mp_state { mp_state })?;
@@ -417,6 +434,10 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_DEBUGREGS => {
                 let regs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_debugregs(&regs))?;
+            }
+            ioctl::SET_GUEST_DEBUG => {
+                let given = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_guest_debug(&given))?;
             }
             ioctl::GET_FPU => {
                 let fpu = this.with_loaded(|cpu| Ok(cpu.get_fpu()))?;

@@ -415,6 +415,10 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_idtr(self, value);
     }
 
+    fn pdptes(&mut self) -> [u64; 4] {
+        LoadedVcpu::pdptes(self)
+    }
+
     fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         LoadedVcpu::set_pdptes(self, pdptes);
     }
@@ -576,6 +580,10 @@ impl Loaded for LoadedVcpu<'_> {
         true
     }
 
+    fn intercept_int3(&mut self, on: bool) {
+        LoadedVcpu::intercept_int3(self, on);
+    }
+
     fn cs_base(&mut self) -> u64 {
         self.read(f::SegmentFields::of(SegReg::Cs).base)
     }
@@ -640,6 +648,10 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn raise_requested(&mut self, requested: u8) {
         LoadedVcpu::raise_requested(self, requested);
+    }
+
+    fn inhibit_virtual_apic(&mut self, inhibited: bool) {
+        LoadedVcpu::inhibit_virtual_apic(self, inhibited);
     }
 
     fn set_eoi_exits(&mut self, vectors: &[u64; 4]) {

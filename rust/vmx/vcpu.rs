@@ -55,6 +55,14 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::OSXMMEXCPT.bits()
     | Cr4::PGE.bits();
 
+/// Exceptions that exit. Machine checks are the host's. #DB and #AC could otherwise keep the processor
+/// delivering exceptions within exceptions for ever, with no interrupt window between. #UD may be another
+/// processor's instruction.
+const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1;
+
+/// INT3, in the bitmap of exceptions.
+const BREAKPOINT: u32 = 1 << 3;
+
 /// How many ticks lie between two executions of PAUSE in one loop, at most, and how many a loop may take.
 const PLE_GAP: u32 = 128;
 const PLE_WINDOW: u32 = 4096;
@@ -223,10 +231,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
-        // Machine checks are the host's. #DB and #AC could otherwise keep the processor delivering
-        // exceptions within exceptions for ever, with no interrupt window between. #UD may be another
-        // processor's instruction.
-        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1);
+        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS);
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -492,6 +497,15 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_IDTR_LIMIT, u32::from(value.limit));
     }
 
+    pub(super) fn pdptes(&self) -> [u64; 4] {
+        [
+            self.read(f::GUEST_PDPTE0),
+            self.read(f::GUEST_PDPTE1),
+            self.read(f::GUEST_PDPTE2),
+            self.read(f::GUEST_PDPTE3),
+        ]
+    }
+
     pub(super) fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         self.write(f::GUEST_PDPTE0, pdptes[0]);
         self.write(f::GUEST_PDPTE1, pdptes[1]);
@@ -592,6 +606,15 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.halts {
             self.write(f::GUEST_ACTIVITY, 0);
         }
+    }
+
+    /// Has the guest exit at INT3, or not.
+    pub(super) fn intercept_int3(&mut self, on: bool) {
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(
+            f::EXCEPTION_BITMAP,
+            exits & !BREAKPOINT | if on { BREAKPOINT } else { 0 },
+        );
     }
 
     /// The guest's #UD does not exit any more.
