@@ -16,6 +16,7 @@ use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
@@ -145,6 +146,8 @@ pub(crate) struct Features {
     pub(crate) invpcid: bool,
     /// XSAVES and XRSTORS.
     pub(crate) xsaves: bool,
+    /// RDTSC at a rate that is not the host's.
+    pub(crate) tsc_scaling: bool,
 }
 
 /// Instructions that give up the processor, and do not exit if the VMM says so (KVM API,
@@ -236,9 +239,10 @@ pub(crate) trait Loaded {
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;
     /// Whether the MSR is one of those. The value has been checked.
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
-    /// What the guest's time-stamp counter adds to the host's, in ticks, modulo 2^64.
-    fn tsc_offset(&mut self) -> u64;
-    fn set_tsc_offset(&mut self, offset: u64);
+    /// The guest's time-stamp counter.
+    fn tsc(&mut self) -> GuestTsc;
+    /// Sets it. Its scale is the host's own, unless [`Features::tsc_scaling`].
+    fn set_tsc(&mut self, tsc: GuestTsc);
 
     /// Whether interrupts are held off for one instruction.
     fn shadow(&mut self) -> Shadow;

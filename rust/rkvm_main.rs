@@ -78,6 +78,10 @@ module! {
             default: 1,
             description: "Use the VMX-preemption timer for the guest's, if there is one (default 1)",
         },
+        tsc_scaling: u8 {
+            default: 1,
+            description: "Have the processor scale the guest's time-stamp counter, if it can (default 1)",
+        },
     },
 }
 
@@ -101,6 +105,11 @@ mod parameters {
     /// The VMX-preemption timer may be used.
     pub(crate) fn preemption_timer() -> bool {
         *crate::module_parameters::preemption_timer.value() != 0
+    }
+
+    /// The processor may scale guests' time-stamp counters.
+    pub(crate) fn tsc_scaling() -> bool {
+        *crate::module_parameters::tsc_scaling.value() != 0
     }
 }
 

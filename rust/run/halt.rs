@@ -69,10 +69,9 @@ impl<L: Loaded> Run<'_, L> {
     /// Waits for a request that wakes the vCPU, or a signal.
     pub(super) fn sleep(&mut self) {
         let clock = clock(&mut self.hw);
-        let tsc_khz = self.arch.tsc_khz;
         let by_hardware = self.hw.has_timer();
         if let Some(apic) = self.arch.apic.as_deref_mut().filter(|_| by_hardware) {
-            apic.arm_timer(&clock, tsc_khz);
+            apic.arm_timer(&clock);
         }
         if self.arch.mp_state != HALTED || !self.poll() {
             let begin = hrtimer::now();

@@ -22,6 +22,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::mmu::ept::Access;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Interrupt;
@@ -421,12 +422,13 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::write_msr(self, msr, value)
     }
 
-    fn tsc_offset(&mut self) -> u64 {
-        LoadedVcpu::tsc_offset(self)
+    #[inline]
+    fn tsc(&mut self) -> GuestTsc {
+        LoadedVcpu::tsc(self)
     }
 
-    fn set_tsc_offset(&mut self, offset: u64) {
-        LoadedVcpu::set_tsc_offset(self, offset);
+    fn set_tsc(&mut self, tsc: GuestTsc) {
+        LoadedVcpu::set_tsc(self, tsc);
     }
 
     #[inline]
