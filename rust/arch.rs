@@ -12,6 +12,7 @@ use crate::pv::PvState;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
+use crate::time::VcpuClock;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
@@ -59,8 +60,8 @@ pub(crate) struct Arch {
     pub(crate) msrs: MsrState,
     /// What a guest that knows KVM has asked for.
     pub(crate) pv: PvState,
-    /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
-    pub(crate) tsc_khz: u32,
+    /// Its time.
+    pub(crate) clock: VcpuClock,
     /// IA32_TSC_ADJUST.
     pub(crate) tsc_adjust: u64,
     pub(crate) emulator: Emulator,
@@ -78,7 +79,7 @@ pub(crate) struct Arch {
 
 impl Arch {
     /// The state after power-up. vCPU 0 is the bootstrap processor.
-    pub(crate) fn new(bootstrap: bool) -> Result<Self> {
+    pub(crate) fn new(bootstrap: bool, clock: VcpuClock) -> Result<Self> {
         let cpuid = Cpuid::new(KVVec::new()).map_err(|_| EINVAL)?;
         Ok(Self {
             events: PendingEvents::new(),
@@ -95,7 +96,7 @@ impl Arch {
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
             pv: PvState::new(),
-            tsc_khz: crate::linux::msr::tsc_khz(),
+            clock,
             tsc_adjust: 0,
             emulator: Emulator::new(),
             devices: DeviceFrames::new(),
@@ -154,8 +155,6 @@ impl Arch {
 /// Puts the registers that a backend holds into the state after power-up (SDM vol. 3, table 10-1).
 pub(crate) fn reset(hw: &mut impl Loaded) {
     reset_registers(hw, Cr0::CD | Cr0::NW);
-    // The counter starts from zero.
-    hw.set_tsc_offset(crate::linux::msr::rdtsc().wrapping_neg());
 }
 
 /// INIT: the state after power-up, but for what that table keeps: the time-stamp counter, the FPU, MSRs,
@@ -179,6 +178,7 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     arch.emulator.abort();
     arch.pending = Pending::Nothing;
     arch.pv.reset();
+    arch.clock.reset();
 }
 
 fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {

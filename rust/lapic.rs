@@ -186,9 +186,7 @@ impl LocalApic {
                 Some(host_msr::rdtsc().saturating_add(ticks))
             }
             Deadline::Ns(_) => {
-                let left = self
-                    .expires_ns(clock)?
-                    .saturating_sub(hrtimer::now());
+                let left = self.expires_ns(clock)?.saturating_sub(hrtimer::now());
                 Some(host_msr::rdtsc().saturating_add(clock.tsc.scale.ns_to_host_ticks(left)))
             }
         }

@@ -11,6 +11,9 @@ use crate::x86::pv::PvFeatures;
 /// What guests are told of, by KVM_GET_SUPPORTED_CPUID.
 pub(crate) fn supported() -> PvFeatures {
     PvFeatures::NOP_IO_DELAY
+        | PvFeatures::CLOCKSOURCE
+        | PvFeatures::CLOCKSOURCE2
+        | PvFeatures::CLOCKSOURCE_STABLE_BIT
 }
 
 /// The paravirtual state of a vCPU.

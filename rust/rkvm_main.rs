@@ -16,6 +16,7 @@
 //! | [`pv`] | what a guest that knows KVM has asked for |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
+//! | [`time`] | guest time: counters, and the clock that is computed from them |
 //! | [`stats`] | what is counted, and the files to read it |
 //! | [`linux`] | kernel services that the `kernel` crate lacks |
 
@@ -25,7 +26,6 @@ use backend::Backend;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use linux::file::Chrdev;
-use system::Host;
 use system::Machine;
 use system::System;
 use vmx::Vmx;
@@ -49,6 +49,7 @@ mod run;
 mod run_page;
 mod stats;
 mod system;
+mod time;
 mod tlb;
 mod vcpu;
 mod vm;
@@ -123,8 +124,7 @@ struct RkvmModule {
 impl kernel::Module for RkvmModule {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let backend = Vmx::new()?;
-        let host = Host::new(&backend)?;
-        let installed = Installed::new(Arc::new(Machine { backend, host }, GFP_KERNEL)?);
+        let installed = Installed::new(Arc::new(Machine::new(backend)?, GFP_KERNEL)?);
         let device = KBox::pin_init(Chrdev::register(c"rkvm"), GFP_KERNEL)?;
         pr_info!("ready at /dev/rkvm\n");
         Ok(Self {

@@ -2,8 +2,8 @@
 
 //! Guest time: the counters and the clock of a VM, and what becomes of them when the host's change.
 //!
-//! The arithmetic is in [`crate::x86::clock`]; a vCPU's part is in [`crate::vcpu::tsc`] and
-//! [`crate::run::clock`].
+//! The arithmetic is in [`crate::x86::clock`]; a vCPU's part is in [`vcpu`], and what its
+//! thread does about it in [`crate::run::clock`].
 //!
 //! # The master copy
 //!
@@ -11,6 +11,8 @@
 //! [`VmTime::renew`] makes [`Request::ClockHeld`] of all vCPUs, which none takes: whoever is in the guest
 //! leaves it, and nobody enters. When the new copy is there, each gets [`Request::Clock`], and then the
 //! other is withdrawn: no vCPU enters before it has written the new copy to its guest.
+
+mod vcpu;
 
 use crate::linux::clock;
 use crate::linux::clock::OnSourceChange;
@@ -37,6 +39,8 @@ use kernel::prelude::*;
 use kernel::static_lock_class;
 use kernel::sync::Arc;
 use kernel::sync::Mutex;
+
+pub(crate) use vcpu::VcpuClock;
 
 /// How often the clocks of all vCPUs of a VM are brought up to date because one of them changes its CPU, at
 /// most: nanoseconds in between.
@@ -118,6 +122,13 @@ pub(crate) struct Registered {
     clocks: Arc<Clocks>,
 }
 
+impl Registered {
+    /// The clock itself.
+    pub(crate) fn get(&self) -> &Arc<VmTime> {
+        &self.time
+    }
+}
+
 impl Deref for Registered {
     type Target = VmTime;
 
@@ -153,7 +164,7 @@ pub(crate) struct VmTime {
     /// The rate of the counters of vCPUs to come, in kHz.
     khz: AtomicU32,
     /// KVM_WALL_CLOCK, for all vCPUs.
-    pub(crate) wall_clock: AtomicU64,
+    wall_clock: AtomicU64,
 }
 
 struct State {
@@ -323,20 +334,14 @@ impl VmTime {
         self.vcpus.request_and_kick_all(Request::Clock);
     }
 
-    /// A vCPU has come to another CPU than it was on before.
-    #[cold]
-    pub(crate) fn moved(&self, vcpu: &VcpuShared) {
-        if self.has_master.load(Ordering::Relaxed) {
-            return;
-        }
-        vcpu.request(Request::Clock);
+    /// Whether the clocks of all vCPUs are computed from one master copy.
+    pub(crate) fn has_master(&self) -> bool {
+        self.has_master.load(Ordering::Relaxed)
     }
 
-    /// A clock is brought up to date that others are not computed with: should it be time, so are they.
+    /// A vCPU's clock, which is its own, is being brought up to date: so are the others', but not too often.
+    /// They would drift apart else.
     pub(crate) fn refresh_others(&self) {
-        if self.has_master.load(Ordering::Relaxed) {
-            return;
-        }
         let now = crate::linux::hrtimer::now();
         let last = self.refreshed.load(Ordering::Relaxed);
         let due = now.wrapping_sub(last) > REFRESH_INTERVAL;

@@ -32,6 +32,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_DEBUGREGS
         | b::KVM_CAP_READONLY_MEM
         | b::KVM_CAP_GET_TSC_KHZ
+        | b::KVM_CAP_KVMCLOCK_CTRL
         | b::KVM_CAP_IMMEDIATE_EXIT
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
@@ -61,6 +62,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_EXIT_ON_EMULATION_FAILURE
         | b::KVM_CAP_ENFORCE_PV_FEATURE_CPUID
         | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
+        b::KVM_CAP_ADJUST_CLOCK => crate::vm::CLOCK_FLAGS as isize,
         b::KVM_CAP_DISABLE_QUIRKS2 => crate::apics::QUIRKS as isize,
         b::KVM_CAP_IRQ_ROUTING => crate::irq::MAX_ROUTES as isize,
         b::KVM_CAP_X2APIC_API => crate::apics::X2APIC_API as isize,

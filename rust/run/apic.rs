@@ -23,6 +23,7 @@ use crate::x86::apic::timer::Clock;
 use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Effect;
 use crate::x86::apic::Eoi;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::cpuid::features::Features;
 use crate::x86::event::InterruptSource;
 use crate::x86::msr::Msr;
@@ -41,9 +42,7 @@ pub(crate) struct Around<'a> {
 /// The clocks of the vCPU's timer.
 #[inline]
 pub(crate) fn clock(hw: &mut impl Loaded) -> GuestClock {
-    GuestClock {
-        tsc: hw.tsc(),
-    }
+    GuestClock { tsc: hw.tsc() }
 }
 
 /// The interrupt controllers as an entry sees them.
@@ -351,7 +350,9 @@ impl<L: Loaded> Run<'_, L> {
         if value & 0xc_8700 != 0 || (value >> 32) as u32 == X2APIC_BROADCAST {
             return false;
         }
-        let clock = GuestClock { tsc: GuestTsc::host(1) };
+        let clock = GuestClock {
+            tsc: GuestTsc::host(1),
+        };
         match apic.model.write_msr(msr, value, &clock) {
             Ok(Effect::Send(message)) => {
                 let sender = apic.model.config().id;

@@ -58,6 +58,7 @@ impl<L: Loaded> Run<'_, L> {
         }
         self.sleep();
         self.take_apic_requests();
+        self.update_structures();
         if task::signal_pending() {
             self.page.set_exit_reason(abi::exit::INTR);
             self.shared.stats.signal_exits.bump();

@@ -30,8 +30,11 @@ pub(super) fn read_msr(arch: &Arch, msr: Msr) -> Result<u64, MsrError> {
     if !arch.pv.has(feature_of(msr)) {
         return Err(MsrError::Unknown);
     }
-    // The clock's are to come in here.
-    Err(MsrError::Unknown)
+    match msr {
+        Msr::KVM_WALL_CLOCK | Msr::KVM_WALL_CLOCK_OLD => Ok(arch.clock.wall_clock()),
+        Msr::KVM_SYSTEM_TIME | Msr::KVM_SYSTEM_TIME_OLD => Ok(arch.clock.system_time()),
+        _ => Err(MsrError::Unknown),
+    }
 }
 
 /// Writes one of KVM's own MSRs, for the guest or the VMM. May sleep.
@@ -40,20 +43,31 @@ pub(super) fn write_msr(
     around: &Around<'_>,
     msr: Msr,
     value: u64,
+    by_host: bool,
 ) -> Result<(), MsrError> {
     if !arch.pv.has(feature_of(msr)) {
         return Err(MsrError::Unknown);
     }
-    // The clock's are to come in here.
-    let _ = (around, value);
-    Err(MsrError::Unknown)
+    match msr {
+        Msr::KVM_WALL_CLOCK | Msr::KVM_WALL_CLOCK_OLD => {
+            arch.clock
+                .set_wall_clock(value, around.memory, around.shared);
+        }
+        Msr::KVM_SYSTEM_TIME | Msr::KVM_SYSTEM_TIME_OLD => {
+            let old = msr == Msr::KVM_SYSTEM_TIME_OLD;
+            arch.clock.set_system_time(value, old, by_host);
+        }
+        _ => return Err(MsrError::Unknown),
+    }
+    Ok(())
 }
 
 impl<L: Loaded> Run<'_, L> {
     /// Brings the structures up to date that the kernel keeps for the guest, if that was asked for. Sleeps.
     pub(super) fn update_structures(&mut self) {
         if self.shared.take(Request::Structures) {
-            // Steal time, and the clock.
+            // Steal time.
         }
+        self.update_clock();
     }
 }
