@@ -8,6 +8,7 @@ use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
+use crate::msr_filter::MsrFilter;
 use crate::pv::PvState;
 use crate::run::halt::Poll;
 use crate::run::Pending;
@@ -20,6 +21,7 @@ use crate::x86::cpuid::CpuidEntry;
 use crate::x86::emulate::Emulator;
 use crate::x86::event::PendingEvents;
 use crate::x86::event::Shadow;
+use crate::x86::mce::MachineChecks;
 use crate::x86::msr::state::MsrState;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -32,6 +34,7 @@ use crate::x86::segment::CpuMode;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 /// A vCPU's CPUID table.
 pub(crate) type Cpuid = CpuidTable<KVVec<CpuidEntry>>;
@@ -62,6 +65,9 @@ pub(crate) struct Arch {
     pub(crate) pv: PvState,
     /// Its time.
     pub(crate) clock: VcpuClock,
+    pub(crate) mce: KBox<MachineChecks>,
+    /// Which MSRs the guest may access, if not all.
+    pub(crate) msr_filter: Option<Arc<MsrFilter>>,
     /// IA32_TSC_ADJUST.
     pub(crate) tsc_adjust: u64,
     pub(crate) emulator: Emulator,
@@ -97,6 +103,8 @@ impl Arch {
             msrs: MsrState::new(bootstrap),
             pv: PvState::new(),
             clock,
+            mce: KBox::new(MachineChecks::new(), GFP_KERNEL_ACCOUNT)?,
+            msr_filter: None,
             tsc_adjust: 0,
             emulator: Emulator::new(),
             devices: DeviceFrames::new(),

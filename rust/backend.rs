@@ -21,6 +21,7 @@ use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
+use crate::x86::msr::filter::Access as MsrAccess;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -243,6 +244,8 @@ pub(crate) trait Loaded {
     fn tsc(&mut self) -> GuestTsc;
     /// Sets it. Its scale is the host's own, unless [`Features::tsc_scaling`].
     fn set_tsc(&mut self, tsc: GuestTsc);
+    /// Lets the guest access the MSRs that the hardware can hold for it without an exit, those that are allowed.
+    fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool);
 
     /// Whether interrupts are held off for one instruction.
     fn shadow(&mut self) -> Shadow;
@@ -274,6 +277,9 @@ pub(crate) trait Loaded {
     fn instruction_len(&mut self) -> u8;
     /// The segment and the address size of INS or OUTS, if the hardware tells.
     fn string_io_info(&mut self) -> Option<(SegReg, u8)>;
+
+    /// The guest's #UD does not exit any more.
+    fn leave_undefined_to_guest(&mut self);
 
     /// Drops what the TLB holds of the guest's own translations.
     fn flush_guest_tlb(&mut self);

@@ -44,6 +44,7 @@ mod lapic;
 mod linux;
 mod mem;
 mod mmu;
+mod msr_filter;
 mod pv;
 mod run;
 mod run_page;

@@ -53,7 +53,6 @@ static LEFT_AT: AtomicU64 = AtomicU64::new(0);
 static LOST: AtomicU64 = AtomicU64::new(0);
 
 /// The host goes to sleep. By the last CPU that does; in any context.
-#[expect(dead_code, reason = "for the callbacks of suspend")]
 pub(crate) fn suspending() {
     LEFT_AT.store(host_msr::rdtsc(), Ordering::Relaxed);
 }
@@ -62,7 +61,6 @@ pub(crate) fn suspending() {
 ///
 /// The host's counter may begin at 0 then. Those of guests go on where they were: each vCPU sees to it
 /// when it is next loaded.
-#[expect(dead_code, reason = "for the callbacks of suspend")]
 pub(crate) fn resumed() {
     let left = LEFT_AT.swap(0, Ordering::Relaxed);
     let lost = left.saturating_sub(host_msr::rdtsc());

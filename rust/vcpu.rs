@@ -10,6 +10,7 @@ mod cpuid;
 mod events;
 mod fpu;
 mod lapic;
+mod mce;
 mod msrs;
 mod regs;
 pub(crate) mod sync;
@@ -36,6 +37,8 @@ use crate::linux::task;
 use crate::linux::task::SignalMask;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
+use crate::pv::steal::Preemption;
+use crate::pv::steal::Watch;
 use crate::run::apic::Around;
 use crate::run::Run;
 use crate::run_page::RunPages;
@@ -71,6 +74,8 @@ pub(crate) struct Vcpu<B: Backend> {
 struct State<B: Backend> {
     #[pin]
     follows: Followed<B::Follows>,
+    #[pin]
+    preemption: Followed<Preemption>,
     #[pin]
     fpu: GuestFpu,
     hw: B::Vcpu,
@@ -110,6 +115,7 @@ impl<B: Backend> State<B> {
             }
             Ok(try_pin_init!(Self {
                 follows <- Followed::new(follows),
+                preemption <- Followed::new(Preemption::new(vm.memory.clone(), shared.clone())),
                 fpu <- GuestFpu::new(),
                 hw,
                 arch,
@@ -248,6 +254,7 @@ impl<B: Backend> Vcpu<B> {
         let mut guard = self.state.lock_killable()?;
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
+        let preemption = state.preemption.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
         if core::mem::replace(&mut state.arch.thread, task::current_address())
             != task::current_address()
@@ -291,9 +298,11 @@ impl<B: Backend> Vcpu<B> {
             bus: &self.vm.bus,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
+            msrs: &self.vm.msrs,
             shared: &self.shared,
             page: &self.pages,
             host,
+            watch: Watch::new(preemption, &self.vm.notifiers),
         };
         let result = run.run(prepared);
         self.shared.end_run();
@@ -444,6 +453,14 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::GET_MSRS => return this.with_loaded(|cpu| cpu.get_msrs(arg)),
             ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
             ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.clock.khz() as isize)),
+            ioctl::X86_SETUP_MCE => {
+                let cap = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.setup_mce(cap))?;
+            }
+            ioctl::X86_SET_MCE => {
+                let mce = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_mce(&mce))?;
+            }
             ioctl::GET_STATS_FD => return Self::stats_fd(this),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
             ioctl::PRE_FAULT_MEMORY => this.pre_fault_memory(arg)?,

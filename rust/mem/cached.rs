@@ -18,6 +18,14 @@ pub(crate) struct Place {
 impl Place {
     /// Nowhere: versions at which memslots can be relied on are even.
     pub(crate) const NONE: Self = Self { hva: 0, version: 1 };
+
+    /// So many bytes further on, in the same page.
+    pub(crate) const fn offset(self, offset: u64) -> Self {
+        Self {
+            hva: self.hva.wrapping_add(offset),
+            ..self
+        }
+    }
 }
 
 /// A structure in guest memory. It can be anywhere, also where there is no memory.

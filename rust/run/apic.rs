@@ -216,7 +216,7 @@ impl<L: Loaded> Run<'_, L> {
         let done = match msr {
             Msr::X2APIC_EOI => self.eoi_at_once(value),
             Msr::X2APIC_ICR => self.command_at_once(msr, value),
-            Msr::TSC_DEADLINE => self.deadline_at_once(value),
+            Msr::TSC_DEADLINE if self.arch.msr_filter.is_none() => self.deadline_at_once(value),
             _ => false,
         };
         if done {
@@ -299,6 +299,7 @@ impl<L: Loaded> Run<'_, L> {
         };
         if !apic.virtualised {
             self.hw.set_priority_threshold(apic.priority_threshold());
+            self.offer_eoi();
             return;
         }
         let posted = self.shared.apic().filter(|shared| shared.has_posted());

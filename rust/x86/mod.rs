@@ -67,6 +67,7 @@ pub mod insn;
 pub mod io;
 pub mod ioapic;
 pub mod line;
+pub mod mce;
 pub mod msr;
 pub mod paging;
 pub mod pic;

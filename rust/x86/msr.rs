@@ -5,11 +5,13 @@
 //! [`Msr::class`] says where an MSR lives. Those of [`Class::Emulated`] live in [`state::MsrState`]; the backend keeps the others, in
 //! its control structure or in the processor, and asks [`check_value`] before it takes a value for one.
 
+pub mod filter;
 pub mod mtrr;
 pub mod state;
 
 use super::cpuid::features::Features;
 use super::cpuid::features::GuestFeatures;
+use super::mce;
 use super::regs::Cr4;
 use super::segment::is_canonical;
 
@@ -87,6 +89,8 @@ msrs! {
     MCG_STATUS = 0x17a;
     /// Enables machine-check banks.
     MCG_CTL = 0x17b;
+    /// Controls local machine checks.
+    MCG_EXT_CTL = 0x4d0;
     /// Performance status: the current ratio.
     PERF_STATUS = 0x198;
     /// Performance control: the wanted ratio.
@@ -202,6 +206,8 @@ pub enum Class {
     LocalApic,
     /// One of KVM's own, by which a guest that knows it tells what it wants.
     Paravirtual,
+    /// In [`super::mce::MachineChecks`], which reads and writes it entirely.
+    MachineCheck,
     /// A command to the processor, with no value.
     Command,
     /// There is no such MSR: #GP.
@@ -215,6 +221,8 @@ pub enum MsrError {
     Unknown,
     /// It exists, and does not take this value or this kind of access. #GP(0) for the guest.
     Refused,
+    /// The VMM has denied it to the guest. #GP(0) for the guest, unless the VMM wants to answer itself.
+    Filtered,
 }
 
 impl Msr {
@@ -244,6 +252,7 @@ impl Msr {
             Self::KVM_WALL_CLOCK_OLD | Self::KVM_SYSTEM_TIME_OLD => Class::Paravirtual,
             Self(0x4b56_4d00..=0x4b56_4d08) => Class::Paravirtual,
             Self::PRED_CMD | Self::FLUSH_CMD => Class::Command,
+            _ if mce::is_machine_check(self) => Class::MachineCheck,
             _ if state::is_emulated(self) => Class::Emulated,
             _ => Class::Unknown,
         }
@@ -291,6 +300,10 @@ impl Msr {
 /// The MSRs that make up the state of a vCPU and that a VMM saves and restores, before [`Msr::is_listed`]. APIC_BASE and EFER are in
 /// `struct kvm_sregs`; they and the MTRRs can be read and written by number as well, and are not listed, as in KVM.
 pub const SAVED: &[Msr] = &[
+    Msr::KVM_WALL_CLOCK_OLD,
+    Msr::KVM_SYSTEM_TIME_OLD,
+    Msr::KVM_WALL_CLOCK,
+    Msr::KVM_SYSTEM_TIME,
     Msr::SYSENTER_CS,
     Msr::SYSENTER_ESP,
     Msr::SYSENTER_EIP,
@@ -315,6 +328,9 @@ pub const SAVED: &[Msr] = &[
     Msr::POWER_CTL,
     Msr::SMI_COUNT,
     Msr::UCODE_REV,
+    Msr::KVM_STEAL_TIME,
+    Msr::KVM_PV_EOI_EN,
+    Msr::KVM_POLL_CONTROL,
 ];
 
 /// Checks a value for an MSR of class [`Class::ControlStructure`], [`Class::Switched`] or [`Class::Command`] before it is taken, as

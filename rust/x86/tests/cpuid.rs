@@ -17,6 +17,7 @@ use rkvm_x86::cpuid::CpuidRegs;
 use rkvm_x86::cpuid::XsaveLayout;
 use rkvm_x86::cpuid::FLAG_SIGNIFICANT_INDEX;
 use rkvm_x86::cpuid::MAX_ENTRIES;
+use rkvm_x86::pv::PvFeatures;
 use rkvm_x86::regs::Cr4;
 use rkvm_x86::regs::Efer;
 use rkvm_x86::regs::Xcr0;
