@@ -7,6 +7,7 @@
 //! [`Run::handle`] takes the others, with interrupts on, and decides whether to go back in.
 
 pub(crate) mod apic;
+mod clock;
 pub(crate) mod cr;
 pub(crate) mod debug;
 pub(crate) mod halt;
@@ -182,6 +183,9 @@ impl<L: Loaded> Run<'_, L> {
                 }
                 self.sleep();
             } else if let Some(exit) = self.enter_once() {
+                if self.arch.clock.catches_up() {
+                    self.shared.request(Request::Clock);
+                }
                 if self.handle(exit)? == Next::User {
                     return Ok(());
                 }
@@ -258,7 +262,9 @@ impl<L: Loaded> Run<'_, L> {
 
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
-        self.shared.set_cpu(preempt.cpu());
+        if self.shared.set_cpu(preempt.cpu()) {
+            self.moved();
+        }
         let irqs = IrqsOff::new();
         self.shared.enter_guest_mode();
         if self.shared.pending() {

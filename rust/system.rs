@@ -8,6 +8,8 @@ use crate::abi::kvm_cpuid2;
 use crate::abi::kvm_device_attr;
 use crate::abi::kvm_msr_list;
 use crate::backend::Backend;
+use crate::bindings::KVM_CAP_TSC_CONTROL;
+use crate::bindings::KVM_CAP_VM_TSC_CONTROL;
 use crate::linux::file;
 use crate::linux::file::FileObject;
 use crate::linux::file::Opened;
@@ -15,6 +17,7 @@ use crate::linux::fpu;
 use crate::linux::msr as host_msr;
 use crate::linux::page::PAGE_SIZE;
 use crate::linux::user;
+use crate::time::Followers;
 use crate::vm::Vm;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::policy;
@@ -47,6 +50,8 @@ pub(crate) struct Host {
     pub(crate) xsave: XsaveLayout,
     /// What KVM_GET_SUPPORTED_CPUID amounts to.
     pub(crate) supported: GuestFeatures,
+    /// Guests' time-stamp counters can have rates of their own.
+    pub(crate) tsc_scaling: bool,
     policy: Policy,
 }
 
@@ -83,6 +88,7 @@ impl Host {
             arch_capabilities: arch_capabilities(),
             xsave: XsaveLayout::from_host(host_cpuid),
             supported: GuestFeatures::default(),
+            tsc_scaling: features.tsc_scaling,
             policy,
         };
         let entries = host.supported_cpuid()?;
@@ -108,6 +114,28 @@ impl Host {
 pub(crate) struct Machine<B: Backend> {
     pub(crate) backend: B,
     pub(crate) host: Host,
+    /// The clocks of VMs.
+    pub(crate) clocks: Followers,
+}
+
+impl<B: Backend> Machine<B> {
+    /// The machine, with a backend for it.
+    pub(crate) fn new(backend: B) -> Result<Self> {
+        let host = Host::new(&backend)?;
+        Ok(Self {
+            backend,
+            host,
+            clocks: Followers::new()?,
+        })
+    }
+
+    /// KVM_CHECK_EXTENSION: 0 for what is not there.
+    pub(crate) fn check_extension(&self, cap: usize) -> isize {
+        match u32::try_from(cap) {
+            Ok(KVM_CAP_TSC_CONTROL | KVM_CAP_VM_TSC_CONTROL) => self.host.tsc_scaling.into(),
+            _ => abi::cap::check(cap),
+        }
+    }
 }
 
 /// An open `/dev/rkvm`.
@@ -126,7 +154,7 @@ impl<B: Backend> FileObject for System<B> {
     fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
         match cmd {
             ioctl::GET_API_VERSION => no_arg(arg, abi::API_VERSION),
-            ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
+            ioctl::CHECK_EXTENSION => Ok(this.machine.check_extension(arg)),
             ioctl::GET_VCPU_MMAP_SIZE => no_arg(arg, (abi::RUN_PAGES * PAGE_SIZE) as isize),
             ioctl::CREATE_VM => this.create_vm(arg),
             ioctl::GET_SUPPORTED_CPUID => this.get_supported_cpuid(arg),

@@ -26,6 +26,7 @@ use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::msr as host_msr;
 use crate::linux::preempt::Following;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -101,7 +102,7 @@ pub(crate) struct VmxVcpu {
     pub(super) primary: PrimaryControls,
     pub(super) secondary: SecondaryControls,
     entry_controls: EntryControls,
-    tsc_offset: u64,
+    tsc: GuestTsc,
     pat: u64,
     /// IA32_CSTAR, which Intel's processors keep and never use.
     cstar: u64,
@@ -175,7 +176,7 @@ impl VmxVcpu {
             ),
             halts: free.hlt,
             entry_controls: vmx.caps.entry,
-            tsc_offset: 0,
+            tsc: GuestTsc::host(host_msr::tsc_khz()),
             pat: PAT_RESET,
             cstar: 0,
             host_cr3: 0,
@@ -529,7 +530,7 @@ impl<'a> LoadedVcpu<'a> {
             Msr::PAT => self.v.pat,
             Msr::CSTAR => self.v.cstar,
             Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
-            Msr::TSC => host_msr::rdtsc().wrapping_add(self.v.tsc_offset),
+            Msr::TSC => self.v.tsc.at(host_msr::rdtsc()),
             _ => return None,
         })
     }
@@ -560,7 +561,6 @@ impl<'a> LoadedVcpu<'a> {
             }
             Msr::CSTAR => self.v.cstar = value,
             Msr::DEBUGCTL => self.write(f::GUEST_DEBUGCTL, value),
-            Msr::TSC => self.set_tsc_offset(value.wrapping_sub(host_msr::rdtsc())),
             _ => return false,
         }
         true
@@ -580,13 +580,27 @@ impl<'a> LoadedVcpu<'a> {
         self.follow.get().set_guest_msrs(change);
     }
 
-    pub(super) fn tsc_offset(&self) -> u64 {
-        self.v.tsc_offset
+    #[inline]
+    pub(super) fn tsc(&self) -> GuestTsc {
+        self.v.tsc
     }
 
-    pub(super) fn set_tsc_offset(&mut self, offset: u64) {
-        self.v.tsc_offset = offset;
-        self.write(f::TSC_OFFSET, offset);
+    /// Sets the counter, whose scale is not another than the host's unless it can be.
+    pub(super) fn set_tsc(&mut self, tsc: GuestTsc) {
+        let scales = !tsc.scale.is_unity() && self.vmx.caps.tsc_scaling;
+        let secondary = self
+            .v
+            .secondary
+            .with_if(SecondaryControls::TSC_SCALING, scales);
+        if secondary != self.v.secondary {
+            self.v.secondary = secondary;
+            self.write(f::SECONDARY_CONTROLS, secondary.bits());
+        }
+        if scales {
+            self.write(f::TSC_MULTIPLIER, tsc.scale.multiplier());
+        }
+        self.write(f::TSC_OFFSET, tsc.offset);
+        self.v.tsc = tsc;
     }
 
     #[inline]
