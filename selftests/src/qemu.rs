@@ -2,7 +2,7 @@
 
 //! QEMU, unmodified, on the device under test: its process, its monitor, and the guest's console.
 //!
-//! The console is a shell on the guest's first serial line (`scripts/qemu/init`); the monitor is QMP,
+//! The console is a shell on the guest's first serial line (`scripts/lib/qemu-init`); the monitor is QMP,
 //! of which no more is understood than whether a command succeeded, and the text that it returned.
 
 use crate::check::Verdict;
@@ -211,6 +211,7 @@ impl Qemu {
         if !std::path::Path::new(PROGRAM).exists() {
             crate::skip!("there is no {PROGRAM}");
         }
+        let begin = Instant::now();
         let directory = scratch()?;
         let (console, serial) = Line::pair()?;
         let (monitor, qmp) = Line::pair()?;
@@ -246,6 +247,7 @@ impl Qemu {
         qemu.monitor.until("{\"QMP\"")?;
         qemu.monitor.next()?;
         qemu.execute("qmp_capabilities", "")?;
+        println!("QEMU runs after {:?}", begin.elapsed());
         Ok(qemu)
     }
 
@@ -313,9 +315,11 @@ impl Qemu {
     ///
     /// That it does not come up.
     pub fn boot(&mut self) -> Result<String, Verdict> {
+        let begin = Instant::now();
         self.console.until(UP)?;
         let about = self.console.next()?;
         self.console.until(PROMPT)?;
+        println!("up after {:?}", begin.elapsed());
         self.shell("stty -echo; PS1=")?;
         Ok(about)
     }
