@@ -22,6 +22,7 @@ use crate::x86::cpuid::CpuidEntry;
 use crate::x86::cpuid::CpuidRegs;
 use crate::x86::cpuid::XsaveLayout;
 use crate::x86::cpuid::MAX_ENTRIES;
+use crate::x86::mce;
 use crate::x86::msr::state::MsrState;
 use crate::x86::msr::Msr;
 use crate::x86::msr::SAVED;
@@ -65,6 +66,7 @@ impl Host {
             arch_capabilities: false,
             tsc_adjust: true,
             kernel_apic: true,
+            paravirtual: crate::pv::supported(),
             mappable_bits: 48,
         };
         let mut host = Self {
@@ -120,6 +122,10 @@ impl<B: Backend> FileObject for System<B> {
             ioctl::GET_SUPPORTED_CPUID => this.get_supported_cpuid(arg),
             ioctl::GET_MSR_INDEX_LIST => this.get_msr_index_list(arg),
             ioctl::GET_MSR_FEATURE_INDEX_LIST => write_msr_list(arg, &FEATURE_MSRS.map(|m| m.0)),
+            ioctl::X86_GET_MCE_CAP_SUPPORTED => {
+                user::write(arg, &mce::SUPPORTED)?;
+                Ok(0)
+            }
             ioctl::GET_MSRS => get_feature_msrs(arg),
             // As in KVM, where a VM's file has ENOTTY for it.
             _ => Err(EINVAL),

@@ -163,8 +163,8 @@ struct Mmio {
     data: u64,
 }
 
-/// The most device accesses of one kind in an instruction: two operands, each split between two pages.
-const MAX_MMIO: usize = 4;
+/// The most device accesses of one kind in an instruction: PUSHA has eight, one of which can cross into another page.
+const MAX_MMIO: usize = 9;
 
 /// A list of device accesses.
 #[derive(Clone, Copy, Debug, Default)]

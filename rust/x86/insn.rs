@@ -275,6 +275,8 @@ pub struct Insn {
     pub dst: Operand,
     /// The second operand.
     pub src: Operand,
+    /// The third operand.
+    pub src2: Operand,
     /// For string instructions, the segment of the source.
     pub string_seg: SegReg,
 }

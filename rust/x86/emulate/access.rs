@@ -21,8 +21,10 @@ use super::super::paging::WalkError;
 use super::super::paging::PAGE_OFFSET;
 use super::super::paging::PAGE_SIZE;
 use super::super::regs::Cr0;
+use super::super::regs::Cr4;
 use super::super::regs::Gpr;
 use super::super::regs::Rflags;
+use super::super::segment::is_canonical;
 use super::super::segment::linearize;
 use super::super::segment::AccessKind;
 use super::super::segment::CpuMode;
@@ -65,8 +67,8 @@ struct Part {
     len: u8,
 }
 
-/// A translated memory operand: one part, or two if it crosses a page. The second is empty otherwise.
-#[derive(Clone, Copy)]
+/// A translated memory operand of up to eight bytes: one part, or two if it crosses a page. The second is empty otherwise.
+#[derive(Clone, Copy, Default)]
 pub(super) struct Target {
     parts: [Part; 2],
 }
@@ -82,7 +84,7 @@ impl Target {
 }
 
 /// A write to memory that is put down.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Store {
     target: Target,
     value: u64,
@@ -90,8 +92,11 @@ struct Store {
     expected: Option<u64>,
 }
 
-/// The most registers that an instruction changes.
-const MAX_REGISTERS: usize = 4;
+/// The most registers that an instruction changes, but for the stack pointer: POPA.
+const MAX_REGISTERS: usize = 8;
+
+/// The most writes to memory of an instruction: PUSHA.
+const MAX_STORES: usize = 8;
 
 pub(super) struct Run<'a, C, M> {
     cpu: &'a mut C,
@@ -106,7 +111,12 @@ pub(super) struct Run<'a, C, M> {
     reads_used: usize,
     registers: [(Operand, Size, u64); MAX_REGISTERS],
     registers_len: usize,
-    store: Option<Store>,
+    stores: [Store; MAX_STORES],
+    stores_len: usize,
+    /// The stack pointer, if pushes and pops have moved it.
+    stack: Option<u64>,
+    /// Where the instruction goes, if not to the next one.
+    branch: Option<u64>,
 }
 
 const NO_REGISTER: (Operand, Size, u64) = (Operand::None, Size::Byte, 0);
@@ -127,7 +137,10 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             reads_used: 0,
             registers: [NO_REGISTER; MAX_REGISTERS],
             registers_len: 0,
-            store: None,
+            stores: [Store::default(); MAX_STORES],
+            stores_len: 0,
+            stack: None,
+            branch: None,
         }
     }
 
@@ -140,7 +153,9 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     pub(super) fn rewind(&mut self) {
         self.reads_used = 0;
         self.registers_len = 0;
-        self.store = None;
+        self.stores_len = 0;
+        self.stack = None;
+        self.branch = None;
         self.flags = self.cpu.rflags();
     }
 
@@ -159,6 +174,31 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         self.cpu.gpr(r)
     }
 
+    /// The mode.
+    pub(super) fn mode(&self) -> CpuMode {
+        self.mode
+    }
+
+    /// The current privilege level.
+    pub(super) fn cpl(&self) -> u8 {
+        self.cpl
+    }
+
+    /// CR0.
+    pub(super) fn cr0(&self) -> Cr0 {
+        self.paging.cr0
+    }
+
+    /// CR4.
+    pub(super) fn cr4(&self) -> Cr4 {
+        self.paging.cr4
+    }
+
+    /// The processor, for what an instruction does outside of general registers and memory.
+    pub(super) fn cpu(&mut self) -> &mut C {
+        self.cpu
+    }
+
     /// The size of the stack pointer.
     pub(super) fn stack_size(&mut self) -> Size {
         if self.mode.is_64bit() {
@@ -168,6 +208,52 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         } else {
             Size::Word
         }
+    }
+
+    /// The stack pointer, with the changes so far.
+    pub(super) fn stack(&mut self) -> u64 {
+        let sp = match self.stack {
+            Some(sp) => sp,
+            None => self.cpu.gpr(Gpr::Rsp),
+        };
+        sp & self.stack_size().mask()
+    }
+
+    /// Puts down a change of the stack pointer, as wide as that is.
+    pub(super) fn set_stack(&mut self, sp: u64) {
+        self.stack = Some(sp);
+    }
+
+    /// Puts down that a value is pushed.
+    pub(super) fn push_value(&mut self, size: Size, value: u64) -> Result<(), Stop<M::Error>> {
+        let step = u64::from(size.bytes());
+        let sp = self.stack().wrapping_sub(step) & self.stack_size().mask();
+        let target = self.target(SegReg::Ss, sp, size, AccessKind::Write)?;
+        self.set_stack(sp);
+        self.store(target, value, None)
+    }
+
+    /// Reads the top of the stack, and puts down that it is popped.
+    pub(super) fn pop_value(&mut self, size: Size) -> Result<u64, Stop<M::Error>> {
+        let sp = self.stack();
+        let value = self.read(SegReg::Ss, sp, size)?;
+        self.set_stack(sp.wrapping_add(u64::from(size.bytes())));
+        Ok(value)
+    }
+
+    /// Puts down that the instruction goes to an offset in the code segment, as a near branch does: #GP(0) if it cannot be
+    /// there.
+    pub(super) fn branch(&mut self, target: u64) -> Result<(), Stop<M::Error>> {
+        let reachable = if self.mode.is_64bit() {
+            is_canonical(target, self.paging.la57())
+        } else {
+            target <= u64::from(self.cpu.segment(SegReg::Cs).limit)
+        };
+        if !reachable {
+            return Err(Fault::gp(0).into());
+        }
+        self.branch = Some(target);
+        Ok(())
     }
 
     /// Fetches and decodes the instruction, unless an earlier run has.
@@ -301,7 +387,8 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         address & address_mask(insn.address_size)
     }
 
-    fn next_rip(&self, insn: &Insn) -> u64 {
+    /// The address of the instruction that follows.
+    pub(super) fn next_rip(&self, insn: &Insn) -> u64 {
         self.rip.wrapping_add(u64::from(insn.len)) & self.mode.linear_mask()
     }
 
@@ -393,14 +480,24 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         self.load(&target)
     }
 
-    /// Puts down a write. An instruction has one. With `expected`, it happens only if memory still holds that; an operand
-    /// that is not one aligned piece, or is a device's, is written without that certainty.
-    pub(super) fn store(&mut self, target: Target, value: u64, expected: Option<u64>) {
-        self.store = Some(Store {
+    /// Puts down a write. With `expected`, it happens only if memory still holds that: then it has to be the only one. An
+    /// operand that is not one aligned piece, or is a device's, is written without that certainty.
+    pub(super) fn store(
+        &mut self,
+        target: Target,
+        value: u64,
+        expected: Option<u64>,
+    ) -> Result<(), Stop<M::Error>> {
+        let Some(slot) = self.stores.get_mut(self.stores_len) else {
+            return Err(Stop::Unhandled);
+        };
+        *slot = Store {
             target,
             value,
             expected,
-        });
+        };
+        self.stores_len = self.stores_len.wrapping_add(1);
+        Ok(())
     }
 
     /// The value of a register operand, or of a constant.
@@ -432,15 +529,23 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
 
     /// Makes the changes. RIP moves past the instruction if it has `retired`.
     pub(super) fn commit(&mut self, insn: &Insn, retired: bool) -> Result<(), Stop<M::Error>> {
-        if let Some(store) = self.store.take() {
-            self.commit_store(&store)?;
+        let stores = self.stores;
+        for store in stores.iter().take(self.stores_len) {
+            self.commit_store(store)?;
+        }
+        if let Some(sp) = self.stack {
+            let size = self.stack_size();
+            self.commit_register(Operand::Reg(Gpr::Rsp), size, sp);
         }
         let registers = self.registers;
         for &(operand, size, value) in registers.iter().take(self.registers_len) {
             self.commit_register(operand, size, value);
         }
         if retired {
-            let next = self.next_rip(insn);
+            let next = match self.branch {
+                Some(target) => target,
+                None => self.next_rip(insn),
+            };
             self.cpu.set_rip(next);
             // An instruction that completes clears RF.
             self.flags = self.flags.without(Rflags::RF);

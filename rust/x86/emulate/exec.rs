@@ -14,7 +14,6 @@ use super::super::regs::Gpr;
 use super::super::regs::Rflags;
 use super::super::segment::AccessKind;
 use super::super::segment::SegReg;
-use super::access::address_mask;
 use super::access::Run;
 use super::access::Stop;
 use super::access::Target;
@@ -29,7 +28,6 @@ enum Place {
 
 const RAX: Operand = Operand::Reg(Gpr::Rax);
 const RDX: Operand = Operand::Reg(Gpr::Rdx);
-const RSP: Operand = Operand::Reg(Gpr::Rsp);
 
 impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
     /// Carries out an instruction, or an iteration of a string one. Says whether it has retired.
@@ -65,8 +63,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
             Operand::Mem(mem) => {
                 let offset = self.effective_address(insn, &mem, 0);
                 let target = self.target(mem.seg, offset, size, AccessKind::Write)?;
-                self.store(target, value, None);
-                Ok(())
+                self.store(target, value, None)
             }
             other => self.set_register(other, size, value),
         }
@@ -113,10 +110,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
     ) -> Result<(), Stop<M::Error>> {
         match place {
             Place::Register(operand) => self.set_register(operand, size, new),
-            Place::Memory(target) => {
-                self.store(target, new, locked.then_some(old));
-                Ok(())
-            }
+            Place::Memory(target) => self.store(target, new, locked.then_some(old)),
         }
     }
 
@@ -317,28 +311,18 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
 
     fn push(&mut self, insn: &Insn) -> Result<(), Stop<M::Error>> {
         let value = self.value(insn, insn.src, insn.size)?;
-        let stack = self.stack_size();
-        let step = u64::from(insn.size.bytes());
-        let sp = self.gpr(Gpr::Rsp).wrapping_sub(step) & address_mask(stack.bytes());
-        let target = self.target(SegReg::Ss, sp, insn.size, AccessKind::Write)?;
-        self.store(target, value, None);
-        self.set_register(RSP, stack, sp)
+        self.push_value(insn.size, value)
     }
 
     fn pop(&mut self, insn: &Insn) -> Result<(), Stop<M::Error>> {
-        let stack = self.stack_size();
-        let step = u64::from(insn.size.bytes());
-        let sp = self.gpr(Gpr::Rsp) & address_mask(stack.bytes());
-        let value = self.read(SegReg::Ss, sp, insn.size)?;
-        // The stack pointer first: POP RSP ends with the popped value.
-        self.set_register(RSP, stack, sp.wrapping_add(step))?;
+        let value = self.pop_value(insn.size)?;
         match insn.dst {
             Operand::Mem(mem) => {
-                let offset = self.effective_address(insn, &mem, step);
+                let offset = self.effective_address(insn, &mem, insn.size.bytes().into());
                 let target = self.target(mem.seg, offset, insn.size, AccessKind::Write)?;
-                self.store(target, value, None);
-                Ok(())
+                self.store(target, value, None)
             }
+            // After the stack pointer: POP RSP ends with the popped value.
             other => self.set_register(other, insn.size, value),
         }
     }

@@ -99,8 +99,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
 
     fn string_store(&mut self, offset: u64, size: Size, value: u64) -> Result<(), Stop<M::Error>> {
         let target = self.target(SegReg::Es, offset, size, AccessKind::Write)?;
-        self.store(target, value, None);
-        Ok(())
+        self.store(target, value, None)
     }
 
     fn string_compare(&mut self, size: Size, a: u64, b: u64) {

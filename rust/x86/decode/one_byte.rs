@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The opcodes of one byte (SDM vol. 2, table A-2).
+
+use super::super::insn::AluOp;
+use super::super::insn::DecodeError;
+use super::super::insn::Op;
+use super::super::insn::ShiftOp;
+use super::super::insn::Size;
+use super::super::insn::StringOp;
+use super::row::Form;
+use super::row::Row;
+use super::row::Width;
+use super::Decoder;
+
+/// The row of an opcode. 0F, prefixes and VEX do not come here.
+pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
+    let width = Width::of(opcode);
+    Ok(match opcode {
+        0x00..=0x3f if opcode & 7 < 6 => {
+            let op = AluOp::from_number(opcode >> 3);
+            six_forms(Op::Alu(op), opcode).lockable_if(op != AluOp::Cmp && opcode & 7 < 2)
+        }
+        // PUSH and POP of segments and the decimal adjustments, gone from 64-bit mode.
+        0x00..=0x3f => return d.legacy(Err(DecodeError::Unsupported)),
+        // In 64-bit mode these are REX prefixes.
+        0x40..=0x47 => Row::new(Op::Inc, Form::Low, Width::Full),
+        0x48..=0x4f => Row::new(Op::Dec, Form::Low, Width::Full),
+        0x50..=0x57 => Row::new(Op::Push, Form::LowSource, Width::Stack),
+        0x58..=0x5f => Row::new(Op::Pop, Form::Low, Width::Stack),
+        0x63 if d.long() => {
+            // With a 16-bit operand size the source has 16 bits too: nothing is extended.
+            let from = match d.full_size() {
+                Size::Word => Size::Word,
+                _ => Size::Dword,
+            };
+            Row::new(Op::MovSx(from), Form::RegRmOf(from), Width::Full)
+        }
+        0x68 => Row::new(Op::Push, Form::Imm, Width::Stack),
+        0x6a => Row::new(Op::Push, Form::Imm8, Width::Stack),
+        0x80..=0x83 => return group1(d, opcode),
+        0x84 | 0x85 => Row::new(Op::Test, Form::RmReg, width),
+        0x86 | 0x87 => Row::new(Op::Xchg, Form::RmReg, width).lockable(),
+        0x88 | 0x89 => Row::new(Op::Mov, Form::RmReg, width),
+        0x8a | 0x8b => Row::new(Op::Mov, Form::RegRm, width),
+        // Memory takes 16 bits, whatever the operand size.
+        0x8c if d.memory()? => Row::new(Op::Mov, Form::RmSeg, Width::Fixed(Size::Word)),
+        0x8c => Row::new(Op::Mov, Form::RmSeg, Width::Full),
+        0x8d => Row::new(Op::Lea, Form::RegRm, Width::Full).memory(),
+        // The other extensions are XOP, of AMD.
+        0x8f if d.ext()? == 0 => Row::new(Op::Pop, Form::Rm, Width::Stack),
+        0xa0 | 0xa1 => Row::new(Op::Mov, Form::AccOffset, width),
+        0xa2 | 0xa3 => Row::new(Op::Mov, Form::OffsetAcc, width),
+        0xa4 | 0xa5 => Row::new(Op::String(StringOp::Movs), Form::None, width),
+        0xa6 | 0xa7 => Row::new(Op::String(StringOp::Cmps), Form::None, width),
+        0xa8 | 0xa9 => Row::new(Op::Test, Form::AccImm, width),
+        0xaa | 0xab => Row::new(Op::String(StringOp::Stos), Form::None, width),
+        0xac | 0xad => Row::new(Op::String(StringOp::Lods), Form::None, width),
+        0xae | 0xaf => Row::new(Op::String(StringOp::Scas), Form::None, width),
+        0xb0..=0xb7 => Row::new(Op::Mov, Form::LowImm, Width::Byte),
+        // The one instruction with eight bytes of immediate.
+        0xb8..=0xbf => Row::new(Op::Mov, Form::LowImm, Width::Full),
+        0xc0 | 0xc1 => return group2(d, opcode, Form::RmCount),
+        // The other extensions are XABORT and XBEGIN, or nothing.
+        0xc6 | 0xc7 if d.ext()? == 0 => Row::new(Op::Mov, Form::RmImm, width),
+        0xd0 | 0xd1 => return group2(d, opcode, Form::RmOne),
+        0xd2 | 0xd3 => return group2(d, opcode, Form::RmCl),
+        0xf6 | 0xf7 => return group3(d, opcode),
+        0xfe => return group4(d),
+        0xff => return group5(d),
+        _ => return Err(DecodeError::Unsupported),
+    })
+}
+
+/// The usual six: rm,reg of bytes; rm,reg; reg,rm of bytes; reg,rm; AL,imm8; eAX,imm.
+fn six_forms(op: Op, opcode: u8) -> Row {
+    let form = match opcode & 7 {
+        0 | 1 => Form::RmReg,
+        2 | 3 => Form::RegRm,
+        _ => Form::AccImm,
+    };
+    Row::new(op, form, Width::of(opcode))
+}
+
+fn group1(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
+    if opcode == 0x82 && d.long() {
+        return Err(DecodeError::Invalid);
+    }
+    let op = AluOp::from_number(d.ext()?);
+    let form = if opcode == 0x83 {
+        Form::RmImm8
+    } else {
+        Form::RmImm
+    };
+    Ok(Row::new(Op::Alu(op), form, Width::of(opcode)).lockable_if(op != AluOp::Cmp))
+}
+
+fn group2(d: &Decoder<'_>, opcode: u8, form: Form) -> Result<Row, DecodeError> {
+    let op = match d.ext()? {
+        0 => ShiftOp::Rol,
+        1 => ShiftOp::Ror,
+        4 | 6 => ShiftOp::Shl,
+        5 => ShiftOp::Shr,
+        7 => ShiftOp::Sar,
+        _ => return Err(DecodeError::Unsupported),
+    };
+    Ok(Row::new(Op::Shift(op), form, Width::of(opcode)))
+}
+
+fn group3(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
+    let width = Width::of(opcode);
+    Ok(match d.ext()? {
+        0 | 1 => Row::new(Op::Test, Form::RmImm, width),
+        2 => Row::new(Op::Not, Form::Rm, width).lockable(),
+        3 => Row::new(Op::Neg, Form::Rm, width).lockable(),
+        _ => return Err(DecodeError::Unsupported),
+    })
+}
+
+fn group4(d: &Decoder<'_>) -> Result<Row, DecodeError> {
+    Ok(match d.ext()? {
+        0 => Row::new(Op::Inc, Form::Rm, Width::Byte).lockable(),
+        1 => Row::new(Op::Dec, Form::Rm, Width::Byte).lockable(),
+        _ => return Err(DecodeError::Invalid),
+    })
+}
+
+fn group5(d: &Decoder<'_>) -> Result<Row, DecodeError> {
+    Ok(match d.ext()? {
+        0 => Row::new(Op::Inc, Form::Rm, Width::Full).lockable(),
+        1 => Row::new(Op::Dec, Form::Rm, Width::Full).lockable(),
+        6 => Row::new(Op::Push, Form::Source, Width::Stack),
+        7 => return Err(DecodeError::Invalid),
+        // CALL and JMP, near and far.
+        _ => return Err(DecodeError::Unsupported),
+    })
+}

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The opcodes after 0F 38 (SDM vol. 2, table A-4) and 0F 3A (table A-5).
+
+use super::super::insn::DecodeError;
+use super::super::insn::Op;
+use super::row::Form;
+use super::row::Row;
+use super::row::Width;
+use super::Decoder;
+use super::Prefix;
+
+/// The row of an opcode after 0F 38.
+pub(super) fn row_38(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
+    Ok(match (opcode, d.prefix()) {
+        (0xf0, Prefix::None | Prefix::P66) => {
+            Row::new(Op::MovBe, Form::RegRm, Width::Full).memory()
+        }
+        (0xf1, Prefix::None | Prefix::P66) => {
+            Row::new(Op::MovBe, Form::RmReg, Width::Full).memory()
+        }
+        _ => return Err(DecodeError::Unsupported),
+    })
+}

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The opcodes after 0F (SDM vol. 2, table A-3).
+
+use super::super::insn::BitOp;
+use super::super::insn::DecodeError;
+use super::super::insn::Op;
+use super::super::insn::Size;
+use super::row::Form;
+use super::row::Row;
+use super::row::Width;
+use super::Decoder;
+use super::Prefix;
+
+/// The row of an opcode. 38 and 3A do not come here.
+pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
+    let width = Width::of(opcode);
+    // Of MOVZX and MOVSX.
+    let from = if opcode & 1 == 0 {
+        Size::Byte
+    } else {
+        Size::Word
+    };
+    Ok(match opcode {
+        0x0b | 0xb9 | 0xff => return Err(DecodeError::Invalid),
+        0x40..=0x4f => Row::new(Op::Cmov(opcode & 15), Form::RegRm, Width::Full),
+        0x90..=0x9f => Row::new(Op::Set(opcode & 15), Form::Rm, Width::Byte),
+        0xa3 => bit(BitOp::Test, Form::RmReg),
+        0xab => bit(BitOp::Set, Form::RmReg),
+        0xae => return group15(d),
+        0xaf => Row::new(Op::Imul, Form::RegRm, Width::Full),
+        0xb0 | 0xb1 => Row::new(Op::CmpXchg, Form::RmReg, width).lockable(),
+        0xb3 => bit(BitOp::Reset, Form::RmReg),
+        0xb6 | 0xb7 => Row::new(Op::MovZx(from), Form::RegRmOf(from), Width::Full),
+        0xba => {
+            let op = match d.ext()? {
+                4 => BitOp::Test,
+                5 => BitOp::Set,
+                6 => BitOp::Reset,
+                7 => BitOp::Complement,
+                _ => return Err(DecodeError::Invalid),
+            };
+            bit(op, Form::RmCount)
+        }
+        0xbb => bit(BitOp::Complement, Form::RmReg),
+        0xbe | 0xbf => Row::new(Op::MovSx(from), Form::RegRmOf(from), Width::Full),
+        0xc0 | 0xc1 => Row::new(Op::Xadd, Form::RmReg, width).lockable(),
+        // MOVNTI is a hint; it takes no other prefix.
+        0xc3 if d.prefix() == Prefix::None => Row::new(Op::Mov, Form::RmReg, Width::Wide).memory(),
+        0xc3 => return Err(DecodeError::Invalid),
+        // The other extensions are RDRAND and its group.
+        0xc7 if d.ext()? == 1 && d.memory()? && !d.rex_w() => {
+            Row::new(Op::CmpXchg8b, Form::Rm, Width::Fixed(Size::Qword)).lockable()
+        }
+        _ => return Err(DecodeError::Unsupported),
+    })
+}
+
+fn bit(op: BitOp, form: Form) -> Row {
+    Row::new(Op::Bit(op), form, Width::Full).lockable_if(op != BitOp::Test)
+}
+
+/// CLFLUSH, CLFLUSHOPT and CLWB; the rest of the group saves and restores FPU state.
+fn group15(d: &Decoder<'_>) -> Result<Row, DecodeError> {
+    let flush = match (d.ext()?, d.prefix()) {
+        (7, Prefix::None | Prefix::P66) | (6, Prefix::P66) => d.memory()?,
+        _ => false,
+    };
+    if !flush {
+        return Err(DecodeError::Unsupported);
+    }
+    Ok(Row::new(Op::Flush, Form::Source, Width::Byte))
+}
