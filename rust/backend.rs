@@ -218,6 +218,8 @@ pub(crate) trait Loaded {
     fn set_cr3(&mut self, cr3: u64);
     fn cr4(&mut self) -> Cr4;
     fn set_cr4(&mut self, cr4: Cr4);
+    /// CR4.PKE, for every entry to ask.
+    fn has_pke(&mut self) -> bool;
     fn efer(&mut self) -> Efer;
     fn set_efer(&mut self, efer: Efer);
     fn dr7(&mut self) -> Dr7;
@@ -237,6 +239,8 @@ pub(crate) trait Loaded {
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;
     /// Whether the MSR is one of those. The value has been checked.
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
+    /// Gives the processor a command by an MSR that holds no value, with its one bit.
+    fn command(&mut self, msr: Msr);
     /// Lets the guest access the MSRs that the hardware can hold for it without an exit, those that are allowed.
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool);
     /// What the guest's time-stamp counter adds to the host's, in ticks, modulo 2^64.

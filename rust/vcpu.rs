@@ -101,6 +101,15 @@ impl<B: Backend> State<B> {
                 backend.new_vcpu(vm.memory.eptp(), pages, vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
+            if vm
+                .apics
+                .has_quirk(crate::bindings::KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
+            {
+                let arch_capabilities = vm.machine.host.arch_capabilities;
+                arch.msrs.set_arch_capabilities(arch_capabilities);
+            } else {
+                arch.msrs.clear_feature_msrs();
+            }
             arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, &vm.apics);

@@ -366,6 +366,11 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_cr4(self, cr4);
     }
 
+    #[inline]
+    fn has_pke(&mut self) -> bool {
+        self.v.pke
+    }
+
     fn efer(&mut self) -> Efer {
         LoadedVcpu::efer(self)
     }
@@ -423,7 +428,12 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
-        self.v.msr_bitmap.pass_allowed(allowed);
+        let switched = self.v.entry.switch_spec_ctrl != 0;
+        self.v.msr_bitmap.pass_allowed(allowed, switched);
+    }
+
+    fn command(&mut self, msr: Msr) {
+        LoadedVcpu::command(msr);
     }
 
     fn tsc_offset(&mut self) -> u64 {

@@ -85,6 +85,8 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    /// CR4.PKE, which the guest cannot change without an exit.
+    pub(super) pke: bool,
     /// The guest may be halted without an exit.
     halts: bool,
     pub(super) pin: PinControls,
@@ -149,6 +151,7 @@ impl VmxVcpu {
             cr3: 0,
             cr4: 0,
             efer: Efer::empty(),
+            pke: false,
             pin: vmx.caps.pin,
             primary: vmx
                 .caps
@@ -411,6 +414,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_CR4, hardware);
         self.write(f::CR4_SHADOW, cr4.bits());
         self.v.cr4 = hardware;
+        self.v.pke = cr4.has(Cr4::PKE);
         self.v.valid.0 |= Cached::CR4;
         self.v.flush_guest = true;
     }
@@ -507,6 +511,7 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.follow.get().guest_msrs().lstar,
             Msr::SYSCALL_MASK => self.follow.get().guest_msrs().fmask,
             Msr::TSC_AUX => self.follow.get().guest_msrs().tsc_aux,
+            Msr::SPEC_CTRL => self.v.entry.spec_ctrl,
             Msr::PAT => self.v.pat,
             Msr::CSTAR => self.v.cstar,
             Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
@@ -528,6 +533,13 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.change_msrs(|m| m.lstar = value),
             Msr::SYSCALL_MASK => self.change_msrs(|m| m.fmask = value),
             Msr::TSC_AUX => self.change_msrs(|m| m.tsc_aux = value),
+            Msr::SPEC_CTRL => {
+                self.v.entry.spec_ctrl = value;
+                // Until the guest first wants any of it, it runs with the host's.
+                if value != 0 {
+                    self.v.entry.switch_spec_ctrl = 1;
+                }
+            }
             Msr::PAT => {
                 self.v.pat = value;
                 self.write(f::GUEST_PAT, value);
@@ -538,6 +550,16 @@ impl<'a> LoadedVcpu<'a> {
             _ => return false,
         }
         true
+    }
+
+    /// IA32_PRED_CMD: no branch that the guest runs from here on is predicted by what ran before. IA32_FLUSH_CMD: nothing stays in
+    /// the L1 data cache.
+    pub(super) fn command(msr: Msr) {
+        if matches!(msr, Msr::PRED_CMD | Msr::FLUSH_CMD) {
+            // SAFETY: The caller has looked if this host has the MSR, whose bit 0 is a command without any effect that can be
+            // seen.
+            unsafe { host_msr::write(msr.0, 1) };
+        }
     }
 
     fn change_msrs(&mut self, change: impl FnOnce(&mut super::load::SwitchedMsrs)) {
