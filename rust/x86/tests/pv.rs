@@ -10,7 +10,12 @@ use rkvm_x86::pv::PvFeatures;
 
 fn signature(at: u32) -> CpuidRegs {
     let [ebx, ecx, edx] = pv::SIGNATURE;
-    CpuidRegs { eax: at + 1, ebx, ecx, edx }
+    CpuidRegs {
+        eax: at + 1,
+        ebx,
+        ecx,
+        edx,
+    }
 }
 
 #[test]
@@ -41,8 +46,17 @@ fn another_hypervisor_is_not_kvm() {
         assert_eq!(pv::features_leaf(|_| Some(other)), None);
     }
     // Not between the places, and not beyond the last.
-    for at in [0x4000_0001, 0x4000_0080, 0x4001_0000, 0x3fff_ff00, 0x8000_0000] {
-        assert_eq!(pv::features_leaf(|leaf| (leaf == at).then(|| signature(at))), None);
+    for at in [
+        0x4000_0001,
+        0x4000_0080,
+        0x4001_0000,
+        0x3fff_ff00,
+        0x8000_0000,
+    ] {
+        assert_eq!(
+            pv::features_leaf(|leaf| (leaf == at).then(|| signature(at))),
+            None
+        );
     }
 }
 
