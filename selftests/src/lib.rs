@@ -21,6 +21,7 @@ pub mod ops;
 pub mod pressure;
 pub mod probe;
 pub mod smp;
+pub mod snapshot;
 pub mod stats;
 pub mod sys;
 pub mod tap;
