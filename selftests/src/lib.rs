@@ -20,6 +20,7 @@ pub mod mem;
 pub mod ops;
 pub mod pressure;
 pub mod probe;
+pub mod ring;
 pub mod smp;
 pub mod snapshot;
 pub mod stats;

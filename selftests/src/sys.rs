@@ -166,6 +166,8 @@ ioctls! {
     KVM_CLEAR_DIRTY_LOG: READ | WRITE, 0xc0, size::<kb::kvm_clear_dirty_log>();
     KVM_RESET_DIRTY_RINGS: 0, 0xc7, 0;
     KVM_GET_STATS_FD: 0, 0xce, 0;
+    KVM_GET_SREGS2: READ, 0xcc, size::<kb::kvm_sregs2>();
+    KVM_SET_SREGS2: WRITE, 0xcd, size::<kb::kvm_sregs2>();
     KVM_PRE_FAULT_MEMORY: READ | WRITE, 0xd5, size::<crate::vm::PreFault>();
 }
 

@@ -9,17 +9,19 @@
 //! beforehand, so that anything that is lost or comes twice shows; a lost wake-up stops it.
 
 use kvm_bindings as kb;
+use selftests::dirty::{clear_log, get_log, Bitmap, Protect};
 use selftests::guest::{at, sel, set_gate, usize_of, PORT_EXCEPTION};
 use selftests::host::{gettid, interrupting_handler, kick, Rng};
 use selftests::machine::{cr, decode, set_special_pages, start_vcpu, Exit, Mode};
-use selftests::mem::Mapping;
+use selftests::mem::{Mapping, PAGE};
+use selftests::ring::{self, Ring};
 use selftests::snapshot::{self, Chips, Order, Snapshot};
 use selftests::vm::{Cpuid, Kvm, Vcpu, Vm};
 use selftests::{ensure, ensure_eq, fail, guest, guest_code, skip, sys, tests};
 use selftests::{Env, Outcome, Verdict};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Where things are in the guest.
 mod place {
@@ -38,6 +40,8 @@ mod place {
     pub const PD: u64 = at::DATA + 0x4000;
     pub const PDPT: u64 = at::DATA + 0x5000;
     pub const OTHER_STACK: u64 = 0x3_0000;
+    /// 1 MiB that the guest writes to.
+    pub const WASTE: u64 = 0x8_0000;
     /// Linear addresses: one that nothing maps, and one whose page changes.
     pub const NOWHERE: u64 = 1 << 39;
     pub const ALIAS: u64 = 2 << 39;
@@ -208,6 +212,14 @@ guest_code!(main_code, ".code64",
     "rep insb",
     "rol r11, 7",
     "add r11, [r15 + {STRING} + 16]",
+    // Memory, all over.
+    "mov ecx, 16",
+    "imul eax, r14d, 0x7310",
+    "2: add eax, 0x9008",
+    "and eax, 0xffff8",
+    "add [rax + {WASTE}], r14",
+    "dec ecx",
+    "jnz 2b",
     // Exceptions; a step over an instruction that exits.
     "ud2",
     "mov al, [r12]",
@@ -311,7 +323,7 @@ guest_code!(main_code, ".code64",
     SMP = flag::SMP, PONGS = data::PONGS, LINED = flag::LINE, RQ = REQUEST_PORT,
     LINES = data::LINES, TICKS = data::TICKS, DEADLINES = data::DEADLINES, PITS = data::PIT,
     TURNS = data::TURNS, SUM = data::SUM, STATE = data::STATE, SSE = data::SSE, X87 = data::X87,
-    AVXS = data::AVX, DONE = DONE_PORT,
+    AVXS = data::AVX, DONE = DONE_PORT, WASTE = place::WASTE,
 );
 
 guest_code!(other_code, ".code64",
@@ -543,6 +555,10 @@ impl Devices {
                 self.loaded += u64::from(len);
             }
             Exit::Hlt => self.halts += 1,
+            // Whoever watches harvests it.
+            Exit::Other(kb::KVM_EXIT_DIRTY_RING_FULL) => {
+                std::thread::sleep(Duration::from_micros(100));
+            }
             Exit::IrqWindow => {
                 vcpu.interrupt(LINE.into())?;
                 self.wanted = false;
@@ -599,6 +615,8 @@ enum Stop {
     After(u64),
     /// When the first vCPU has left so often.
     Exits(u64),
+    /// When it is done, or somebody else says so.
+    Never,
 }
 
 impl Journey {
@@ -636,8 +654,18 @@ impl Journey {
     }
 
     fn machine(&self, kvm: &Kvm) -> Result<(Vm, Vec<Vcpu>), Verdict> {
+        self.machine_with(kvm, |_| Ok(()))
+    }
+
+    /// A machine whose VM is prepared by `prepare`.
+    fn machine_with(
+        &self,
+        kvm: &Kvm,
+        prepare: impl FnOnce(&Vm) -> Outcome,
+    ) -> Result<(Vm, Vec<Vcpu>), Verdict> {
         let vm = kvm.create_vm()?;
         set_special_pages(&vm)?;
+        prepare(&vm)?;
         snapshot::create_chips(&vm, self.chips)?;
         vm.set_memory(0, 0, 0, at::SIZE as u64, self.memory.addr() as u64)?;
         let vcpus = snapshot::create_vcpus(&vm, &self.cpuid, self.vcpus)?;
@@ -751,12 +779,26 @@ impl Journey {
         let (vm, vcpus) = self.machine(&kvm)?;
         let luggage = self.luggage();
         luggage.snapshot.put(&kvm, &vm, &vcpus, self.chips, order)?;
+        self.stay(&vm, &vcpus, stop, || Ok(false))?;
+        luggage.snapshot.take(&kvm, &vm, &vcpus, self.chips)?;
+        Ok(())
+    }
+
+    /// Runs a machine until it is to stop, or `during`, which is called all the time, says so. Nothing
+    /// is left to be completed then.
+    fn stay(
+        &self,
+        vm: &Vm,
+        vcpus: &[Vcpu],
+        stop: Stop,
+        mut during: impl FnMut() -> Result<bool, Verdict>,
+    ) -> Outcome {
         interrupting_handler(libc::SIGUSR1)?;
-        let stopping = Arc::new(AtomicBool::new(false));
-        let tids: Vec<AtomicI32> = vcpus.iter().map(|_| AtomicI32::new(0)).collect();
+        let stopping = &AtomicBool::new(false);
+        let tids: &Vec<AtomicI32> = &vcpus.iter().map(|_| AtomicI32::new(0)).collect();
+        let mut devices = self.luggage().devices;
+        let mut watched = Ok(());
         let devices = std::thread::scope(|scope| {
-            let (vm, vcpus, tids, stopping) = (&vm, &vcpus, &tids, &stopping);
-            let mut devices = luggage.devices;
             let first = scope.spawn(move || {
                 tids[0].store(gettid(), Ordering::SeqCst);
                 let result = self.run_first(vm, &vcpus[0], &mut devices, stop, stopping);
@@ -766,18 +808,26 @@ impl Journey {
             for (vcpu, tid) in vcpus.iter().zip(tids).skip(1) {
                 scope.spawn(move || {
                     tid.store(gettid(), Ordering::SeqCst);
-                    // Nothing makes it leave but a signal.
+                    // Nothing makes it leave but a signal, and a full ring.
                     while !stopping.load(Ordering::SeqCst) {
                         let _ = vcpu.run();
                     }
                 });
             }
-            if let Stop::After(us) = stop {
-                std::thread::sleep(std::time::Duration::from_micros(us));
-                stopping.store(true, Ordering::SeqCst);
-            }
+            let begin = Instant::now();
             loop {
                 let over = first.is_finished();
+                if !stopping.load(Ordering::SeqCst) {
+                    let time = match stop {
+                        Stop::After(us) => begin.elapsed() >= Duration::from_micros(us),
+                        Stop::Exits(_) | Stop::Never => false,
+                    };
+                    let enough = during().unwrap_or_else(|verdict| {
+                        watched = Err(verdict);
+                        true
+                    });
+                    stopping.fetch_or(time || enough, Ordering::SeqCst);
+                }
                 if stopping.load(Ordering::SeqCst) {
                     for (vcpu, tid) in vcpus.iter().zip(tids) {
                         vcpu.set_immediate_exit(1);
@@ -787,21 +837,22 @@ impl Journey {
                 if over {
                     break;
                 }
-                std::thread::sleep(std::time::Duration::from_micros(200));
+                std::thread::sleep(Duration::from_micros(100));
             }
             first
                 .join()
                 .unwrap_or_else(|_| Err(Verdict::Fail("a thread panicked".to_string())))
         })?;
+        watched?;
         // A kick may have met a vCPU on its way out.
-        for vcpu in &vcpus {
+        for vcpu in vcpus {
             vcpu.set_immediate_exit(1);
-            if let Ok(reason) = vcpu.run() {
-                fail!("exit {reason} with immediate_exit");
+            match vcpu.run() {
+                Err(_) | Ok(kb::KVM_EXIT_DIRTY_RING_FULL) => {}
+                Ok(reason) => fail!("exit {reason} with immediate_exit"),
             }
         }
-        luggage.devices = devices;
-        luggage.snapshot.take(&kvm, &vm, &vcpus, self.chips)?;
+        self.luggage().devices = devices;
         Ok(())
     }
 
@@ -814,7 +865,7 @@ impl Journey {
         stopping: &AtomicBool,
     ) -> Outcome {
         let mut left = match stop {
-            Stop::After(_) => u64::MAX,
+            Stop::After(_) | Stop::Never => u64::MAX,
             Stop::Exits(n) => n,
         };
         loop {
@@ -972,6 +1023,117 @@ impl Journey {
     }
 }
 
+/// How a move finds what was written meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Log {
+    Bitmap(Protect),
+    Rings,
+}
+
+/// Bytes of a ring.
+const RING: usize = 16 << 10;
+
+/// Copies a guest's memory while it runs, then what it has written since, until little is left; stops it,
+/// and lets it go on from the copy. Nothing is taken along but what the log says.
+fn relocate(env: &Env, log: Log, both: bool) -> Outcome {
+    let devices = devices(env, both)?;
+    let (kvm, target) = (env.open()?, Kvm::open(devices[devices.len() - 1])?);
+    let cpuid = snapshot::common_cpuid(&kvm, &target)?;
+    let here = Journey::new(Chips::Split, 2, flag::X2APIC, env.fewer(300), cpuid.clone())?;
+    here.begin(&kvm)?;
+    let (vm, vcpus) = here.machine_with(&kvm, |vm| match log {
+        Log::Bitmap(protect) => protect.enable(&kvm, vm),
+        Log::Rings => ring::enable(&kvm, vm, RING),
+    })?;
+    let mut rings = Vec::new();
+    if log == Log::Rings {
+        for vcpu in &vcpus {
+            rings.push(Ring::new(vcpu, RING)?);
+        }
+    }
+    let pages = at::SIZE / PAGE;
+    let address = here.memory.addr() as u64;
+    vm.set_memory(0, kb::KVM_MEM_LOG_DIRTY_PAGES, 0, at::SIZE as u64, address)?;
+    let luggage = here.luggage();
+    luggage
+        .snapshot
+        .put(&kvm, &vm, &vcpus, here.chips, Order::Vmm)?;
+
+    let there = Journey::new(Chips::Split, 2, flag::X2APIC, here.turns, cpuid)?;
+    let copy = |set: &Bitmap| {
+        for page in set.pages() {
+            let bytes = here.memory.read_bytes(page * PAGE, PAGE);
+            there.memory.write_bytes(page * PAGE, &bytes);
+        }
+    };
+    let harvest = |rings: &mut Vec<Ring>| -> Result<Bitmap, Verdict> {
+        let Log::Bitmap(protect) = log else {
+            let mut set = Bitmap::new(pages);
+            for ring in rings {
+                while let Some(entry) = ring.take() {
+                    ensure!(entry.slot == 0 && entry.offset < pages as u64, "{entry:x?}");
+                    set.set(usize_of(entry.offset));
+                }
+            }
+            ring::reset(&vm)?;
+            return Ok(set);
+        };
+        let set = get_log(&vm, 0, pages)?;
+        if protect != Protect::Get {
+            clear_log(&vm, 0, pages, &set)?;
+        }
+        Ok(set)
+    };
+    copy(&Bitmap::full(pages));
+    let (mut rounds, mut copied) = (0, 0);
+    here.stay(&vm, &vcpus, Stop::Never, || {
+        let set = harvest(&mut rings)?;
+        copied += set.pages().count();
+        copy(&set);
+        rounds += 1;
+        Ok(rounds >= 30)
+    })?;
+    let last = harvest(&mut rings)?;
+    copy(&last);
+    println!(
+        "# {rounds} rounds, {copied} pages, {} at last",
+        last.pages().count()
+    );
+    ensure!(
+        copied > rounds,
+        "hardly anything was written: {copied} pages"
+    );
+    for page in 0..pages {
+        let (was, is) = (
+            here.memory.read_bytes(page * PAGE, PAGE),
+            there.memory.read_bytes(page * PAGE, PAGE),
+        );
+        ensure!(was == is, "page {page:#x} was written and not logged");
+    }
+    ensure!(!luggage.devices.done, "the guest was done too early");
+    luggage.snapshot.take(&kvm, &vm, &vcpus, here.chips)?;
+    drop((rings, vcpus, vm));
+    *there.luggage() = *luggage;
+    there.hop(devices[devices.len() - 1], Stop::Never, Order::Vmm)?;
+    there.check()
+}
+
+fn relocate_by_bitmap(env: &Env) -> Outcome {
+    relocate(env, Log::Bitmap(Protect::Get), false)
+}
+
+fn relocate_by_clearing(env: &Env) -> Outcome {
+    relocate(env, Log::Bitmap(Protect::InitiallySet), false)
+}
+
+fn relocate_by_rings(env: &Env) -> Outcome {
+    relocate(env, Log::Rings, false)
+}
+
+fn relocate_across(env: &Env) -> Outcome {
+    relocate(env, Log::Bitmap(Protect::Clear), true)
+}
+
 /// Registers that the guest leaves alone.
 const UNUSED_MSRS: [(u32, u64); 5] = [
     (0xc000_0102, 0x1234_5678_9abc),
@@ -1056,6 +1218,10 @@ fn main() -> ExitCode {
             across_no_chips,
             across_split,
             across_all,
+            relocate_by_bitmap,
+            relocate_by_clearing,
+            relocate_by_rings,
+            relocate_across,
         ],
     )
 }
