@@ -9,6 +9,7 @@ use crate::linux::user;
 use kernel::prelude::*;
 
 pub(crate) use crate::bindings::kvm_clear_dirty_log;
+pub(crate) use crate::bindings::kvm_clock_data;
 pub(crate) use crate::bindings::kvm_coalesced_mmio;
 pub(crate) use crate::bindings::kvm_coalesced_mmio_ring;
 pub(crate) use crate::bindings::kvm_coalesced_mmio_zone;

@@ -19,6 +19,7 @@ use crate::bindings::KVM_X86_QUIRK_LINT0_REENABLED;
 use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
 use crate::bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL;
+use crate::bindings::KVM_X86_QUIRK_STUFF_FEATURE_MSRS;
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
 use crate::run::hypercall::FOR_VMM;
@@ -447,13 +448,15 @@ pub(crate) struct Apics {
 
 /// The quirks of KVM's that a VMM may do without: LINT0 is open after reset; where the APIC's page is
 /// not there is a hole that reads as ones; MONITOR and MWAIT are there whatever CPUID says, and CPUID does
-/// not follow IA32_MISC_ENABLE in it; a VMMCALL, which is AMD's, becomes a VMCALL; a memslot that goes takes the mappings of all others along, which is
+/// not follow IA32_MISC_ENABLE in it; a VMMCALL, which is AMD's, becomes a VMCALL; the MSRs that say what the
+/// processor can do say so before the VMM has; a memslot that goes takes the mappings of all others along, which is
 /// never so here.
 pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
     | KVM_X86_QUIRK_LAPIC_MMIO_HOLE
     | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
     | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
     | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
+    | KVM_X86_QUIRK_STUFF_FEATURE_MSRS
     | KVM_X86_QUIRK_SLOT_ZAP_ALL;
 
 /// The flags of KVM_CAP_X2APIC_API that are known.

@@ -16,6 +16,7 @@ use crate::run::debug::Debugger;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
+use crate::time::VcpuClock;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
@@ -61,16 +62,18 @@ pub(crate) struct Arch {
     /// DR7 enables a breakpoint, so the addresses must be loaded for the guest.
     pub(crate) breakpoints_armed: bool,
     pub(crate) xcr0: u64,
+    /// PKRU, when the guest does not run.
+    pub(crate) pkru: u32,
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
     /// What a guest that knows KVM has asked for.
     pub(crate) pv: PvState,
+    /// Its time.
+    pub(crate) clock: VcpuClock,
     pub(crate) mce: KBox<MachineChecks>,
     /// Which MSRs the guest may access, if not all.
     pub(crate) msr_filter: Option<Arc<MsrFilter>>,
-    /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
-    pub(crate) tsc_khz: u32,
     /// IA32_TSC_ADJUST.
     pub(crate) tsc_adjust: u64,
     pub(crate) emulator: Emulator,
@@ -88,7 +91,7 @@ pub(crate) struct Arch {
 
 impl Arch {
     /// The state after power-up. vCPU 0 is the bootstrap processor.
-    pub(crate) fn new(bootstrap: bool) -> Result<Self> {
+    pub(crate) fn new(bootstrap: bool, clock: VcpuClock) -> Result<Self> {
         let cpuid = Cpuid::new(KVVec::new()).map_err(|_| EINVAL)?;
         Ok(Self {
             events: PendingEvents::new(),
@@ -102,13 +105,14 @@ impl Arch {
             debugger: Debugger::default(),
             breakpoints_armed: false,
             xcr0: 1,
+            pkru: 0,
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
             pv: PvState::new(),
+            clock,
             mce: KBox::new(MachineChecks::new(), GFP_KERNEL_ACCOUNT)?,
             msr_filter: None,
-            tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,
             emulator: Emulator::new(),
             devices: DeviceFrames::new(),
@@ -168,8 +172,6 @@ impl Arch {
 pub(crate) fn reset(hw: &mut impl Loaded) {
     reset_registers(hw, Cr0::CD | Cr0::NW);
     hw.set_dr7(Dr7::RESET);
-    // The counter starts from zero.
-    hw.set_tsc_offset(crate::linux::msr::rdtsc().wrapping_neg());
 }
 
 /// INIT: the state after power-up, but for what that table keeps: the time-stamp counter, the FPU, MSRs,
@@ -194,6 +196,7 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     arch.emulator.abort();
     arch.pending = Pending::Nothing;
     arch.pv.reset();
+    arch.clock.reset();
 }
 
 fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {

@@ -16,6 +16,7 @@ use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
@@ -146,6 +147,8 @@ pub(crate) struct Features {
     pub(crate) invpcid: bool,
     /// XSAVES and XRSTORS.
     pub(crate) xsaves: bool,
+    /// RDTSC at a rate that is not the host's.
+    pub(crate) tsc_scaling: bool,
 }
 
 /// Instructions that give up the processor, and do not exit if the VMM says so (KVM API,
@@ -218,6 +221,8 @@ pub(crate) trait Loaded {
     fn set_cr3(&mut self, cr3: u64);
     fn cr4(&mut self) -> Cr4;
     fn set_cr4(&mut self, cr4: Cr4);
+    /// CR4.PKE, for every entry to ask.
+    fn has_pke(&mut self) -> bool;
     fn efer(&mut self) -> Efer;
     fn set_efer(&mut self, efer: Efer);
     fn dr7(&mut self) -> Dr7;
@@ -238,11 +243,14 @@ pub(crate) trait Loaded {
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;
     /// Whether the MSR is one of those. The value has been checked.
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
+    /// Gives the processor a command by an MSR that holds no value, with its one bit.
+    fn command(&mut self, msr: Msr);
+    /// The guest's time-stamp counter.
+    fn tsc(&mut self) -> GuestTsc;
+    /// Sets it. Its scale is the host's own, unless [`Features::tsc_scaling`].
+    fn set_tsc(&mut self, tsc: GuestTsc);
     /// Lets the guest access the MSRs that the hardware can hold for it without an exit, those that are allowed.
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool);
-    /// What the guest's time-stamp counter adds to the host's, in ticks, modulo 2^64.
-    fn tsc_offset(&mut self) -> u64;
-    fn set_tsc_offset(&mut self, offset: u64);
 
     /// Whether interrupts are held off for one instruction.
     fn shadow(&mut self) -> Shadow;

@@ -64,6 +64,7 @@ macro_rules! abi_types {
 
 abi_types! {
     kvm_clear_dirty_log,
+    kvm_clock_data,
     kvm_coalesced_mmio_zone,
     kvm_cpuid2,
     kvm_cpuid_entry2,

@@ -7,6 +7,7 @@
 //! [`Run::handle`] takes the others, with interrupts on, and decides whether to go back in.
 
 pub(crate) mod apic;
+mod clock;
 pub(crate) mod cr;
 pub(crate) mod debug;
 pub(crate) mod halt;
@@ -50,6 +51,7 @@ use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use crate::x86::regs::Xcr0;
 use apic::Controllers;
 use kernel::prelude::*;
 
@@ -181,6 +183,9 @@ impl<L: Loaded> Run<'_, L> {
                 }
                 self.sleep();
             } else if let Some(exit) = self.enter_once() {
+                if self.arch.clock.catches_up() {
+                    self.shared.request(Request::Clock);
+                }
                 if self.handle(exit)? == Next::User {
                     return Ok(());
                 }
@@ -257,7 +262,9 @@ impl<L: Loaded> Run<'_, L> {
 
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
-        self.shared.set_cpu(preempt.cpu());
+        if self.shared.set_cpu(preempt.cpu()) {
+            self.moved();
+        }
         let irqs = IrqsOff::new();
         self.shared.enter_guest_mode();
         if self.shared.pending() {
@@ -361,8 +368,13 @@ impl<L: Loaded> Run<'_, L> {
     fn load_guest_state(&mut self, irqs: &IrqsOff) -> Switched {
         let mut switched = Switched {
             xcr0: false,
+            pkru: None,
             debugctl: host_debug::host_debugctl(),
         };
+        // The guest's own once it has either: by WRPKRU, or by XRSTOR.
+        if self.host.has_pku && (self.arch.xcr0 & Xcr0::PKRU.bits() != 0 || self.hw.has_pke()) {
+            switched.pkru = Some(host_msr::swap_pkru(irqs, self.arch.pkru));
+        }
         if self.host.xcr0 != 0
             && self.arch.xcr0 != self.host.xcr0
             && self.hw.cr4().has(Cr4::OSXSAVE)
@@ -387,6 +399,9 @@ impl<L: Loaded> Run<'_, L> {
         }
         if switched.xcr0 {
             host_msr::load_xcr0(irqs, self.host.xcr0);
+        }
+        if let Some(pkru) = switched.pkru {
+            self.arch.pkru = host_msr::swap_pkru(irqs, pkru);
         }
         if switched.debugctl != 0 {
             host_debug::restore_host_debugctl(switched.debugctl);
@@ -562,6 +577,8 @@ impl<L: Loaded> Run<'_, L> {
 /// What [`Run::load_guest_state`] changed.
 struct Switched {
     xcr0: bool,
+    /// The thread's PKRU.
+    pkru: Option<u32>,
     debugctl: u64,
 }
 

@@ -27,6 +27,7 @@
 
 use crate::apics::SharedApic;
 use crate::linux::ipi;
+use crate::linux::irq::PreemptOff;
 use crate::linux::wait::Sleeper;
 use crate::mem::ring::DirtyRing;
 use crate::stats::VcpuStats;
@@ -73,19 +74,24 @@ pub(crate) enum Request {
     Structures = 1 << 7,
     /// Another vCPU has woken this one from HLT, by a hypercall.
     Unhalt = 1 << 8,
+    /// The guest's clock has to be brought up to date.
+    Clock = 1 << 10,
+    /// The guest's clock is being changed: do not enter until this is withdrawn.
+    ClockHeld = 1 << 11,
     /// The VMM has changed which MSRs the guest may access.
     MsrFilter = 1 << 9,
     /// A debugger steps through the guest: the next step begins with no interrupt shadow.
-    DebugStep = 1 << 10,
+    DebugStep = 1 << 12,
 }
 
 impl Request {
-    /// Those that wake a vCPU that is halted.
+    /// Those that wake a vCPU that is halted. Its clock is among them: other vCPUs may read the time by it.
     pub(crate) const WAKE: u32 = Self::Interrupts as u32
         | Self::ApicEvents as u32
         | Self::Timer as u32
         | Self::Watchdog as u32
-        | Self::Unhalt as u32;
+        | Self::Unhalt as u32
+        | Self::Clock as u32;
 }
 
 /// The vCPU executes host code, or is not loaded at all.
@@ -153,16 +159,18 @@ impl VcpuShared {
     /// if it is there. In any context.
     pub(crate) fn request_and_kick(&self, request: Request) {
         self.request(request);
-        if self.sleeper.wake() {
+        if self.sleeper.wake() || self.mode.load(Ordering::SeqCst) != IN_GUEST {
             return;
         }
+        // The CPU that is to be interrupted cannot go offline while others do not give up theirs.
+        let preempt = PreemptOff::new();
         // One interrupt is enough.
         let left =
             self.mode
                 .compare_exchange(IN_GUEST, LEAVING_GUEST, Ordering::SeqCst, Ordering::SeqCst);
         if left.is_ok() {
             if let Some(cpu) = CpuId::from_i32(self.cpu()) {
-                ipi::interrupt(cpu);
+                ipi::interrupt(cpu, &preempt);
             }
         }
     }
@@ -170,11 +178,12 @@ impl VcpuShared {
     /// Interrupts have been posted: a processor that runs the guest is told, and takes them without an
     /// exit; else the vCPU is. In any context.
     pub(crate) fn notify_posted(&self) {
+        let preempt = PreemptOff::new();
         // The poster's barrier between what it posted and this look; pairs with the vCPU's between its
         // mode and its look for posted interrupts.
         if self.mode.load(Ordering::SeqCst) == IN_GUEST {
             if let Some(cpu) = CpuId::from_i32(self.cpu()) {
-                ipi::post_interrupt(cpu);
+                ipi::post_interrupt(cpu, &preempt);
             }
         } else {
             self.request_and_kick(Request::Interrupts);
@@ -400,6 +409,20 @@ impl VcpuSet {
     /// How often [`Request::TlbFlush`] was made of all.
     pub(crate) fn flushes(&self) -> Flushes {
         self.inner.lock().flushes
+    }
+
+    /// Makes `request` of every vCPU, and has it noticed. Does not wait.
+    pub(crate) fn request_and_kick_all(&self, request: Request) {
+        for vcpu in self.inner.lock().vcpus.iter() {
+            vcpu.request_and_kick(request);
+        }
+    }
+
+    /// Takes `request` back from every vCPU.
+    pub(crate) fn withdraw_all(&self, request: Request) {
+        for vcpu in self.inner.lock().vcpus.iter() {
+            vcpu.take(request);
+        }
     }
 
     /// Makes `request` of every vCPU and waits until those that were in the guest have left it.

@@ -3,7 +3,8 @@
 //! The Intel backend: VMX with EPT and unrestricted guests.
 //!
 //! VMX itself belongs to the kernel: it is turned on for a CPU while somebody holds a reference to
-//! it there, and rkvm holds one on every CPU that is online, as kvm-intel does when it is loaded.
+//! it there, and rkvm holds one on every CPU that is online, as kvm-intel does when it is loaded:
+//! see [`power`].
 
 mod apic;
 mod caps;
@@ -11,6 +12,7 @@ mod exit;
 mod fields;
 mod load;
 mod msr_bitmap;
+mod power;
 mod vcpu;
 mod vmcs;
 mod write_log;
@@ -21,9 +23,9 @@ use crate::backend::Features;
 use crate::backend::FreeInstructions;
 use crate::bindings;
 use crate::linux::cpu::HotplugState;
-use crate::linux::cpu::PerCpuHold;
 use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
+use crate::linux::power::PowerState;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::unsupported;
@@ -32,11 +34,11 @@ use crate::system::Machine;
 use crate::x86::msr::Msr;
 use caps::VmxCaps;
 use fields::SecondaryControls;
-use kernel::error::to_result;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use load::Loadable;
 use load::SwitchedMsrs;
+use power::VmxHold;
 use vcpu::LoadedVcpu;
 use vcpu::VmxVcpu;
 use vmcs::Vmcs;
@@ -89,10 +91,11 @@ impl HostState {
 }
 
 // The VMCSs that exist, by VPID counted from the top: kvm-intel, which may be loaded too, counts from
-// the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.)
+// the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.) A CPU
+// that goes down or to sleep looks into it with interrupts off, so they are off for all who do.
 kernel::sync::global_lock! {
-    // SAFETY: Initialised by `probe`, in the module's initialiser, before the device can be opened.
-    unsafe(uninit) static VMCSS: Mutex<KVVec<Option<Arc<Vmcs>>>> = KVVec::new();
+    // SAFETY: Initialised by `new`, in the module's initialiser, before the device can be opened.
+    unsafe(uninit) static VMCSS: SpinLock<KVVec<Option<Arc<Vmcs>>>> = KVVec::new();
 }
 
 kernel::sync::global_lock! {
@@ -110,19 +113,41 @@ pub(crate) struct Vpid(u16);
 impl Vpid {
     /// Enters a VMCS into the list: ENOSPC if there are 65,535 vCPUs already.
     fn register(vmcs: &Arc<Vmcs>) -> Result<Self> {
-        let mut list = VMCSS.lock();
-        let free = list.iter().position(Option::is_none);
-        let index = free.unwrap_or(list.len());
-        // Number 0 means that VPIDs are off.
-        if index >= usize::from(u16::MAX) {
-            return Err(ENOSPC);
+        let mut bigger = KVVec::new();
+        loop {
+            // What was there is dropped after the lock.
+            let irqs = IrqsOff::new();
+            let mut list = VMCSS.lock();
+            let free = list.iter().position(Option::is_none);
+            let index = free.unwrap_or(list.len());
+            // Number 0 means that VPIDs are off.
+            if index >= usize::from(u16::MAX) {
+                return Err(ENOSPC);
+            }
+            if index == list.len() && index == list.capacity() {
+                // Room is made where the allocator may sleep, and things may have changed meanwhile.
+                if bigger.capacity() <= index {
+                    drop(list);
+                    drop(irqs);
+                    let room = (index * 2).max(64);
+                    bigger = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
+                    continue;
+                }
+                for old in list.drain_all() {
+                    // There is room.
+                    let _ = bigger.push_within_capacity(old);
+                }
+                core::mem::swap(&mut *list, &mut bigger);
+            }
+            match list.get_mut(index) {
+                Some(place) => *place = Some(vmcs.clone()),
+                None => list
+                    .push_within_capacity(Some(vmcs.clone()))
+                    .map_err(|_| ENOMEM)?,
+            }
+            // INVARIANT: The place has just been taken.
+            return Ok(Self(u16::MAX - index as u16));
         }
-        match list.get_mut(index) {
-            Some(place) => *place = Some(vmcs.clone()),
-            None => list.push(Some(vmcs.clone()), GFP_KERNEL_ACCOUNT)?,
-        }
-        // INVARIANT: The place has just been taken.
-        Ok(Self(u16::MAX - index as u16))
     }
 
     /// The number, not 0.
@@ -134,10 +159,13 @@ impl Vpid {
 
 impl Drop for Vpid {
     fn drop(&mut self) {
-        let mut list = VMCSS.lock();
-        if let Some(place) = list.get_mut(usize::from(u16::MAX - self.0)) {
-            *place = None;
-        }
+        // Who drops the last reference may wait for another CPU, so that is not done in here.
+        let _vmcs = {
+            let _irqs = IrqsOff::new();
+            let mut list = VMCSS.lock();
+            list.get_mut(usize::from(u16::MAX - self.0))
+                .and_then(Option::take)
+        };
     }
 }
 
@@ -146,28 +174,8 @@ pub(crate) struct Vmx {
     caps: VmxCaps,
     host: HostState,
     /// Last: VMX goes off after everything that needs it is gone.
+    _awake: Pin<KBox<PowerState<VmxHold>>>,
     _on: HotplugState<VmxHold>,
-}
-
-/// A reference to VMX on each CPU.
-struct VmxHold;
-
-impl PerCpuHold for VmxHold {
-    fn acquire() -> Result {
-        // SAFETY: Called on the CPU that is to hold the reference.
-        to_result(unsafe { bindings::rkvm_vmx_get_ref() })
-    }
-
-    fn release(_cpu: u32) {
-        // What this CPU caches of a VMCS must be in memory before VMX goes off here.
-        for vmcs in VMCSS.lock().iter().flatten() {
-            // The vCPU's thread, on another CPU by now, may ask for the same by an IPI.
-            let _irqs = IrqsOff::new();
-            vmcs.clear_here();
-        }
-        // SAFETY: `acquire` took a reference on this CPU.
-        unsafe { bindings::rkvm_vmx_put_ref() };
-    }
 }
 
 impl Vmx {
@@ -194,11 +202,14 @@ impl Vmx {
             VMCSS.init();
             MACHINE.init();
         }
+        let (caps, host) = (VmxCaps::probe()?, HostState::read()?);
+        let on = HotplugState::register()
+            .inspect_err(|_| pr_err!("VMX could not be turned on on every CPU\n"))?;
         Ok(Self {
-            caps: VmxCaps::probe()?,
-            host: HostState::read()?,
-            _on: HotplugState::register()
-                .inspect_err(|_| pr_err!("VMX could not be turned on on every CPU\n"))?,
+            caps,
+            host,
+            _awake: KBox::pin_init(PowerState::register(), GFP_KERNEL)?,
+            _on: on,
         })
     }
 }
@@ -206,7 +217,10 @@ impl Vmx {
 impl Drop for Vmx {
     fn drop(&mut self) {
         // Nobody drops a static. The list is empty by now, but its room is not given back.
-        *VMCSS.lock() = KVVec::new();
+        let _room = {
+            let _irqs = IrqsOff::new();
+            core::mem::replace(&mut *VMCSS.lock(), KVVec::new())
+        };
     }
 }
 
@@ -246,6 +260,7 @@ impl Backend for Vmx {
             rdtscp: self.caps.secondary.has(SecondaryControls::RDTSCP),
             invpcid: self.caps.secondary.has(SecondaryControls::INVPCID),
             xsaves: self.caps.secondary.has(SecondaryControls::XSAVES),
+            tsc_scaling: self.caps.tsc_scaling,
         }
     }
 

@@ -37,6 +37,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_SYS_ATTRIBUTES
         | b::KVM_CAP_READONLY_MEM
         | b::KVM_CAP_GET_TSC_KHZ
+        | b::KVM_CAP_KVMCLOCK_CTRL
         | b::KVM_CAP_IMMEDIATE_EXIT
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
@@ -69,6 +70,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_X86_MSR_FILTER
         | b::KVM_CAP_MSR_PLATFORM_INFO
         | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
+        b::KVM_CAP_ADJUST_CLOCK => crate::vm::CLOCK_FLAGS as isize,
         b::KVM_CAP_MCE => crate::x86::mce::MAX_BANKS as isize,
         b::KVM_CAP_DISABLE_QUIRKS2 => crate::apics::QUIRKS as isize,
         b::KVM_CAP_EXIT_HYPERCALL => crate::run::hypercall::FOR_VMM as isize,

@@ -51,6 +51,8 @@ pub(crate) const IRQFD: u32 = _IOW::<kvm_irqfd>(KVMIO, 0x76);
 pub(crate) const CREATE_PIT2: u32 = _IOW::<kvm_pit_config>(KVMIO, 0x77);
 pub(crate) const SET_BOOT_CPU_ID: u32 = _IO(KVMIO, 0x78);
 pub(crate) const IOEVENTFD: u32 = _IOW::<kvm_ioeventfd>(KVMIO, 0x79);
+pub(crate) const SET_CLOCK: u32 = _IOW::<kvm_clock_data>(KVMIO, 0x7b);
+pub(crate) const GET_CLOCK: u32 = _IOR::<kvm_clock_data>(KVMIO, 0x7c);
 pub(crate) const GET_PIT2: u32 = _IOR::<kvm_pit_state2>(KVMIO, 0x9f);
 pub(crate) const SET_PIT2: u32 = _IOW::<kvm_pit_state2>(KVMIO, 0xa0);
 pub(crate) const SIGNAL_MSI: u32 = _IOW::<kvm_msi>(KVMIO, 0xa5);
@@ -81,9 +83,11 @@ pub(crate) const GET_VCPU_EVENTS: u32 = _IOR::<kvm_vcpu_events>(KVMIO, 0x9f);
 pub(crate) const SET_VCPU_EVENTS: u32 = _IOW::<kvm_vcpu_events>(KVMIO, 0xa0);
 pub(crate) const GET_DEBUGREGS: u32 = _IOR::<kvm_debugregs>(KVMIO, 0xa1);
 pub(crate) const SET_DEBUGREGS: u32 = _IOW::<kvm_debugregs>(KVMIO, 0xa2);
+/// Of a VM and of a vCPU.
 pub(crate) const SET_TSC_KHZ: u32 = _IO(KVMIO, 0xa2);
 /// Of a VM and of a vCPU.
 pub(crate) const GET_TSC_KHZ: u32 = _IO(KVMIO, 0xa3);
+pub(crate) const KVMCLOCK_CTRL: u32 = _IO(KVMIO, 0xad);
 pub(crate) const GET_LAPIC: u32 = _IOR::<kvm_lapic_state>(KVMIO, 0x8e);
 pub(crate) const SET_LAPIC: u32 = _IOW::<kvm_lapic_state>(KVMIO, 0x8f);
 pub(crate) const TPR_ACCESS_REPORTING: u32 = _IOWR::<kvm_tpr_access_ctl>(KVMIO, 0x92);

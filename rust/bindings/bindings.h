@@ -16,12 +16,14 @@
 #include <linux/sched.h>
 #include <linux/signal.h>
 #include <linux/smp.h>
+#include <linux/syscore_ops.h>
 #include <asm/fpu/api.h>
 #include <asm/fpu/types.h>
 #include <asm/mmu_context.h>
 #include <asm/tlbflush.h>
 #include <asm/virt.h>
 
+#include "clock_helpers.h"
 #include "helpers.h"
 #include "irq_helpers.h"
 #include "mem_helpers.h"

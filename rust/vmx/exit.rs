@@ -22,6 +22,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::mmu::ept::Access;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Interrupt;
@@ -366,6 +367,11 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_cr4(self, cr4);
     }
 
+    #[inline]
+    fn has_pke(&mut self) -> bool {
+        self.v.pke
+    }
+
     fn efer(&mut self) -> Efer {
         LoadedVcpu::efer(self)
     }
@@ -426,16 +432,22 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::write_msr(self, msr, value)
     }
 
+    #[inline]
+    fn tsc(&mut self) -> GuestTsc {
+        LoadedVcpu::tsc(self)
+    }
+
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
-        self.v.msr_bitmap.pass_allowed(allowed);
+        let switched = self.v.entry.switch_spec_ctrl != 0;
+        self.v.msr_bitmap.pass_allowed(allowed, switched);
     }
 
-    fn tsc_offset(&mut self) -> u64 {
-        LoadedVcpu::tsc_offset(self)
+    fn command(&mut self, msr: Msr) {
+        LoadedVcpu::command(msr);
     }
 
-    fn set_tsc_offset(&mut self, offset: u64) {
-        LoadedVcpu::set_tsc_offset(self, offset);
+    fn set_tsc(&mut self, tsc: GuestTsc) {
+        LoadedVcpu::set_tsc(self, tsc);
     }
 
     #[inline]

@@ -26,6 +26,7 @@ use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::msr as host_msr;
 use crate::linux::preempt::Following;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -93,13 +94,15 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    /// CR4.PKE, which the guest cannot change without an exit.
+    pub(super) pke: bool,
     /// The guest may be halted without an exit.
     halts: bool,
     pub(super) pin: PinControls,
     pub(super) primary: PrimaryControls,
     pub(super) secondary: SecondaryControls,
     entry_controls: EntryControls,
-    tsc_offset: u64,
+    tsc: GuestTsc,
     pat: u64,
     /// IA32_CSTAR, which Intel's processors keep and never use.
     cstar: u64,
@@ -157,6 +160,7 @@ impl VmxVcpu {
             cr3: 0,
             cr4: 0,
             efer: Efer::empty(),
+            pke: false,
             pin: vmx.caps.pin,
             primary: vmx
                 .caps
@@ -172,7 +176,7 @@ impl VmxVcpu {
             ),
             halts: free.hlt,
             entry_controls: vmx.caps.entry,
-            tsc_offset: 0,
+            tsc: GuestTsc::host(host_msr::tsc_khz()),
             pat: PAT_RESET,
             cstar: 0,
             host_cr3: 0,
@@ -416,6 +420,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_CR4, hardware);
         self.write(f::CR4_SHADOW, cr4.bits());
         self.v.cr4 = hardware;
+        self.v.pke = cr4.has(Cr4::PKE);
         self.v.valid.0 |= Cached::CR4;
         self.v.flush_guest = true;
     }
@@ -521,10 +526,11 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.follow.get().guest_msrs().lstar,
             Msr::SYSCALL_MASK => self.follow.get().guest_msrs().fmask,
             Msr::TSC_AUX => self.follow.get().guest_msrs().tsc_aux,
+            Msr::SPEC_CTRL => self.v.entry.spec_ctrl,
             Msr::PAT => self.v.pat,
             Msr::CSTAR => self.v.cstar,
             Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
-            Msr::TSC => host_msr::rdtsc().wrapping_add(self.v.tsc_offset),
+            Msr::TSC => self.v.tsc.at(host_msr::rdtsc()),
             _ => return None,
         })
     }
@@ -542,29 +548,59 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.change_msrs(|m| m.lstar = value),
             Msr::SYSCALL_MASK => self.change_msrs(|m| m.fmask = value),
             Msr::TSC_AUX => self.change_msrs(|m| m.tsc_aux = value),
+            Msr::SPEC_CTRL => {
+                self.v.entry.spec_ctrl = value;
+                // Until the guest first wants any of it, it runs with the host's.
+                if value != 0 {
+                    self.v.entry.switch_spec_ctrl = 1;
+                }
+            }
             Msr::PAT => {
                 self.v.pat = value;
                 self.write(f::GUEST_PAT, value);
             }
             Msr::CSTAR => self.v.cstar = value,
             Msr::DEBUGCTL => self.write(f::GUEST_DEBUGCTL, value),
-            Msr::TSC => self.set_tsc_offset(value.wrapping_sub(host_msr::rdtsc())),
             _ => return false,
         }
         true
+    }
+
+    /// IA32_PRED_CMD: no branch that the guest runs from here on is predicted by what ran before. IA32_FLUSH_CMD: nothing stays in
+    /// the L1 data cache.
+    pub(super) fn command(msr: Msr) {
+        if matches!(msr, Msr::PRED_CMD | Msr::FLUSH_CMD) {
+            // SAFETY: The caller has looked if this host has the MSR, whose bit 0 is a command without any effect that can be
+            // seen.
+            unsafe { host_msr::write(msr.0, 1) };
+        }
     }
 
     fn change_msrs(&mut self, change: impl FnOnce(&mut super::load::SwitchedMsrs)) {
         self.follow.get().set_guest_msrs(change);
     }
 
-    pub(super) fn tsc_offset(&self) -> u64 {
-        self.v.tsc_offset
+    #[inline]
+    pub(super) fn tsc(&self) -> GuestTsc {
+        self.v.tsc
     }
 
-    pub(super) fn set_tsc_offset(&mut self, offset: u64) {
-        self.v.tsc_offset = offset;
-        self.write(f::TSC_OFFSET, offset);
+    /// Sets the counter, whose scale is not another than the host's unless it can be.
+    pub(super) fn set_tsc(&mut self, tsc: GuestTsc) {
+        let scales = !tsc.scale.is_unity() && self.vmx.caps.tsc_scaling;
+        let secondary = self
+            .v
+            .secondary
+            .with_if(SecondaryControls::TSC_SCALING, scales);
+        if secondary != self.v.secondary {
+            self.v.secondary = secondary;
+            self.write(f::SECONDARY_CONTROLS, secondary.bits());
+        }
+        if scales {
+            self.write(f::TSC_MULTIPLIER, tsc.scale.multiplier());
+        }
+        self.write(f::TSC_OFFSET, tsc.offset);
+        self.v.tsc = tsc;
     }
 
     #[inline]
