@@ -170,6 +170,8 @@ ioctls! {
     KVM_X86_SET_MSR_FILTER: WRITE, 0xc6, size::<kb::kvm_msr_filter>();
     KVM_RESET_DIRTY_RINGS: 0, 0xc7, 0;
     KVM_GET_STATS_FD: 0, 0xce, 0;
+    KVM_GET_SREGS2: READ, 0xcc, size::<kb::kvm_sregs2>();
+    KVM_SET_SREGS2: WRITE, 0xcd, size::<kb::kvm_sregs2>();
     KVM_PRE_FAULT_MEMORY: READ | WRITE, 0xd5, size::<crate::vm::PreFault>();
 }
 
