@@ -442,6 +442,8 @@ pub(crate) struct Apics {
     disabled_quirks: AtomicU32,
     /// The hypercalls that the VMM does itself, a bit each.
     hypercall_exits: AtomicU32,
+    /// Fields of KVM_GET/SET_VCPU_EVENTS that the VMM knows of besides the old ones.
+    event_fields: AtomicU32,
 }
 
 /// The quirks of KVM's that a VMM may do without: LINT0 is open after reset; where the APIC's page is
@@ -475,6 +477,7 @@ impl Apics {
                 access_page: SetOnce::new(),
                 disabled_quirks: AtomicU32::new(0),
                 hypercall_exits: AtomicU32::new(0),
+                event_fields: AtomicU32::new(0),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -628,6 +631,20 @@ impl Apics {
     /// Whether one of [`QUIRKS`] is the VMM's wish, as it is if it says nothing.
     pub(crate) fn has_quirk(&self, quirk: u32) -> bool {
         self.disabled_quirks.load(Ordering::Relaxed) & quirk == 0
+    }
+
+    /// Has the vCPUs' events show a field, by its KVM_VCPUEVENT_VALID_*, or not.
+    pub(crate) fn show_event_field(&self, field: u32, shown: bool) {
+        if shown {
+            self.event_fields.fetch_or(field, Ordering::Relaxed);
+        } else {
+            self.event_fields.fetch_and(!field, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the vCPUs' events show a field.
+    pub(crate) fn shows_event_field(&self, field: u32) -> bool {
+        self.event_fields.load(Ordering::Relaxed) & field != 0
     }
 
     /// KVM_CAP_EXIT_HYPERCALL: EINVAL for what is always the kernel's.

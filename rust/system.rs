@@ -5,8 +5,11 @@
 use crate::abi;
 use crate::abi::ioctl;
 use crate::abi::kvm_cpuid2;
+use crate::abi::kvm_device_attr;
 use crate::abi::kvm_msr_list;
 use crate::backend::Backend;
+use crate::bindings::KVM_CAP_TSC_CONTROL;
+use crate::bindings::KVM_CAP_VM_TSC_CONTROL;
 use crate::linux::file;
 use crate::linux::file::FileObject;
 use crate::linux::file::Opened;
@@ -14,6 +17,7 @@ use crate::linux::fpu;
 use crate::linux::msr as host_msr;
 use crate::linux::page::PAGE_SIZE;
 use crate::linux::user;
+use crate::time::Followers;
 use crate::vm::Vm;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::policy;
@@ -31,6 +35,9 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 
+/// KVM_X86_XCOMP_GUEST_SUPP.
+const XCOMP_GUEST_SUPP: u64 = crate::bindings::KVM_X86_XCOMP_GUEST_SUPP as u64;
+
 /// What guests can be given on this machine, found out when the module loads.
 pub(crate) struct Host {
     /// The host's XCR0; 0 if it does not use XSAVE.
@@ -43,6 +50,8 @@ pub(crate) struct Host {
     pub(crate) xsave: XsaveLayout,
     /// What KVM_GET_SUPPORTED_CPUID amounts to.
     pub(crate) supported: GuestFeatures,
+    /// Guests' time-stamp counters can have rates of their own.
+    pub(crate) tsc_scaling: bool,
     policy: Policy,
 }
 
@@ -79,6 +88,7 @@ impl Host {
             arch_capabilities: arch_capabilities(),
             xsave: XsaveLayout::from_host(host_cpuid),
             supported: GuestFeatures::default(),
+            tsc_scaling: features.tsc_scaling,
             policy,
         };
         let entries = host.supported_cpuid()?;
@@ -104,6 +114,28 @@ impl Host {
 pub(crate) struct Machine<B: Backend> {
     pub(crate) backend: B,
     pub(crate) host: Host,
+    /// The clocks of VMs.
+    pub(crate) clocks: Followers,
+}
+
+impl<B: Backend> Machine<B> {
+    /// The machine, with a backend for it.
+    pub(crate) fn new(backend: B) -> Result<Self> {
+        let host = Host::new(&backend)?;
+        Ok(Self {
+            backend,
+            host,
+            clocks: Followers::new()?,
+        })
+    }
+
+    /// KVM_CHECK_EXTENSION: 0 for what is not there.
+    pub(crate) fn check_extension(&self, cap: usize) -> isize {
+        match u32::try_from(cap) {
+            Ok(KVM_CAP_TSC_CONTROL | KVM_CAP_VM_TSC_CONTROL) => self.host.tsc_scaling.into(),
+            _ => abi::cap::check(cap),
+        }
+    }
 }
 
 /// An open `/dev/rkvm`.
@@ -122,7 +154,7 @@ impl<B: Backend> FileObject for System<B> {
     fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
         match cmd {
             ioctl::GET_API_VERSION => no_arg(arg, abi::API_VERSION),
-            ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
+            ioctl::CHECK_EXTENSION => Ok(this.machine.check_extension(arg)),
             ioctl::GET_VCPU_MMAP_SIZE => no_arg(arg, (abi::RUN_PAGES * PAGE_SIZE) as isize),
             ioctl::CREATE_VM => this.create_vm(arg),
             ioctl::GET_SUPPORTED_CPUID => this.get_supported_cpuid(arg),
@@ -133,6 +165,16 @@ impl<B: Backend> FileObject for System<B> {
                 Ok(0)
             }
             ioctl::GET_MSRS => this.get_feature_msrs(arg),
+            ioctl::HAS_DEVICE_ATTR => {
+                this.attribute(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::GET_DEVICE_ATTR => {
+                let attr = user::read(arg)?;
+                let value = this.attribute(&attr)?;
+                user::write(attr.addr as usize, &value)?;
+                Ok(0)
+            }
             // As in KVM, where a VM's file has ENOTTY for it.
             _ => Err(EINVAL),
         }
@@ -153,6 +195,15 @@ impl<B: Backend> System<B> {
         no_arg(kind, 0)?;
         let vm = Vm::new(self.machine.clone())?;
         file::anon_fd(c"kvm-vm", vm)
+    }
+
+    /// An attribute of the whole (KVM_CAP_SYS_ATTRIBUTES): which components of the FPU state a guest can
+    /// have; ENXIO for another.
+    fn attribute(&self, attr: &kvm_device_attr) -> Result<u64> {
+        match (attr.group, attr.attr) {
+            (0, XCOMP_GUEST_SUPP) => Ok(self.machine.host.supported.xcr0.bits()),
+            _ => Err(ENXIO),
+        }
     }
 
     fn get_supported_cpuid(&self, arg: usize) -> Result<isize> {

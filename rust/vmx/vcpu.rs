@@ -27,6 +27,7 @@ use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::msr as host_msr;
 use crate::linux::preempt::Following;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -55,6 +56,14 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::OSFXSR.bits()
     | Cr4::OSXMMEXCPT.bits()
     | Cr4::PGE.bits();
+
+/// Exceptions that exit. Machine checks are the host's. #DB and #AC could otherwise keep the processor
+/// delivering exceptions within exceptions for ever, with no interrupt window between. #UD may be another
+/// processor's instruction.
+const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1;
+
+/// INT3, in the bitmap of exceptions.
+const BREAKPOINT: u32 = 1 << 3;
 
 /// How many ticks lie between two executions of PAUSE in one loop, at most, and how many a loop may take.
 const PLE_GAP: u32 = 128;
@@ -94,7 +103,7 @@ pub(crate) struct VmxVcpu {
     pub(super) primary: PrimaryControls,
     pub(super) secondary: SecondaryControls,
     entry_controls: EntryControls,
-    tsc_offset: u64,
+    tsc: GuestTsc,
     pat: u64,
     /// IA32_CSTAR, which Intel's processors keep and never use.
     cstar: u64,
@@ -170,7 +179,7 @@ impl VmxVcpu {
             ),
             halts: free.hlt,
             entry_controls: vmx.caps.entry,
-            tsc_offset: 0,
+            tsc: GuestTsc::host(host_msr::tsc_khz()),
             pat: PAT_RESET,
             cstar: 0,
             host_cr3: 0,
@@ -227,10 +236,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
-        // Machine checks are the host's. #DB and #AC could otherwise keep the processor delivering
-        // exceptions within exceptions for ever, with no interrupt window between. #UD may be another
-        // processor's instruction.
-        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1);
+        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS);
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -496,6 +502,15 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_IDTR_LIMIT, u32::from(value.limit));
     }
 
+    pub(super) fn pdptes(&self) -> [u64; 4] {
+        [
+            self.read(f::GUEST_PDPTE0),
+            self.read(f::GUEST_PDPTE1),
+            self.read(f::GUEST_PDPTE2),
+            self.read(f::GUEST_PDPTE3),
+        ]
+    }
+
     pub(super) fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         self.write(f::GUEST_PDPTE0, pdptes[0]);
         self.write(f::GUEST_PDPTE1, pdptes[1]);
@@ -519,7 +534,7 @@ impl<'a> LoadedVcpu<'a> {
             Msr::PAT => self.v.pat,
             Msr::CSTAR => self.v.cstar,
             Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
-            Msr::TSC => host_msr::rdtsc().wrapping_add(self.v.tsc_offset),
+            Msr::TSC => self.v.tsc.at(host_msr::rdtsc()),
             _ => return None,
         })
     }
@@ -544,7 +559,6 @@ impl<'a> LoadedVcpu<'a> {
             }
             Msr::CSTAR => self.v.cstar = value,
             Msr::DEBUGCTL => self.write(f::GUEST_DEBUGCTL, value),
-            Msr::TSC => self.set_tsc_offset(value.wrapping_sub(host_msr::rdtsc())),
             _ => return false,
         }
         true
@@ -564,13 +578,27 @@ impl<'a> LoadedVcpu<'a> {
         self.follow.get().set_guest_msrs(change);
     }
 
-    pub(super) fn tsc_offset(&self) -> u64 {
-        self.v.tsc_offset
+    #[inline]
+    pub(super) fn tsc(&self) -> GuestTsc {
+        self.v.tsc
     }
 
-    pub(super) fn set_tsc_offset(&mut self, offset: u64) {
-        self.v.tsc_offset = offset;
-        self.write(f::TSC_OFFSET, offset);
+    /// Sets the counter, whose scale is not another than the host's unless it can be.
+    pub(super) fn set_tsc(&mut self, tsc: GuestTsc) {
+        let scales = !tsc.scale.is_unity() && self.vmx.caps.tsc_scaling;
+        let secondary = self
+            .v
+            .secondary
+            .with_if(SecondaryControls::TSC_SCALING, scales);
+        if secondary != self.v.secondary {
+            self.v.secondary = secondary;
+            self.write(f::SECONDARY_CONTROLS, secondary.bits());
+        }
+        if scales {
+            self.write(f::TSC_MULTIPLIER, tsc.scale.multiplier());
+        }
+        self.write(f::TSC_OFFSET, tsc.offset);
+        self.v.tsc = tsc;
     }
 
     #[inline]
@@ -590,6 +618,15 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.halts {
             self.write(f::GUEST_ACTIVITY, 0);
         }
+    }
+
+    /// Has the guest exit at INT3, or not.
+    pub(super) fn intercept_int3(&mut self, on: bool) {
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(
+            f::EXCEPTION_BITMAP,
+            exits & !BREAKPOINT | if on { BREAKPOINT } else { 0 },
+        );
     }
 
     /// The guest's #UD does not exit any more.

@@ -300,6 +300,10 @@ impl Msr {
 /// The MSRs that make up the state of a vCPU and that a VMM saves and restores, before [`Msr::is_listed`]. APIC_BASE and EFER are in
 /// `struct kvm_sregs`; they and the MTRRs can be read and written by number as well, and are not listed, as in KVM.
 pub const SAVED: &[Msr] = &[
+    Msr::KVM_WALL_CLOCK_OLD,
+    Msr::KVM_SYSTEM_TIME_OLD,
+    Msr::KVM_WALL_CLOCK,
+    Msr::KVM_SYSTEM_TIME,
     Msr::SYSENTER_CS,
     Msr::SYSENTER_ESP,
     Msr::SYSENTER_EIP,
