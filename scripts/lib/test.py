@@ -46,7 +46,9 @@ STRESS = {"faults", "stress", "userfault"}
 # doubles the time of everything, and guests' instructions allocate nothing.
 LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle", "memory", "module", "pit",
          "prefault", "robustness", "routing", "smoke", "stats", "system", "vcpu", "vm"}
-# Modules that they need, and what the kernel is told for them.
+# Programs that put the machine to sleep and take its processors away: in boots of their own too.
+POWER = {"hotplug", "power"}
+# Modules that the first need, and what the kernel is told for them.
 STRESS_MODULES = ("kvm-intel", "rkvm", "zram")
 STRESS_APPEND = "proc_mem.force_override=always"
 
@@ -300,6 +302,19 @@ def life_cycle(job):
               "insmod /data/modules/rkvm.ko && test -c /dev/rkvm && rmmod rkvm")
 
 
+def power_job(suite, programs, name, devices, **options):
+    """A boot whose machine sleeps, and at last powers off, under running guests."""
+    job = Job(suite, name, cpus=2, insmod=tuple({"kvm": "kvm-intel", "rkvm": "rkvm"}[device]
+                                                for device in devices), **options)
+    chosen = {program: tests for program, tests in programs.items() if program in POWER}
+    selftests(suite, job, chosen, devices, 2 if job.kernel == "plain" else 10)
+    for device in devices:
+        # It is judged by the machine's end: no complaint comes, and the power goes off.
+        job.check(f"{device}/left-running", f"./stress --device {DEVICES[device]} --soak 9 "
+                  ">/dev/null 2>&1 & sleep 1; kill -0 $!")
+    return job
+
+
 def guest_job(suite, work, name, image, devices, **options):
     """A boot in which the kernel IMAGE boots as a guest, on each of DEVICES."""
     insmod = tuple({"kvm": "kvm-intel", "rkvm": "rkvm"}[device] for device in devices)
@@ -449,7 +464,7 @@ def jobs(suite, work):
             ("plain-1cpu", {"cpus": 1, "timeout": 1200}, both, 1)):
         job = Job(suite, name, **options)
         chosen = {program: tests for program, tests in programs.items()
-                  if (program in STRESS) == name.startswith("stress")
+                  if (program in STRESS) == name.startswith("stress") and program not in POWER
                   and ("kmemleak=on" not in options.get("append", "") or program in LEAKS)}
         selftests(suite, job, chosen, devices, slow)
         life_cycle(job)
@@ -459,6 +474,10 @@ def jobs(suite, work):
         kernel_selftests(suite, "kselftests", 1, ("memory", "x86")),
         kernel_selftests(suite, "kselftests-2cpu", 2, ("x86",)),
         huge_page_job(suite),
+        power_job(suite, programs, "power-2cpu", both),
+        # Only here does VMX go off when rkvm gives it back.
+        power_job(suite, programs, "power-alone", ["rkvm"]),
+        power_job(suite, programs, "power-debug", ["rkvm"], kernel="debug", timeout=1200),
         guest_job(suite, work, "guest/debian", debian, ["rkvm"], timeout=1200),
         guest_job(suite, work, "guest/test-kernel-debug", test_kernel, ["rkvm"], kernel="debug",
                   timeout=1200),
