@@ -438,7 +438,7 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
-        let switched = self.v.entry.switch_spec_ctrl != 0;
+        let switched = self.v.spec_ctrl.is_switched();
         self.v.msr_bitmap.pass_allowed(allowed, switched);
     }
 
@@ -672,6 +672,7 @@ impl Loaded for LoadedVcpu<'_> {
     #[inline]
     fn prepare(&mut self, preempt: &PreemptOff) {
         self.follow.get().prepare(preempt);
+        self.refresh_spec_ctrl(preempt);
     }
 
     #[inline]
