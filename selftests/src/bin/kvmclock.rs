@@ -185,7 +185,7 @@ fn registers(env: &Env) -> Outcome {
             ensure_eq!(d.rdmsr(other)?, value, "{other:#x} of the other vCPU");
         }
     }
-    // INIT takes them away; a VMM brings them back.
+    // A VMM that restores them switches the clock on.
     ensure!(d.vcpu().set_msr(SYSTEM_TIME, area(1) | 1)?, "KVM_SET_MSRS");
     d.done(Op::Nop, 0, 0)?;
     ensure!(
