@@ -10,6 +10,9 @@ use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
 use crate::msr_filter::MsrFilter;
 use crate::pv::PvState;
+use crate::run::debug;
+use crate::run::debug::Breakpoints;
+use crate::run::debug::Debugger;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
@@ -52,12 +55,15 @@ pub(crate) struct Arch {
     pub(crate) apic: Option<KBox<LocalApic>>,
     /// The task priority, if the VMM's local APIC has it and tells in `kvm_run`.
     vmm_cr8: u64,
-    /// DR0 to DR3.
+    /// DR0 to DR3 as the hardware is to have them: the guest's ([`debug::breakpoints`]) or a debugger's.
     pub(crate) dr: [u64; 4],
     pub(crate) dr6: u64,
+    pub(crate) debugger: Debugger,
     /// DR7 enables a breakpoint, so the addresses must be loaded for the guest.
     pub(crate) breakpoints_armed: bool,
     pub(crate) xcr0: u64,
+    /// PKRU, when the guest does not run.
+    pub(crate) pkru: u32,
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
@@ -96,8 +102,10 @@ impl Arch {
             vmm_cr8: 0,
             dr: [0; 4],
             dr6: Dr6::RESET.bits(),
+            debugger: Debugger::default(),
             breakpoints_armed: false,
             xcr0: 1,
+            pkru: 0,
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
@@ -163,6 +171,7 @@ impl Arch {
 /// Puts the registers that a backend holds into the state after power-up (SDM vol. 3, table 10-1).
 pub(crate) fn reset(hw: &mut impl Loaded) {
     reset_registers(hw, Cr0::CD | Cr0::NW);
+    hw.set_dr7(Dr7::RESET);
 }
 
 /// INIT: the state after power-up, but for what that table keeps: the time-stamp counter, the FPU, MSRs,
@@ -180,9 +189,10 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     hw.end_halt();
     hw.flush_guest_tlb();
     arch.events = PendingEvents::new();
-    arch.dr = [0; 4];
+    arch.events
+        .hold_interrupts(arch.debugger.blocks_interrupts());
+    debug::set_breakpoints(hw, arch, &Breakpoints::RESET);
     arch.dr6 = Dr6::RESET.bits();
-    arch.breakpoints_armed = false;
     arch.emulator.abort();
     arch.pending = Pending::Nothing;
     arch.pv.reset();
@@ -211,7 +221,6 @@ fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {
     hw.set_cr4(Cr4::empty());
     hw.set_efer(Efer::empty());
     hw.set_cr0(caches.with(Cr0::ET));
-    hw.set_dr7(Dr7::RESET);
 }
 
 /// The mode that the vCPU is in.

@@ -221,6 +221,8 @@ pub(crate) trait Loaded {
     fn set_cr3(&mut self, cr3: u64);
     fn cr4(&mut self) -> Cr4;
     fn set_cr4(&mut self, cr4: Cr4);
+    /// CR4.PKE, for every entry to ask.
+    fn has_pke(&mut self) -> bool;
     fn efer(&mut self) -> Efer;
     fn set_efer(&mut self, efer: Efer);
     fn dr7(&mut self) -> Dr7;
@@ -234,12 +236,15 @@ pub(crate) trait Loaded {
     fn idtr(&mut self) -> TableReg;
     fn set_idtr(&mut self, value: TableReg);
     /// The four entries of PAE paging, which the processor loads with CR3.
+    fn pdptes(&mut self) -> [u64; 4];
     fn set_pdptes(&mut self, pdptes: &[u64; 4]);
 
     /// MSRs that the hardware holds.
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;
     /// Whether the MSR is one of those. The value has been checked.
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
+    /// Gives the processor a command by an MSR that holds no value, with its one bit.
+    fn command(&mut self, msr: Msr);
     /// The guest's time-stamp counter.
     fn tsc(&mut self) -> GuestTsc;
     /// Sets it. Its scale is the host's own, unless [`Features::tsc_scaling`].
@@ -271,6 +276,8 @@ pub(crate) trait Loaded {
     fn set_pending_step(&mut self);
     /// Takes that back: returns if one was due.
     fn take_pending_step(&mut self) -> bool;
+    /// Has the guest exit at INT3, or not.
+    fn intercept_int3(&mut self, on: bool);
 
     /// The base of the code segment.
     fn cs_base(&mut self) -> u64;
@@ -305,6 +312,9 @@ pub(crate) trait Loaded {
     fn set_interrupt_status(&mut self, in_service: u8, requested: u8);
     /// A vector has been requested beside those that the processor knows of.
     fn raise_requested(&mut self, requested: u8);
+    /// Has the processor leave the virtual APIC alone for a while: it neither delivers interrupts nor
+    /// answers accesses, should it do so otherwise.
+    fn inhibit_virtual_apic(&mut self, inhibited: bool);
     /// The vectors whose end is to exit.
     fn set_eoi_exits(&mut self, vectors: &[u64; 4]);
     /// Whether [`set_timer`](Self::set_timer) does anything.

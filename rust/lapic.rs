@@ -74,6 +74,8 @@ pub(crate) struct LocalApic {
     last_expiry: u64,
     /// The processor delivers interrupts by itself.
     pub(crate) virtualised: bool,
+    /// It would, if nobody had asked it not to: what comes is posted for it.
+    posted: bool,
     /// [`Model::pending_interrupt`] may be other than it was when it was last none.
     pub(crate) recheck: bool,
     /// The vectors whose ends the I/O APICs want to know of.
@@ -101,6 +103,7 @@ impl LocalApic {
             armed: false,
             last_expiry: 0,
             virtualised,
+            posted: virtualised,
             recheck: true,
             eoi_vectors: [0; 4],
             extint: None,
@@ -115,9 +118,21 @@ impl LocalApic {
         self.virtualised && base.mode() == ApicMode::Xapic && base.address() == DEFAULT_ADDRESS
     }
 
+    /// Whether interrupts are posted for the processor, which delivers them unless that is inhibited.
+    pub(crate) fn can_virtualise(&self) -> bool {
+        self.posted
+    }
+
+    /// Has the processor deliver none of the interrupts for a while, or again.
+    pub(crate) fn inhibit(&mut self, inhibited: bool) {
+        self.take_posted();
+        self.virtualised = self.posted && !inhibited;
+        self.recheck = true;
+    }
+
     /// Moves what has been posted for the processor to the request register.
     pub(crate) fn take_posted(&mut self) {
-        if self.virtualised {
+        if self.posted {
             self.registers.take_posted();
             self.recheck = true;
         }

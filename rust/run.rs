@@ -9,9 +9,10 @@
 pub(crate) mod apic;
 mod clock;
 pub(crate) mod cr;
+pub(crate) mod debug;
 pub(crate) mod halt;
 pub(crate) mod hypercall;
-mod memory;
+pub(crate) mod memory;
 pub(crate) mod msr;
 mod port;
 mod pv;
@@ -27,7 +28,7 @@ use crate::bus::Bus;
 use crate::events;
 use crate::irq::Irqs;
 use crate::irq::Mode;
-use crate::linux::debug;
+use crate::linux::debug as host_debug;
 use crate::linux::fpu::Swapped;
 use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
@@ -50,6 +51,7 @@ use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use crate::x86::regs::Xcr0;
 use apic::Controllers;
 use kernel::prelude::*;
 
@@ -176,6 +178,9 @@ impl<L: Loaded> Run<'_, L> {
                 return Ok(());
             }
             if self.arch.apic.is_some() && !self.attend() {
+                if self.step_ends_halted() {
+                    return Ok(());
+                }
                 self.sleep();
             } else if let Some(exit) = self.enter_once() {
                 if self.arch.clock.catches_up() {
@@ -249,6 +254,7 @@ impl<L: Loaded> Run<'_, L> {
             &mut self.hw,
             &mut arch.events,
             &mut arch.dr6,
+            &mut arch.debugger,
             wanted,
             &mut controllers,
             &self.shared.stats,
@@ -352,6 +358,9 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.take(Request::WriteLogging) {
             self.hw.set_write_logging(self.memory.is_logging());
         }
+        if self.shared.take(Request::DebugStep) {
+            self.hw.set_shadow(Shadow::None);
+        }
     }
 
     /// Loads what no VMCS field holds and the host must not keep: XCR0, breakpoint addresses.
@@ -359,8 +368,13 @@ impl<L: Loaded> Run<'_, L> {
     fn load_guest_state(&mut self, irqs: &IrqsOff) -> Switched {
         let mut switched = Switched {
             xcr0: false,
-            debugctl: debug::host_debugctl(),
+            pkru: None,
+            debugctl: host_debug::host_debugctl(),
         };
+        // The guest's own once it has either: by WRPKRU, or by XRSTOR.
+        if self.host.has_pku && (self.arch.xcr0 & Xcr0::PKRU.bits() != 0 || self.hw.has_pke()) {
+            switched.pkru = Some(host_msr::swap_pkru(irqs, self.arch.pkru));
+        }
         if self.host.xcr0 != 0
             && self.arch.xcr0 != self.host.xcr0
             && self.hw.cr4().has(Cr4::OSXSAVE)
@@ -368,11 +382,11 @@ impl<L: Loaded> Run<'_, L> {
             host_msr::load_xcr0(irqs, self.arch.xcr0);
             switched.xcr0 = true;
         }
-        if debug::host_breakpoints_active() {
-            debug::disarm();
+        if host_debug::host_breakpoints_active() {
+            host_debug::disarm();
         }
         if self.arch.breakpoints_armed {
-            debug::load_guest(&self.arch.dr);
+            host_debug::load_guest(&self.arch.dr);
         }
         switched
     }
@@ -380,14 +394,17 @@ impl<L: Loaded> Run<'_, L> {
     /// The exit has disarmed the breakpoints; their addresses are harmless, and MOV DR always exits.
     #[inline]
     fn save_guest_state(&mut self, irqs: &IrqsOff, switched: Switched) {
-        if debug::host_breakpoints_active() {
-            debug::restore_host_breakpoints();
+        if host_debug::host_breakpoints_active() {
+            host_debug::restore_host_breakpoints();
         }
         if switched.xcr0 {
             host_msr::load_xcr0(irqs, self.host.xcr0);
         }
+        if let Some(pkru) = switched.pkru {
+            self.arch.pkru = host_msr::swap_pkru(irqs, pkru);
+        }
         if switched.debugctl != 0 {
-            debug::restore_host_debugctl(switched.debugctl);
+            host_debug::restore_host_debugctl(switched.debugctl);
         }
     }
 
@@ -446,6 +463,9 @@ impl<L: Loaded> Run<'_, L> {
             Exit::Cr(access) => self.cr_access(access),
             Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
             Exit::Xsetbv => self.xsetbv(),
+            Exit::Exception(exception) if self.is_for_debugger(exception.vector) => {
+                Ok(self.leave_for_debugger(&exception))
+            }
             Exit::Exception(exception) if exception.vector == Vector::AC => {
                 self.alignment_check(exception)
             }
@@ -557,6 +577,8 @@ impl<L: Loaded> Run<'_, L> {
 /// What [`Run::load_guest_state`] changed.
 struct Switched {
     xcr0: bool,
+    /// The thread's PKRU.
+    pkru: Option<u32>,
     debugctl: u64,
 }
 

@@ -7,6 +7,7 @@
 //! [`VcpuShared`].
 
 mod cpuid;
+pub(crate) mod debug;
 mod events;
 mod fpu;
 mod lapic;
@@ -103,6 +104,15 @@ impl<B: Backend> State<B> {
             let boots = id == vm.boot_cpu_id();
             let clock = VcpuClock::new(vm.time.get().clone(), id);
             let mut arch = Arch::new(boots, clock)?;
+            if vm
+                .apics
+                .has_quirk(crate::bindings::KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
+            {
+                let arch_capabilities = vm.machine.host.arch_capabilities;
+                arch.msrs.set_arch_capabilities(arch_capabilities);
+            } else {
+                arch.msrs.clear_feature_msrs();
+            }
             arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, &vm.apics);
@@ -372,6 +382,22 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 let sregs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_sregs(&sregs))?;
             }
+            ioctl::GET_SREGS2 => {
+                let sregs = this.with_loaded(|cpu| Ok(cpu.get_sregs2()))?;
+                user::write(arg, &sregs)?;
+            }
+            ioctl::SET_SREGS2 => {
+                let sregs = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_sregs2(&sregs))?;
+            }
+            ioctl::TRANSLATE => {
+                let mut translation = user::read(arg)?;
+                this.with_loaded(|cpu| {
+                    cpu.translate(&mut translation);
+                    Ok(())
+                })?;
+                user::write(arg, &translation)?;
+            }
             ioctl::GET_MP_STATE => {
                 let mp_state = this.with_loaded(|cpu| Ok(cpu.get_mp_state()))?;
                 user::write(arg, &abi::kvm_mp_state { mp_state })?;
@@ -421,6 +447,10 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_DEBUGREGS => {
                 let regs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_debugregs(&regs))?;
+            }
+            ioctl::SET_GUEST_DEBUG => {
+                let given = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_guest_debug(&given))?;
             }
             ioctl::GET_FPU => {
                 let fpu = this.with_loaded(|cpu| Ok(cpu.get_fpu()))?;

@@ -150,7 +150,7 @@ impl<L: Loaded> Run<'_, L> {
             .arch
             .apic
             .as_deref_mut()
-            .filter(|apic| apic.virtualised)
+            .filter(|apic| apic.can_virtualise())
         else {
             return false;
         };

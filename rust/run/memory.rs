@@ -23,6 +23,7 @@ use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
 use crate::x86::emulate::Outcome;
 use crate::x86::paging::MemoryError;
+use crate::x86::paging::PageAccess;
 use crate::x86::paging::Paging;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr3;
@@ -49,6 +50,7 @@ pub(super) struct EmuCpu<'a, L: Loaded> {
     hw: &'a mut L,
     maxphyaddr: u8,
     gbpages: bool,
+    pkru: u32,
     /// Asked for many times an instruction, and made of many fields: nothing that is emulated changes
     /// either but as its last act.
     mode: Option<CpuMode>,
@@ -61,6 +63,7 @@ impl<'a, L: Loaded> EmuCpu<'a, L> {
             hw,
             maxphyaddr: arch.features.maxphyaddr,
             gbpages: arch.features.has(Features::GBPAGES),
+            pkru: arch.pkru,
             mode: None,
             paging: None,
         }
@@ -135,8 +138,7 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
             cr4: self.hw.cr4(),
             efer: self.hw.efer(),
             rflags: self.hw.rflags(),
-            // Protection keys are not offered.
-            pkru: 0,
+            pkru: self.pkru,
             maxphyaddr: self.maxphyaddr,
             gbpages: self.gbpages,
         })
@@ -206,6 +208,20 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
     ) -> Result<bool, MemoryError<Unbacked>> {
         self.access(gpa, |memory| memory.cmpxchg(gpa, len, old, new, self.vcpu))
     }
+}
+
+/// Where a linear address leads, whoever might access it; none if nowhere. Changes nothing.
+pub(crate) fn probe(
+    hw: &mut impl Loaded,
+    arch: &Arch,
+    memory: &GuestMemory,
+    vcpu: &VcpuShared,
+    linear: u64,
+) -> Option<u64> {
+    let mut memory = EmuMemory::new(memory, vcpu, &arch.devices);
+    let paging = x86::emulate::Cpu::paging(&mut EmuCpu::new(hw, arch));
+    let found = paging.translate(&mut memory, linear, PageAccess::PROBE);
+    found.ok().map(|translation| translation.gpa)
 }
 
 impl<L: Loaded> Run<'_, L> {
@@ -350,7 +366,8 @@ impl<L: Loaded> Run<'_, L> {
 
         match outcome {
             Outcome::Done(done) => {
-                if done.retired {
+                // Each iteration of a repeated instruction ends with a step.
+                if done.retired || done.single_step {
                     super::retire_emulated(&mut self.hw, done.single_step);
                 }
                 Ok(Next::Guest)

@@ -185,8 +185,11 @@ pub(crate) fn read(
                 Err(MsrError::Unknown)
             }
         }
-        // Nothing of speculation control is offered yet.
-        Class::Switched if msr == Msr::SPEC_CTRL => Err(MsrError::Unknown),
+        Class::Switched
+            if msr == Msr::SPEC_CTRL && !by_host && !features.has(Features::SPEC_CTRL) =>
+        {
+            Err(MsrError::Unknown)
+        }
         Class::Time if msr == Msr::TSC_ADJUST => {
             if by_host || features.has(Features::TSC_ADJUST) {
                 Ok(arch.tsc_adjust)
@@ -254,17 +257,36 @@ pub(crate) fn write(
             return Ok(Effect::Timer);
         }
         Class::ControlStructure | Class::Switched => {
-            if msr == Msr::SPEC_CTRL {
-                return Err(MsrError::Unknown);
-            }
+            // What the processor has not got would be a fault of its own, whoever asks.
+            let features = if msr == Msr::SPEC_CTRL && by_host {
+                &host.supported
+            } else {
+                &arch.features
+            };
             let cr4 = hw.cr4();
-            let value = msr::check_value(msr, value, &arch.features, cr4, by_host)?;
+            let value = msr::check_value(msr, value, features, cr4, by_host)?;
             if msr != Msr::XSS && !hw.write_msr(msr, value) {
                 return Err(MsrError::Unknown);
             }
+            if msr == Msr::SPEC_CTRL {
+                // Who has written it once does so again.
+                let arch = &*arch;
+                hw.pass_msrs(|msr, access| !is_denied(arch, msr, access));
+            }
         }
         Class::LocalApic => return write_apic(hw, arch, msr, value, by_host),
-        Class::Command | Class::Unknown => return Err(MsrError::Unknown),
+        Class::Command => {
+            let features = if by_host {
+                &host.supported
+            } else {
+                &arch.features
+            };
+            let cr4 = hw.cr4();
+            if msr::check_value(msr, value, features, cr4, false)? != 0 {
+                hw.command(msr);
+            }
+        }
+        Class::Unknown => return Err(MsrError::Unknown),
     }
     Ok(Effect::None)
 }

@@ -367,6 +367,11 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_cr4(self, cr4);
     }
 
+    #[inline]
+    fn has_pke(&mut self) -> bool {
+        self.v.pke
+    }
+
     fn efer(&mut self) -> Efer {
         LoadedVcpu::efer(self)
     }
@@ -411,6 +416,10 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_idtr(self, value);
     }
 
+    fn pdptes(&mut self) -> [u64; 4] {
+        LoadedVcpu::pdptes(self)
+    }
+
     fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         LoadedVcpu::set_pdptes(self, pdptes);
     }
@@ -429,7 +438,12 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
-        self.v.msr_bitmap.pass_allowed(allowed);
+        let switched = self.v.entry.switch_spec_ctrl != 0;
+        self.v.msr_bitmap.pass_allowed(allowed, switched);
+    }
+
+    fn command(&mut self, msr: Msr) {
+        LoadedVcpu::command(msr);
     }
 
     fn set_tsc(&mut self, tsc: GuestTsc) {
@@ -572,6 +586,10 @@ impl Loaded for LoadedVcpu<'_> {
         true
     }
 
+    fn intercept_int3(&mut self, on: bool) {
+        LoadedVcpu::intercept_int3(self, on);
+    }
+
     fn cs_base(&mut self) -> u64 {
         self.read(f::SegmentFields::of(SegReg::Cs).base)
     }
@@ -636,6 +654,10 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn raise_requested(&mut self, requested: u8) {
         LoadedVcpu::raise_requested(self, requested);
+    }
+
+    fn inhibit_virtual_apic(&mut self, inhibited: bool) {
+        LoadedVcpu::inhibit_virtual_apic(self, inhibited);
     }
 
     fn set_eoi_exits(&mut self, vectors: &[u64; 4]) {

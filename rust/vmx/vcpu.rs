@@ -56,6 +56,14 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::OSXMMEXCPT.bits()
     | Cr4::PGE.bits();
 
+/// Exceptions that exit. Machine checks are the host's. #DB and #AC could otherwise keep the processor
+/// delivering exceptions within exceptions for ever, with no interrupt window between. #UD may be another
+/// processor's instruction.
+const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1;
+
+/// INT3, in the bitmap of exceptions.
+const BREAKPOINT: u32 = 1 << 3;
+
 /// How many ticks lie between two executions of PAUSE in one loop, at most, and how many a loop may take.
 const PLE_GAP: u32 = 128;
 const PLE_WINDOW: u32 = 4096;
@@ -86,6 +94,8 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    /// CR4.PKE, which the guest cannot change without an exit.
+    pub(super) pke: bool,
     /// The guest may be halted without an exit.
     halts: bool,
     pub(super) pin: PinControls,
@@ -150,6 +160,7 @@ impl VmxVcpu {
             cr3: 0,
             cr4: 0,
             efer: Efer::empty(),
+            pke: false,
             pin: vmx.caps.pin,
             primary: vmx
                 .caps
@@ -221,10 +232,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
-        // Machine checks are the host's. #DB and #AC could otherwise keep the processor delivering
-        // exceptions within exceptions for ever, with no interrupt window between. #UD may be another
-        // processor's instruction.
-        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1);
+        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS);
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -412,6 +420,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_CR4, hardware);
         self.write(f::CR4_SHADOW, cr4.bits());
         self.v.cr4 = hardware;
+        self.v.pke = cr4.has(Cr4::PKE);
         self.v.valid.0 |= Cached::CR4;
         self.v.flush_guest = true;
     }
@@ -489,6 +498,15 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_IDTR_LIMIT, u32::from(value.limit));
     }
 
+    pub(super) fn pdptes(&self) -> [u64; 4] {
+        [
+            self.read(f::GUEST_PDPTE0),
+            self.read(f::GUEST_PDPTE1),
+            self.read(f::GUEST_PDPTE2),
+            self.read(f::GUEST_PDPTE3),
+        ]
+    }
+
     pub(super) fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         self.write(f::GUEST_PDPTE0, pdptes[0]);
         self.write(f::GUEST_PDPTE1, pdptes[1]);
@@ -508,6 +526,7 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.follow.get().guest_msrs().lstar,
             Msr::SYSCALL_MASK => self.follow.get().guest_msrs().fmask,
             Msr::TSC_AUX => self.follow.get().guest_msrs().tsc_aux,
+            Msr::SPEC_CTRL => self.v.entry.spec_ctrl,
             Msr::PAT => self.v.pat,
             Msr::CSTAR => self.v.cstar,
             Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
@@ -529,6 +548,13 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.change_msrs(|m| m.lstar = value),
             Msr::SYSCALL_MASK => self.change_msrs(|m| m.fmask = value),
             Msr::TSC_AUX => self.change_msrs(|m| m.tsc_aux = value),
+            Msr::SPEC_CTRL => {
+                self.v.entry.spec_ctrl = value;
+                // Until the guest first wants any of it, it runs with the host's.
+                if value != 0 {
+                    self.v.entry.switch_spec_ctrl = 1;
+                }
+            }
             Msr::PAT => {
                 self.v.pat = value;
                 self.write(f::GUEST_PAT, value);
@@ -538,6 +564,16 @@ impl<'a> LoadedVcpu<'a> {
             _ => return false,
         }
         true
+    }
+
+    /// IA32_PRED_CMD: no branch that the guest runs from here on is predicted by what ran before. IA32_FLUSH_CMD: nothing stays in
+    /// the L1 data cache.
+    pub(super) fn command(msr: Msr) {
+        if matches!(msr, Msr::PRED_CMD | Msr::FLUSH_CMD) {
+            // SAFETY: The caller has looked if this host has the MSR, whose bit 0 is a command without any effect that can be
+            // seen.
+            unsafe { host_msr::write(msr.0, 1) };
+        }
     }
 
     fn change_msrs(&mut self, change: impl FnOnce(&mut super::load::SwitchedMsrs)) {
@@ -584,6 +620,15 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.halts {
             self.write(f::GUEST_ACTIVITY, 0);
         }
+    }
+
+    /// Has the guest exit at INT3, or not.
+    pub(super) fn intercept_int3(&mut self, on: bool) {
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(
+            f::EXCEPTION_BITMAP,
+            exits & !BREAKPOINT | if on { BREAKPOINT } else { 0 },
+        );
     }
 
     /// The guest's #UD does not exit any more.

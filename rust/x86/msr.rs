@@ -318,11 +318,18 @@ pub const SAVED: &[Msr] = &[
     Msr::SPEC_CTRL,
     Msr::XSS,
     Msr::DEBUGCTL,
+    Msr::LAST_BRANCH_FROM,
+    Msr::LAST_BRANCH_TO,
+    Msr::LAST_INT_FROM,
+    Msr::LAST_INT_TO,
+    Msr::FEAT_CTL,
     Msr::TSC_ADJUST,
     Msr::TSC_DEADLINE,
     Msr::ARCH_CAPABILITIES,
     Msr::MISC_ENABLE,
     Msr::MCG_STATUS,
+    Msr::MCG_CTL,
+    Msr::MCG_EXT_CTL,
     Msr::PLATFORM_INFO,
     Msr::MISC_FEATURES_ENABLES,
     Msr::POWER_CTL,
@@ -388,14 +395,18 @@ pub fn check_value(
         }
         Msr::SPEC_CTRL => {
             need(Features::SPEC_CTRL)?;
-            // IBRS, STIBP, SSBD.
-            only(7)
+            only(features.spec_ctrl_allowed())
         }
         Msr::PRED_CMD => {
-            need(Features::SPEC_CTRL)?;
+            need(Features::IBRS)?;
+            // IBPB.
             only(1)
         }
-        Msr::FLUSH_CMD => Err(MsrError::Unknown),
+        Msr::FLUSH_CMD => {
+            need(Features::FLUSH_L1D)?;
+            // The L1 data cache.
+            only(1)
+        }
         Msr::XSS => {
             need(Features::XSAVES)?;
             // No supervisor state is supported.
