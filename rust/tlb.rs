@@ -75,13 +75,13 @@ pub(crate) enum Request {
     /// Another vCPU has woken this one from HLT, by a hypercall.
     Unhalt = 1 << 8,
     /// The guest's clock has to be brought up to date.
-    Clock = 1 << 11,
+    Clock = 1 << 10,
     /// The guest's clock is being changed: do not enter until this is withdrawn.
     ClockHeld = 1 << 12,
     /// The VMM has changed which MSRs the guest may access.
     MsrFilter = 1 << 9,
     /// A debugger steps through the guest: the next step begins with no interrupt shadow.
-    DebugStep = 1 << 10,
+    DebugStep = 1 << 12,
 }
 
 impl Request {
