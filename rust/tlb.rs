@@ -77,7 +77,7 @@ pub(crate) enum Request {
     /// The guest's clock has to be brought up to date.
     Clock = 1 << 10,
     /// The guest's clock is being changed: do not enter until this is withdrawn.
-    ClockHeld = 1 << 12,
+    ClockHeld = 1 << 11,
     /// The VMM has changed which MSRs the guest may access.
     MsrFilter = 1 << 9,
     /// A debugger steps through the guest: the next step begins with no interrupt shadow.
