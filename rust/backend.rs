@@ -249,6 +249,9 @@ pub(crate) trait Loaded {
     fn tsc(&mut self) -> GuestTsc;
     /// Sets it. Its scale is the host's own, unless [`Features::tsc_scaling`].
     fn set_tsc(&mut self, tsc: GuestTsc);
+    /// What the host's counter said when the guest last left a CPU. None the first time, from which on it is
+    /// noted.
+    fn left_at(&mut self) -> Option<u64>;
     /// Lets the guest access the MSRs that the hardware can hold for it without an exit, those that are allowed.
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool);
 

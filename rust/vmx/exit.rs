@@ -450,6 +450,10 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_tsc(self, tsc);
     }
 
+    fn left_at(&mut self) -> Option<u64> {
+        self.follow.get().left_at()
+    }
+
     #[inline]
     fn shadow(&mut self) -> Shadow {
         let state = self.interruptibility();
