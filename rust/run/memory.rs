@@ -22,11 +22,14 @@ use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
 use crate::x86::emulate::Outcome;
+use crate::x86::emulate::TableReg;
+use crate::x86::msr::Msr;
 use crate::x86::paging::MemoryError;
 use crate::x86::paging::Paging;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr3;
 use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
@@ -114,6 +117,49 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
 
     fn cpl(&mut self) -> u8 {
         crate::arch::cpl(self.hw)
+    }
+
+    fn set_segment(&mut self, reg: SegReg, value: &Segment) {
+        self.hw.set_segment(reg, value);
+    }
+
+    fn set_cr3(&mut self, value: Cr3) {
+        self.hw.set_cr3(value.bits());
+    }
+
+    fn task_switched(&mut self) {
+        let cr0 = self.hw.cr0();
+        self.hw.set_cr0(cr0.with(Cr0::TS));
+        let dr7 = self.hw.dr7();
+        self.hw.set_dr7(dr7.without(Dr7::LOCAL));
+    }
+
+    fn gdtr(&mut self) -> TableReg {
+        self.hw.gdtr()
+    }
+
+    fn set_gdtr(&mut self, value: TableReg) {
+        self.hw.set_gdtr(value);
+    }
+
+    fn idtr(&mut self) -> TableReg {
+        self.hw.idtr()
+    }
+
+    fn set_idtr(&mut self, value: TableReg) {
+        self.hw.set_idtr(value);
+    }
+
+    fn msr(&mut self, msr: Msr) -> Option<u64> {
+        self.hw.read_msr(msr)
+    }
+
+    fn set_msr(&mut self, msr: Msr, value: u64) {
+        self.hw.write_msr(msr, value);
+    }
+
+    fn unblock_nmi(&mut self) {
+        self.hw.set_nmi_blocked(false);
     }
 
     fn maxphyaddr(&mut self) -> u8 {
@@ -351,7 +397,7 @@ impl<L: Loaded> Run<'_, L> {
         match outcome {
             Outcome::Done(done) => {
                 if done.retired {
-                    super::retire_emulated(&mut self.hw, done.single_step);
+                    super::retire_emulated(&mut self.hw, done.single_step, done.shadow);
                 }
                 Ok(Next::Guest)
             }
@@ -364,6 +410,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.leave_for_mmio(false)
             }
             Outcome::Fault(fault) => self.raise(fault),
+            Outcome::Service { service, len } => self.serve(service, len),
             Outcome::Unhandled => {
                 self.shared.stats.insn_emulation_fail.bump();
                 let raw = self.hw.raw_exit();

@@ -15,6 +15,7 @@
 mod one_byte;
 mod operands;
 mod row;
+mod system;
 mod three_byte;
 mod two_byte;
 
@@ -125,6 +126,11 @@ impl<'a> Decoder<'a> {
     /// For the tables: the register field of the ModRM byte that follows, an extension of the opcode.
     fn ext(&self) -> Result<u8, DecodeError> {
         Ok((self.peek()? >> 3) & 7)
+    }
+
+    /// For the tables: whether the ModRM byte that follows, a part of the opcode, is this.
+    fn modrm_is(&self, byte: u8) -> Result<bool, DecodeError> {
+        Ok(self.peek()? == byte)
     }
 
     /// For the tables: whether the ModRM byte that follows selects memory.

@@ -2,6 +2,9 @@
 
 //! What the decoder hands to the emulator: an instruction, taken apart.
 
+pub mod system;
+
+use self::system::SystemOp;
 use super::regs::Gpr;
 use super::segment::SegReg;
 
@@ -250,6 +253,8 @@ pub enum Op {
     Pop,
     /// A string instruction.
     String(StringOp),
+    /// What works on segments, tables, privilege or the machine.
+    System(SystemOp),
     /// A cache-line flush or write-back: the address is checked, nothing else is done.
     Flush,
 }

@@ -11,6 +11,7 @@ use super::super::insn::StringOp;
 use super::row::Form;
 use super::row::Row;
 use super::row::Width;
+use super::system;
 use super::Decoder;
 
 /// The row of an opcode. 0F, prefixes and VEX do not come here.
@@ -21,7 +22,8 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
             let op = AluOp::from_number(opcode >> 3);
             six_forms(Op::Alu(op), opcode).lockable_if(op != AluOp::Cmp && opcode & 7 < 2)
         }
-        // PUSH and POP of segments and the decimal adjustments, gone from 64-bit mode.
+        0x06 | 0x07 | 0x0e | 0x16 | 0x17 | 0x1e | 0x1f => return system::one_byte(d, opcode),
+        // The decimal adjustments, gone from 64-bit mode.
         0x00..=0x3f => return d.legacy(Err(DecodeError::Unsupported)),
         // In 64-bit mode these are REX prefixes.
         0x40..=0x47 => Row::new(Op::Inc, Form::Low, Width::Full),
@@ -68,7 +70,7 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         0xf6 | 0xf7 => return group3(d, opcode),
         0xfe => return group4(d),
         0xff => return group5(d),
-        _ => return Err(DecodeError::Unsupported),
+        _ => return system::one_byte(d, opcode),
     })
 }
 
@@ -131,7 +133,8 @@ fn group5(d: &Decoder<'_>) -> Result<Row, DecodeError> {
         1 => Row::new(Op::Dec, Form::Rm, Width::Full).lockable(),
         6 => Row::new(Op::Push, Form::Source, Width::Stack),
         7 => return Err(DecodeError::Invalid),
-        // CALL and JMP, near and far.
+        3 | 5 => return system::one_byte(d, 0xff),
+        // CALL and JMP, near.
         _ => return Err(DecodeError::Unsupported),
     })
 }

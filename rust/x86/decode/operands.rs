@@ -84,6 +84,10 @@ impl Decoder<'_> {
                 (true, Size::Dword) => Size::Qword,
                 (_, size) => size,
             },
+            Width::Port => match self.full_size() {
+                Size::Word => Size::Word,
+                _ => Size::Dword,
+            },
             Width::Fixed(size) => size,
         }
     }
@@ -149,6 +153,25 @@ impl Decoder<'_> {
                 let m = self.modrm(row.only)?;
                 (self.rm_operand(m, size), segment_register(m.ext)?)
             }
+            Form::SegRm => {
+                let m = self.modrm(row.only)?;
+                (segment_register(m.ext)?, self.rm_operand(m, size))
+            }
+            Form::FarPointer => {
+                let offset = self.number(size.bytes())?;
+                let selector = self.number(2)?;
+                (Operand::Imm(selector), Operand::Imm(offset))
+            }
+            Form::ImmByte => (none, Operand::Imm(self.number(1)?)),
+            Form::GprNumber => {
+                let (number, gpr) = self.number_and_gpr()?;
+                (gpr, number)
+            }
+            Form::NumberGpr => self.number_and_gpr()?,
+            Form::Skip => {
+                self.number(1)?;
+                (none, none)
+            }
             Form::RegRmImm => {
                 let m = self.modrm(row.only)?;
                 let rm = self.rm_operand(m, size);
@@ -189,6 +212,17 @@ impl Decoder<'_> {
     fn rm(&mut self, row: &Row, size: Size) -> Result<Operand, DecodeError> {
         let m = self.modrm(row.only)?;
         Ok(self.rm_operand(m, size))
+    }
+
+    /// The number of a control or debug register and a general register: whatever the mode bits of the ModRM byte say.
+    fn number_and_gpr(&mut self) -> Result<(Operand, Operand), DecodeError> {
+        let byte = self.number(1)? as u8;
+        let number = byte >> 3 & 7 | if self.rex & REX_R != 0 { 8 } else { 0 };
+        let gpr = byte & 7 | if self.rex & REX_B != 0 { 8 } else { 0 };
+        Ok((
+            Operand::Imm(number.into()),
+            Operand::Reg(Gpr::from_number(gpr)),
+        ))
     }
 
     /// An absolute address, as wide as addresses are.

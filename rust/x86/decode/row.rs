@@ -69,6 +69,8 @@ pub(super) enum Width {
     Near,
     /// That of the stack: as `Full`, but there are no four bytes in 64-bit code.
     Stack,
+    /// Two or four bytes, by prefixes and mode but for REX.W.
+    Port,
     /// Always the same.
     Fixed(Size),
 }
@@ -130,6 +132,18 @@ pub(super) enum Form {
     OffsetAcc,
     /// A segment register to memory or a register.
     RmSeg,
+    /// Memory or a register to a segment register.
+    SegRm,
+    /// The selector and the offset of a far pointer.
+    FarPointer,
+    /// A constant of one byte as source, unsigned.
+    ImmByte,
+    /// A control or debug register, by number, to a register.
+    GprNumber,
+    /// A register to a control or debug register.
+    NumberGpr,
+    /// There are none: the ModRM byte is a part of the opcode.
+    Skip,
     /// Memory or a register, and a constant of the operand size, to a register.
     RegRmImm,
     /// The same with a constant of one byte, sign-extended.

@@ -9,6 +9,7 @@ use super::super::insn::Size;
 use super::row::Form;
 use super::row::Row;
 use super::row::Width;
+use super::system;
 use super::Decoder;
 use super::Prefix;
 
@@ -52,7 +53,7 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         0xc7 if d.ext()? == 1 && d.memory()? && !d.rex_w() => {
             Row::new(Op::CmpXchg8b, Form::Rm, Width::Fixed(Size::Qword)).lockable()
         }
-        _ => return Err(DecodeError::Unsupported),
+        _ => return system::two_byte(d, opcode),
     })
 }
 

@@ -6,6 +6,7 @@
 //! are put down and made by [`Run::commit`] when nothing can stop the instruction any more.
 
 use super::super::decode::decode;
+use super::super::event::Shadow;
 use super::super::exception::Fault;
 use super::super::insn::DecodeError;
 use super::super::insn::Insn;
@@ -33,6 +34,8 @@ use super::super::segment::Segment;
 use super::Cpu;
 use super::Emulator;
 use super::Mmio;
+use super::Service;
+use super::MAX_MMIO;
 use super::PAGE_MASK;
 
 /// Why a run did not reach its end.
@@ -48,6 +51,13 @@ pub(super) enum Stop<E> {
     },
     /// The instruction is not one that is emulated.
     Unhandled,
+    /// The rest is not for the emulator.
+    Service {
+        /// What it is.
+        service: Service,
+        /// How long the instruction is.
+        len: u8,
+    },
     /// Another processor interfered: run it again.
     Retry,
     /// The host could not reach guest memory.
@@ -62,15 +72,15 @@ impl<E> From<Fault> for Stop<E> {
 
 /// A part of a memory operand inside one page.
 #[derive(Clone, Copy, Default)]
-struct Part {
-    gpa: u64,
-    len: u8,
+pub(super) struct Part {
+    pub(super) gpa: u64,
+    pub(super) len: u8,
 }
 
 /// A translated memory operand of up to eight bytes: one part, or two if it crosses a page. The second is empty otherwise.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Target {
-    parts: [Part; 2],
+    pub(super) parts: [Part; 2],
 }
 
 impl Target {
@@ -99,14 +109,16 @@ const MAX_REGISTERS: usize = 8;
 const MAX_STORES: usize = 8;
 
 pub(super) struct Run<'a, C, M> {
-    cpu: &'a mut C,
+    pub(super) cpu: &'a mut C,
     memory: &'a mut M,
-    emulator: &'a mut Emulator,
-    mode: CpuMode,
-    paging: Paging,
-    cpl: u8,
-    rip: u64,
-    flags: Rflags,
+    pub(super) emulator: &'a mut Emulator,
+    pub(super) mode: CpuMode,
+    pub(super) paging: Paging,
+    pub(super) cpl: u8,
+    pub(super) rip: u64,
+    pub(super) flags: Rflags,
+    /// What holds events back after the instruction.
+    pub(super) shadow: Shadow,
     /// How many of the device reads that are known this run has used.
     reads_used: usize,
     registers: [(Operand, Size, u64); MAX_REGISTERS],
@@ -131,6 +143,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             cpl: cpu.cpl(),
             rip: cpu.rip(),
             flags: paging.rflags,
+            shadow: Shadow::None,
             cpu,
             memory,
             emulator,
@@ -343,7 +356,11 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         Ok(linearize(self.mode, la57, seg, segment, offset, len, kind)?)
     }
 
-    fn translate(&mut self, linear: u64, access: PageAccess) -> Result<u64, Stop<M::Error>> {
+    pub(super) fn translate(
+        &mut self,
+        linear: u64,
+        access: PageAccess,
+    ) -> Result<u64, Stop<M::Error>> {
         if let Some(hint) = self.emulator.hint {
             let allowed = match access.kind {
                 AccessKind::Read => true,
@@ -463,6 +480,10 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             // The tables changed under the instruction: what was read from elsewhere is of no use.
             self.emulator.reads.truncate(i);
         }
+        if i >= MAX_MMIO {
+            // More than can be remembered: it would be asked for ever.
+            return Err(Stop::Unhandled);
+        }
         Err(Stop::Mmio {
             gpa: part.gpa,
             len: part.len,
@@ -559,7 +580,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     }
 
     fn commit_store(&mut self, store: &Store) -> Result<(), Stop<M::Error>> {
-        let [first, second] = store.target.parts;
+        let [first, _] = store.target.parts;
         if let Some(old) = store.expected.filter(|_| store.target.is_atomic()) {
             match self
                 .memory
@@ -572,11 +593,38 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
                 Err(MemoryError::Host(e)) => return Err(Stop::Host(e)),
             }
         }
-        self.commit_part(first, store.value)?;
+        self.write_target(&store.target, store.value)
+    }
+
+    /// Writes a translated operand.
+    pub(super) fn write_target(
+        &mut self,
+        target: &Target,
+        value: u64,
+    ) -> Result<(), Stop<M::Error>> {
+        let [first, second] = target.parts;
+        self.commit_part(first, value)?;
         if second.len > 0 {
-            self.commit_part(second, shift_right_bytes(store.value, first.len))?;
+            self.commit_part(second, shift_right_bytes(value, first.len))?;
         }
         Ok(())
+    }
+
+    /// Changes a byte, locked.
+    pub(super) fn write_mark(
+        &mut self,
+        gpa: u64,
+        old: u8,
+        new: u8,
+    ) -> Result<(), Stop<M::Error>> {
+        let target = Target {
+            parts: [Part { gpa, len: 1 }, Part::default()],
+        };
+        self.commit_store(&Store {
+            target,
+            value: new.into(),
+            expected: Some(old.into()),
+        })
     }
 
     fn commit_part(&mut self, part: Part, value: u64) -> Result<(), Stop<M::Error>> {

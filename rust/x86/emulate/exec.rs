@@ -18,6 +18,7 @@ use super::access::Run;
 use super::access::Stop;
 use super::access::Target;
 use super::alu;
+use super::system;
 use super::Cpu;
 
 /// A destination that is read and then written: a register, or translated memory.
@@ -34,6 +35,9 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
     pub(super) fn execute(&mut self, insn: &Insn) -> Result<bool, Stop<M::Error>> {
         if let Op::String(op) = insn.op {
             return self.string(insn, op);
+        }
+        if let Op::System(op) = insn.op {
+            return system::execute(self, insn, op);
         }
         self.operate(insn)?;
         self.commit(insn, true)?;
@@ -225,7 +229,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
                 self.target(mem.seg, offset, Size::Byte, AccessKind::Read)?;
                 Ok(())
             }
-            Op::String(_) => Err(Stop::Unhandled),
+            Op::String(_) | Op::System(_) => Err(Stop::Unhandled),
         }
     }
 

@@ -10,6 +10,9 @@ use rkvm_x86::emulate::Completion;
 use rkvm_x86::emulate::Cpu;
 use rkvm_x86::emulate::Emulator;
 use rkvm_x86::emulate::Outcome;
+use rkvm_x86::emulate::TableReg;
+use rkvm_x86::event::Shadow;
+use rkvm_x86::msr::Msr;
 use rkvm_x86::paging::GuestMemory;
 use rkvm_x86::paging::MemoryError;
 use rkvm_x86::regs::Cr0;
@@ -38,6 +41,11 @@ pub struct TestCpu {
     pub maxphyaddr: u8,
     pub gbpages: bool,
     pub pkru: u32,
+    pub gdtr: TableReg,
+    pub idtr: TableReg,
+    pub msrs: Vec<(Msr, u64)>,
+    pub nmi_blocked: bool,
+    pub task_switches: u32,
 }
 
 fn flat(code: bool, long: bool) -> Segment {
@@ -69,6 +77,14 @@ impl TestCpu {
             maxphyaddr: 46,
             gbpages: true,
             pkru: 0,
+            gdtr: TableReg::default(),
+            idtr: TableReg {
+                base: 0,
+                limit: 0xffff,
+            },
+            msrs: Vec::new(),
+            nmi_blocked: false,
+            task_switches: 0,
         }
     }
 
@@ -145,6 +161,42 @@ impl Cpu for TestCpu {
     }
     fn cpl(&mut self) -> u8 {
         self.cpl
+    }
+    fn set_segment(&mut self, reg: SegReg, value: &Segment) {
+        self.segments[reg as usize] = *value;
+        if reg == SegReg::Ss {
+            self.cpl = value.attr.dpl();
+        }
+    }
+    fn set_cr3(&mut self, value: Cr3) {
+        self.cr3 = value;
+    }
+    fn task_switched(&mut self) {
+        self.cr0 |= Cr0::TS;
+        self.task_switches += 1;
+    }
+    fn gdtr(&mut self) -> TableReg {
+        self.gdtr
+    }
+    fn set_gdtr(&mut self, value: TableReg) {
+        self.gdtr = value;
+    }
+    fn idtr(&mut self) -> TableReg {
+        self.idtr
+    }
+    fn set_idtr(&mut self, value: TableReg) {
+        self.idtr = value;
+    }
+    fn msr(&mut self, msr: Msr) -> Option<u64> {
+        let entry = self.msrs.iter().find(|(number, _)| *number == msr);
+        entry.map(|(_, value)| *value)
+    }
+    fn set_msr(&mut self, msr: Msr, value: u64) {
+        self.msrs.retain(|(number, _)| *number != msr);
+        self.msrs.push((msr, value));
+    }
+    fn unblock_nmi(&mut self) {
+        self.nmi_blocked = false;
     }
     fn maxphyaddr(&mut self) -> u8 {
         self.maxphyaddr
@@ -335,12 +387,14 @@ pub fn run_with(
 pub const DONE: Outcome<Lost> = Outcome::Done(Completion {
     retired: true,
     single_step: false,
+    shadow: Shadow::None,
 });
 
 /// The outcome of one that has more to do.
 pub const MORE: Outcome<Lost> = Outcome::Done(Completion {
     retired: false,
     single_step: false,
+    shadow: Shadow::None,
 });
 
 /// Bytes from hexadecimal digits, with spaces where one likes.

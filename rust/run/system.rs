@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the emulator's system instructions need of the vCPU: task switches, and what it asks for.
+
+use super::cr;
+use super::memory::EmuCpu;
+use super::memory::EmuMemory;
+use super::Next;
+use super::Run;
+use crate::backend::CrAccess;
+use crate::backend::Loaded;
+use crate::x86::emulate::Cause;
+use crate::x86::emulate::Outcome;
+use crate::x86::emulate::Service;
+use crate::x86::emulate::TaskSwitch;
+use crate::x86::event::Shadow;
+use crate::x86::event::Vectoring;
+use crate::x86::regs::Cr0;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Efer;
+use crate::x86::segment::SegReg;
+use kernel::prelude::*;
+
+impl<L: Loaded> Run<'_, L> {
+    /// The guest switches tasks. The processor has done no more than look at the selector and a gate.
+    pub(super) fn task_switch(&mut self, selector: u16, cause: Cause) -> Result<Next> {
+        let event = match cause {
+            Cause::Gate(_) => self.hw.vectoring(),
+            _ => None,
+        };
+        let insn_len = self.hw.instruction_len();
+        let mut switch = TaskSwitch {
+            cause,
+            selector,
+            external: false,
+            program_vector: None,
+            insn_len,
+        };
+        if let Cause::Gate(_) = cause {
+            let (error, insn_len) = match event {
+                Some(Vectoring::Exception(e)) => (e.error, e.insn_len),
+                Some(Vectoring::Interrupt(i)) => (None, i.insn_len),
+                Some(Vectoring::Nmi) | None => (None, 0),
+            };
+            switch.cause = Cause::Gate(error);
+            switch.insn_len = insn_len;
+            switch.external = insn_len == 0;
+            switch.program_vector = match event {
+                Some(Vectoring::Interrupt(i)) if i.is_soft() => Some(i.vector),
+                Some(Vectoring::Exception(e)) if insn_len != 0 => Some(e.vector.0),
+                _ => None,
+            };
+        }
+
+        let old = self.hw.segment(SegReg::Tr);
+        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let arch = &mut *self.arch;
+        let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
+        match arch
+            .emulator
+            .switch_task(&mut cpu, &mut memory, &switch)
+        {
+            Outcome::Done(done) => {
+                if done.retired {
+                    self.arrive(event);
+                }
+                Ok(Next::Guest)
+            }
+            Outcome::Fault(fault) => {
+                // In the new task there is no event on its way any more, but an exception that was may
+                // make a double fault of this one.
+                if old != self.hw.segment(SegReg::Tr) {
+                    let exception = matches!(event, Some(Vectoring::Exception(_)));
+                    self.arrive(event.filter(|_| !exception));
+                }
+                self.raise(fault)
+            }
+            Outcome::Host(at) => Err(self.unbacked(at)),
+            _ => {
+                let raw = self.hw.raw_exit();
+                self.page.set_emulation_error(&[], &raw);
+                Ok(Next::User)
+            }
+        }
+    }
+
+    /// The new task is there, and with it the event that brought it.
+    fn arrive(&mut self, event: Option<Vectoring>) {
+        if event.is_some() {
+            self.arch.events.redeliver(None);
+        }
+        if let Some(Vectoring::Nmi) = event {
+            self.hw.set_nmi_blocked(true);
+        }
+        self.hw.set_shadow(Shadow::None);
+        self.arch.breakpoints_armed = self.hw.dr7().any_enabled();
+        let pae = self.hw.cr0().has(Cr0::PG)
+            && self.hw.cr4().has(Cr4::PAE)
+            && !self.hw.efer().has(Efer::LMA);
+        if pae {
+            let cr3 = self.hw.cr3();
+            if let Err(fault) =
+                cr::load_pdptes(&mut self.hw, self.memory, cr3, &self.arch.features)
+            {
+                self.arch.events.raise(fault.into());
+            }
+        }
+    }
+
+    /// What an emulated instruction of `len` bytes asks for.
+    pub(super) fn serve(&mut self, service: Service, len: u8) -> Result<Next> {
+        match service {
+            Service::LoadMsw(source) => self.cr_access(CrAccess::Lmsw(source), len),
+            // It has no memory operand, so that the processor exited by it and not by its memory: the guest
+            // has changed its code in between. It executes it once more.
+            _ => Ok(Next::Guest),
+        }
+    }
+}
