@@ -20,12 +20,18 @@
 
 mod access;
 mod alu;
+mod arith;
 mod exec;
+mod fpu;
+mod integer;
+mod stack;
 mod string;
 mod system;
+mod vector;
 
 use self::access::Run;
 use self::access::Stop;
+pub use self::fpu::Fpu;
 use self::system::System;
 pub use self::system::interrupt::Event;
 pub use self::system::task::Cause;
@@ -62,7 +68,7 @@ pub struct TableReg {
 /// The state of the processor whose instruction is emulated.
 ///
 /// All methods take `&mut self`: a backend reads its control structure when first asked.
-pub trait Cpu {
+pub trait Cpu: Fpu {
     /// The value of a general register.
     fn gpr(&mut self, r: Gpr) -> u64;
     /// Sets a general register.

@@ -30,9 +30,6 @@ pub(super) fn one_byte(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> 
     use SystemOp as O;
     let full = Width::Full;
     Ok(match opcode {
-        0x06 | 0x0e | 0x16 | 0x1e => {
-            d.legacy(Ok(system(O::PushSegment(by_opcode(opcode)), Form::None, full)))?
-        }
         0x07 | 0x17 | 0x1f => {
             d.legacy(Ok(system(O::PopSegment(by_opcode(opcode)), Form::None, full)))?
         }
@@ -67,7 +64,7 @@ pub(super) fn one_byte(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> 
     })
 }
 
-/// The segment register of PUSH and POP.
+/// The segment register of POP.
 fn by_opcode(opcode: u8) -> SegReg {
     match opcode >> 3 & 3 {
         0 => SegReg::Es,
@@ -114,10 +111,8 @@ pub(super) fn two_byte(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> 
         0x33 => plain(O::ReadCounter),
         0x34 => plain(O::Sysenter),
         0x35 => plain(O::Sysexit),
-        0xa0 => system(O::PushSegment(SegReg::Fs), Form::None, Width::Stack),
         0xa1 => system(O::PopSegment(SegReg::Fs), Form::None, Width::Stack),
         0xa2 => plain(O::Identify),
-        0xa8 => system(O::PushSegment(SegReg::Gs), Form::None, Width::Stack),
         0xa9 => system(O::PopSegment(SegReg::Gs), Form::None, Width::Stack),
         0xb2 => far(SegReg::Ss),
         0xb4 => far(SegReg::Fs),

@@ -166,7 +166,6 @@ impl<'r, 'a, C: Cpu, M: GuestMemory> System<'r, 'a, C, M> {
         match op {
             O::LoadSegment => self.mov_to_segment(insn),
             O::LoadFar(seg) => self.load_far(insn, seg),
-            O::PushSegment(seg) => self.push_segment(insn, seg),
             O::PopSegment(seg) => self.pop_segment(insn, seg),
             O::FarJump => self.far_jump(insn),
             O::FarCall => self.far_call(insn),
