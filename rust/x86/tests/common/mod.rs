@@ -5,6 +5,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod generate;
+pub mod system;
 
 use rkvm_x86::emulate::Completion;
 use rkvm_x86::emulate::Cpu;
