@@ -20,11 +20,17 @@
 
 mod access;
 mod alu;
+mod arith;
 mod exec;
+mod fpu;
+mod integer;
+mod stack;
 mod string;
+mod vector;
 
 use self::access::Run;
 use self::access::Stop;
+pub use self::fpu::Fpu;
 use super::exception::Fault;
 use super::insn::Insn;
 use super::insn::MAX_INSN_LEN;
@@ -44,7 +50,7 @@ use super::segment::Segment;
 /// The state of the processor whose instruction is emulated.
 ///
 /// All methods take `&mut self`: a backend reads its control structure when first asked.
-pub trait Cpu {
+pub trait Cpu: Fpu {
     /// The value of a general register.
     fn gpr(&mut self, r: Gpr) -> u64;
     /// Sets a general register.

@@ -74,6 +74,11 @@ pub(super) struct Target {
 }
 
 impl Target {
+    fn is_empty(&self) -> bool {
+        let [first, _] = self.parts;
+        first.len == 0
+    }
+
     /// Whether the operand is one aligned piece, as atomic operations need.
     fn is_atomic(&self) -> bool {
         let [first, second] = self.parts;
@@ -81,6 +86,12 @@ impl Target {
             && first.len.is_power_of_two()
             && first.gpa & u64::from(first.len).wrapping_sub(1) == 0
     }
+}
+
+/// A translated memory operand of up to 32 bytes: pieces of eight, those at the end perhaps shorter or empty.
+#[derive(Clone, Copy, Default)]
+pub(super) struct WideTarget {
+    pieces: [Target; 4],
 }
 
 /// A write to memory that is put down.
@@ -500,6 +511,61 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         Ok(())
     }
 
+    /// Checks and translates an access to `len` bytes, 1 to 32, as a whole. With `align`, #GP(0) if it is not aligned so.
+    pub(super) fn wide_target(
+        &mut self,
+        seg: SegReg,
+        offset: u64,
+        len: u8,
+        align: Option<u8>,
+        kind: AccessKind,
+    ) -> Result<WideTarget, Stop<M::Error>> {
+        let linear = self.linear(seg, offset, len, kind)?;
+        if align.is_some_and(|align| linear & u64::from(align).wrapping_sub(1) != 0) {
+            return Err(Fault::gp(0).into());
+        }
+        let mut wide = WideTarget::default();
+        let mut done = 0;
+        for slot in &mut wide.pieces {
+            let left = len.saturating_sub(done);
+            let size = match left {
+                0 => break,
+                1 => Size::Byte,
+                2..=3 => Size::Word,
+                4..=7 => Size::Dword,
+                _ => Size::Qword,
+            };
+            *slot = self.target(seg, offset.wrapping_add(done.into()), size, kind)?;
+            done = done.wrapping_add(size.bytes());
+        }
+        Ok(wide)
+    }
+
+    /// Reads a translated wide operand.
+    pub(super) fn load_wide(&mut self, wide: &WideTarget) -> Result<[u64; 4], Stop<M::Error>> {
+        let mut value = [0; 4];
+        for (slot, piece) in value.iter_mut().zip(&wide.pieces) {
+            if !piece.is_empty() {
+                *slot = self.load(piece)?;
+            }
+        }
+        Ok(value)
+    }
+
+    /// Puts down a write of a wide operand.
+    pub(super) fn store_wide(
+        &mut self,
+        wide: &WideTarget,
+        value: [u64; 4],
+    ) -> Result<(), Stop<M::Error>> {
+        for (value, piece) in value.into_iter().zip(wide.pieces) {
+            if !piece.is_empty() {
+                self.store(piece, value, None)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The value of a register operand, or of a constant.
     pub(super) fn register(&mut self, operand: Operand, size: Size) -> Result<u64, Stop<M::Error>> {
         let value = match operand {
@@ -507,7 +573,9 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             Operand::High(r) => self.cpu.gpr(r) >> 8,
             Operand::Imm(value) => value,
             Operand::Seg(seg) => u64::from(self.cpu.segment(seg).selector),
-            Operand::None | Operand::Mem(_) => return Err(Stop::Unhandled),
+            Operand::None | Operand::Mem(_) | Operand::Xmm(_) | Operand::Mmx(_) => {
+                return Err(Stop::Unhandled)
+            }
         };
         Ok(value & size.mask())
     }

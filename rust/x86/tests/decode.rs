@@ -19,6 +19,8 @@ fn reg(operand: Operand) -> String {
         Operand::Reg(r) => format!("{r:?}").to_lowercase(),
         Operand::High(r) => format!("{r:?}.h").to_lowercase(),
         Operand::Imm(v) => format!("{:#x}", v),
+        Operand::Xmm(n) => format!("xmm{n}"),
+        Operand::Mmx(n) => format!("mm{n}"),
         Operand::Seg(s) => format!("{s:?}").to_lowercase(),
         Operand::Mem(m) => {
             let mut text = format!("[{:?}:", m.seg).to_lowercase();
@@ -430,31 +432,26 @@ fn refusals() {
         Long64,
         DecodeError::Unsupported,
         &[
-            "c5f96f07",
-            "0f1007",
-            "f30f6f07",
-            "660f7f07",
-            "e8",
-            "c3",
+            "62f17c4810 07",
+            "0f5807",
+            "c5fc5807",
             "cd80",
             "f4",
             "0fa2",
             "0f01",
-            "9a",
-            "8e18",
-            "f20f38f007",
             "0fae07",
-            "480fc70f",
-            "f727",
+            "0fc7f0",
             "8f20",
             "ec",
+            "ff1f",
+            "d907",
         ],
     );
     refuse(Long64, DecodeError::Invalid, &["06", "27", "37", "82c001"]);
     refuse(
         Protected32,
         DecodeError::Unsupported,
-        &["06", "27", "37", "6307"],
+        &["07", "9a", "c407", "8ed8"],
     );
 }
 

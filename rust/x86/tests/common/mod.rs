@@ -9,6 +9,7 @@ pub mod generate;
 use rkvm_x86::emulate::Completion;
 use rkvm_x86::emulate::Cpu;
 use rkvm_x86::emulate::Emulator;
+use rkvm_x86::emulate::Fpu;
 use rkvm_x86::emulate::Outcome;
 use rkvm_x86::paging::GuestMemory;
 use rkvm_x86::paging::MemoryError;
@@ -38,6 +39,73 @@ pub struct TestCpu {
     pub maxphyaddr: u8,
     pub gbpages: bool,
     pub pkru: u32,
+    pub fpu: TestFpu,
+}
+
+/// Vector registers and their control.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TestFpu {
+    pub ymm: [[u64; 4]; 16],
+    pub mmx: [u64; 8],
+    pub mxcsr: u32,
+    pub control: u16,
+    pub status: u16,
+    pub xcr0: u64,
+}
+
+impl TestFpu {
+    pub const RESET: Self = Self {
+        ymm: [[0; 4]; 16],
+        mmx: [0; 8],
+        mxcsr: 0x1f80,
+        control: 0x37f,
+        status: 0,
+        xcr0: 7,
+    };
+}
+
+impl Fpu for TestCpu {
+    fn xcr0(&mut self) -> u64 {
+        self.fpu.xcr0
+    }
+    fn xmm(&mut self, n: u8) -> [u64; 2] {
+        let [a, b, ..] = self.fpu.ymm[n as usize];
+        [a, b]
+    }
+    fn set_xmm(&mut self, n: u8, value: [u64; 2]) {
+        self.fpu.ymm[n as usize][..2].copy_from_slice(&value);
+    }
+    fn ymm(&mut self, n: u8) -> [u64; 4] {
+        self.fpu.ymm[n as usize]
+    }
+    fn set_ymm(&mut self, n: u8, value: [u64; 4]) {
+        self.fpu.ymm[n as usize] = value;
+    }
+    fn mmx(&mut self, n: u8) -> u64 {
+        self.fpu.mmx[n as usize]
+    }
+    fn set_mmx(&mut self, n: u8, value: u64) {
+        self.fpu.mmx[n as usize] = value;
+    }
+    fn mxcsr(&mut self) -> u32 {
+        self.fpu.mxcsr
+    }
+    fn set_mxcsr(&mut self, value: u32) {
+        self.fpu.mxcsr = value;
+    }
+    fn fpu_control(&mut self) -> u16 {
+        self.fpu.control
+    }
+    fn set_fpu_control(&mut self, value: u16) {
+        self.fpu.control = value;
+    }
+    fn fpu_status(&mut self) -> u16 {
+        self.fpu.status
+    }
+    fn fpu_init(&mut self) {
+        self.fpu.control = 0x37f;
+        self.fpu.status = 0;
+    }
 }
 
 fn flat(code: bool, long: bool) -> Segment {
@@ -69,6 +137,7 @@ impl TestCpu {
             maxphyaddr: 46,
             gbpages: true,
             pkru: 0,
+            fpu: TestFpu::RESET,
         }
     }
 
@@ -85,7 +154,7 @@ impl TestCpu {
     pub fn long() -> Self {
         let mut cpu = Self::protected();
         cpu.efer = Efer::LME | Efer::LMA;
-        cpu.cr4 = Cr4::PAE;
+        cpu.cr4 = Cr4::PAE | Cr4::OSFXSR | Cr4::OSXSAVE;
         cpu.segments[SegReg::Cs as usize] = flat(true, true);
         cpu
     }

@@ -36,6 +36,7 @@ use x86::cpuid::CpuidRegs;
 use x86::cpuid::XsaveLayout;
 use x86::emulate::Cpu;
 use x86::emulate::Emulator;
+use x86::emulate::Fpu;
 use x86::emulate::Outcome;
 use x86::io::StringIo;
 use x86::ioapic::Ioapic;
@@ -77,6 +78,48 @@ pub trait Outside {
 }
 
 pub struct Guest<'a>(&'a mut dyn Outside);
+
+impl Fpu for Guest<'_> {
+    fn xcr0(&mut self) -> u64 {
+        self.0.get(25)
+    }
+    fn xmm(&mut self, n: u8) -> [u64; 2] {
+        [self.0.get(64 ^ u32::from(n)), self.0.get(80 ^ u32::from(n))]
+    }
+    fn set_xmm(&mut self, n: u8, value: [u64; 2]) {
+        self.0.set(64 ^ u32::from(n), value[0] ^ value[1])
+    }
+    fn ymm(&mut self, n: u8) -> [u64; 4] {
+        [self.0.get(64 ^ u32::from(n)); 4]
+    }
+    fn set_ymm(&mut self, n: u8, value: [u64; 4]) {
+        self.0.set(64 ^ u32::from(n), value[0] ^ value[3])
+    }
+    fn mmx(&mut self, n: u8) -> u64 {
+        self.0.get(32 ^ u32::from(n))
+    }
+    fn set_mmx(&mut self, n: u8, value: u64) {
+        self.0.set(32 ^ u32::from(n), value)
+    }
+    fn mxcsr(&mut self) -> u32 {
+        self.0.get(26) as u32
+    }
+    fn set_mxcsr(&mut self, value: u32) {
+        self.0.set(26, value.into())
+    }
+    fn fpu_control(&mut self) -> u16 {
+        self.0.get(27) as u16
+    }
+    fn set_fpu_control(&mut self, value: u16) {
+        self.0.set(27, value.into())
+    }
+    fn fpu_status(&mut self) -> u16 {
+        self.0.get(28) as u16
+    }
+    fn fpu_init(&mut self) {
+        self.0.set(28, 0)
+    }
+}
 
 impl Cpu for Guest<'_> {
     fn gpr(&mut self, r: Gpr) -> u64 {
