@@ -57,6 +57,8 @@ pub(crate) struct Arch {
     /// DR7 enables a breakpoint, so the addresses must be loaded for the guest.
     pub(crate) breakpoints_armed: bool,
     pub(crate) xcr0: u64,
+    /// PKRU, when the guest does not run.
+    pub(crate) pkru: u32,
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
@@ -97,6 +99,7 @@ impl Arch {
             dr6: Dr6::RESET.bits(),
             breakpoints_armed: false,
             xcr0: 1,
+            pkru: 0,
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),

@@ -218,6 +218,8 @@ pub(crate) trait Loaded {
     fn set_cr3(&mut self, cr3: u64);
     fn cr4(&mut self) -> Cr4;
     fn set_cr4(&mut self, cr4: Cr4);
+    /// CR4.PKE, for every entry to ask.
+    fn has_pke(&mut self) -> bool;
     fn efer(&mut self) -> Efer;
     fn set_efer(&mut self, efer: Efer);
     fn dr7(&mut self) -> Dr7;

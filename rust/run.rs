@@ -49,6 +49,7 @@ use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use crate::x86::regs::Xcr0;
 use apic::Controllers;
 use kernel::prelude::*;
 
@@ -353,8 +354,13 @@ impl<L: Loaded> Run<'_, L> {
     fn load_guest_state(&mut self, irqs: &IrqsOff) -> Switched {
         let mut switched = Switched {
             xcr0: false,
+            pkru: None,
             debugctl: debug::host_debugctl(),
         };
+        // The guest's own once it has either: by WRPKRU, or by XRSTOR.
+        if self.host.has_pku && (self.arch.xcr0 & Xcr0::PKRU.bits() != 0 || self.hw.has_pke()) {
+            switched.pkru = Some(host_msr::swap_pkru(irqs, self.arch.pkru));
+        }
         if self.host.xcr0 != 0
             && self.arch.xcr0 != self.host.xcr0
             && self.hw.cr4().has(Cr4::OSXSAVE)
@@ -379,6 +385,9 @@ impl<L: Loaded> Run<'_, L> {
         }
         if switched.xcr0 {
             host_msr::load_xcr0(irqs, self.host.xcr0);
+        }
+        if let Some(pkru) = switched.pkru {
+            self.arch.pkru = host_msr::swap_pkru(irqs, pkru);
         }
         if switched.debugctl != 0 {
             debug::restore_host_debugctl(switched.debugctl);
@@ -551,6 +560,8 @@ impl<L: Loaded> Run<'_, L> {
 /// What [`Run::load_guest_state`] changed.
 struct Switched {
     xcr0: bool,
+    /// The thread's PKRU.
+    pkru: Option<u32>,
     debugctl: u64,
 }
 

@@ -35,6 +35,8 @@ use kernel::sync::ArcBorrow;
 pub(crate) struct Host {
     /// The host's XCR0; 0 if it does not use XSAVE.
     pub(crate) xcr0: u64,
+    /// The host uses protection keys, and switches PKRU.
+    pub(crate) has_pku: bool,
     /// Where XSAVE puts what.
     pub(crate) xsave: XsaveLayout,
     /// What KVM_GET_SUPPORTED_CPUID amounts to.
@@ -52,15 +54,14 @@ impl Host {
     pub(crate) fn new(backend: &impl Backend) -> Result<Self> {
         let features = backend.features();
         let xcr0 = host_msr::host_xcr0();
+        let has_pku = host_msr::host_has_pku() && Xcr0::new(xcr0).has(Xcr0::PKRU);
         let policy = Policy {
-            // AMX needs a permission for each process, and PKRU a switch of its own.
-            xcr0: Xcr0::new(xcr0 & fpu::permitted_xfeatures())
-                .without(Xcr0::AMX)
-                .without(Xcr0::PKRU),
+            // AMX needs a permission for each process.
+            xcr0: Xcr0::new(xcr0 & fpu::permitted_xfeatures()).without(Xcr0::AMX),
             invpcid: features.invpcid,
             rdtscp: features.rdtscp,
             xsaves: features.xsaves && host_msr::host_xss() == 0,
-            pku: false,
+            pku: has_pku,
             umip: backend.cr4_allowed() & crate::x86::regs::Cr4::UMIP.bits() != 0,
             spec_ctrl: false,
             arch_capabilities: false,
@@ -71,6 +72,7 @@ impl Host {
         };
         let mut host = Self {
             xcr0,
+            has_pku,
             xsave: XsaveLayout::from_host(host_cpuid),
             supported: GuestFeatures::default(),
             policy,

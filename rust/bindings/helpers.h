@@ -144,6 +144,9 @@ void rkvm_clear_dr7(void);
 
 u64 rkvm_get_debugctl(void);
 void rkvm_set_debugctl(u64 value);
+/* Of a CPU whose CR4.PKE is set. */
+u32 rkvm_rdpkru(void);
+void rkvm_wrpkru(u32 value);
 u64 rkvm_xgetbv(void);
 void rkvm_xsetbv(u64 value);
 bool rkvm_host_osxsave(void);

@@ -366,6 +366,11 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_cr4(self, cr4);
     }
 
+    #[inline]
+    fn has_pke(&mut self) -> bool {
+        self.v.pke
+    }
+
     fn efer(&mut self) -> Efer {
         LoadedVcpu::efer(self)
     }

@@ -85,6 +85,8 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    /// CR4.PKE, which the guest cannot change without an exit.
+    pub(super) pke: bool,
     /// The guest may be halted without an exit.
     halts: bool,
     pub(super) pin: PinControls,
@@ -149,6 +151,7 @@ impl VmxVcpu {
             cr3: 0,
             cr4: 0,
             efer: Efer::empty(),
+            pke: false,
             pin: vmx.caps.pin,
             primary: vmx
                 .caps
@@ -411,6 +414,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_CR4, hardware);
         self.write(f::CR4_SHADOW, cr4.bits());
         self.v.cr4 = hardware;
+        self.v.pke = cr4.has(Cr4::PKE);
         self.v.valid.0 |= Cached::CR4;
         self.v.flush_guest = true;
     }

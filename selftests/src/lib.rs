@@ -17,6 +17,7 @@ pub mod host;
 pub mod irq;
 pub mod machine;
 pub mod mem;
+pub mod msr;
 pub mod ops;
 pub mod pressure;
 pub mod probe;
