@@ -213,12 +213,17 @@ impl<L: Loaded> Run<'_, L> {
             }
         }
         let access = PageAccess::explicit(AccessKind::Write, cpl);
-        match paging.translate(&mut memory, last, access) {
-            Ok(found) => memory.write(found.gpa, &[VMCALL_LAST]).ok().map(Ok),
-            Err(WalkError::Fault(error)) => Some(Err(Fault::page(last, error))),
-            // It is tried again.
-            Err(WalkError::Contended) => Some(Ok(())),
-            Err(WalkError::Host(_)) => None,
+        let mut gpa = 0;
+        // The whole instruction is what is written, as far as faults go.
+        for linear in [at & mask, last] {
+            match paging.translate(&mut memory, linear, access) {
+                Ok(found) => gpa = found.gpa,
+                Err(WalkError::Fault(error)) => return Some(Err(Fault::page(linear, error))),
+                // It is tried again.
+                Err(WalkError::Contended) => return Some(Ok(())),
+                Err(WalkError::Host(_)) => return None,
+            }
         }
+        memory.write(gpa, &[VMCALL_LAST]).ok().map(Ok)
     }
 }
