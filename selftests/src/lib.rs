@@ -19,6 +19,7 @@ pub mod machine;
 pub mod mem;
 pub mod msr;
 pub mod ops;
+pub mod power;
 pub mod pressure;
 pub mod probe;
 pub mod smp;
