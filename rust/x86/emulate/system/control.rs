@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Control and debug registers, MSRs, HLT and the like: the privilege is checked here, the rest is asked for.
+
+use super::super::super::exception::Fault;
+use super::super::super::insn::system::SystemOp;
+use super::super::super::insn::Insn;
+use super::super::super::insn::Operand;
+use super::super::super::insn::Size;
+use super::super::super::msr::Msr;
+use super::super::super::paging::GuestMemory;
+use super::super::super::regs::Cr4;
+use super::super::super::regs::Gpr;
+use super::super::super::regs::Rflags;
+use super::super::super::event::Shadow;
+use super::super::super::segment::CpuMode;
+use super::super::super::segment::SegReg;
+use super::super::super::segment::Segment;
+use super::super::access::Stop;
+use super::super::Cpu;
+use super::super::Service;
+use super::Res;
+use super::System;
+
+/// The number of a control or debug register, and the general register.
+fn numbered(number: Operand, register: Operand) -> Option<(u8, Gpr)> {
+    match (number, register) {
+        (Operand::Imm(number), Operand::Reg(gpr)) => Some((number as u8, gpr)),
+        _ => None,
+    }
+}
+
+impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
+    /// What only the caller can do.
+    pub(super) fn control(&mut self, insn: &Insn, op: SystemOp) -> Res<(), M> {
+        use SystemOp as O;
+        let service = match op {
+            O::Identify => Service::Identify,
+            O::ReadTsc => {
+                let restricted = self.run.paging.cr4.has(Cr4::TSD);
+                if restricted && self.cpl != 0 && self.protected_mode_enabled() {
+                    return Err(Fault::gp(0).into());
+                }
+                Service::ReadTsc
+            }
+            O::ReadCounter => Service::ReadCounter,
+            _ => {
+                self.need_cpl0()?;
+                self.privileged(insn, op)?
+            }
+        };
+        self.ask(insn, service)
+    }
+
+    fn protected_mode_enabled(&self) -> bool {
+        self.mode != CpuMode::Real
+    }
+
+    fn privileged(&mut self, insn: &Insn, op: SystemOp) -> Res<Service, M> {
+        use SystemOp as O;
+        let to_register = || numbered(insn.dst, insn.src).ok_or(Stop::Unhandled);
+        let from_register = || numbered(insn.src, insn.dst).ok_or(Stop::Unhandled);
+        Ok(match op {
+            O::WriteControl => {
+                let (number, from) = to_register()?;
+                Service::WriteControl { number, from }
+            }
+            O::ReadControl => {
+                let (number, to) = from_register()?;
+                Service::ReadControl { number, to }
+            }
+            O::WriteDebug => {
+                let (number, from) = to_register()?;
+                Service::WriteDebug { number, from }
+            }
+            O::ReadDebug => {
+                let (number, to) = from_register()?;
+                Service::ReadDebug { number, to }
+            }
+            O::ClearTaskSwitched => Service::ClearTaskSwitched,
+            O::LoadMsw => Service::LoadMsw(self.word(insn, insn.src)?),
+            O::InvalidatePage => {
+                let Operand::Mem(mem) = insn.src else {
+                    return Err(Stop::Unhandled);
+                };
+                let offset = self.run.effective_address(insn, &mem, 0);
+                let base = match (self.mode.is_64bit(), mem.seg) {
+                    (true, SegReg::Fs | SegReg::Gs) | (false, _) => {
+                        self.run.cpu.segment(mem.seg).base
+                    }
+                    _ => 0,
+                };
+                Service::InvalidatePage(base.wrapping_add(offset) & self.mode.linear_mask())
+            }
+            O::Halt => Service::Halt,
+            O::InvalidateCaches => Service::InvalidateCaches,
+            O::WriteBackCaches => Service::WriteBackCaches,
+            O::ReadMsr => Service::ReadMsr,
+            O::WriteMsr => Service::WriteMsr,
+            O::WriteXcr if !self.run.paging.cr4.has(Cr4::OSXSAVE) => {
+                return Err(Fault::UD.into());
+            }
+            O::WriteXcr => Service::WriteXcr,
+            _ => return Err(Stop::Unhandled),
+        })
+    }
+
+    /// SMSW: a register gets as much of CR0 as it holds.
+    pub(super) fn store_msw(&mut self, insn: &Insn) -> Res<(), M> {
+        self.need_umip()?;
+        let value = self.cr0().bits();
+        self.give(insn, insn.dst, value & insn.size.mask() & memory_mask(insn))
+    }
+
+    /// CLI and STI.
+    pub(super) fn set_interrupts(&mut self, on: bool) -> Res<(), M> {
+        let flags = self.flags;
+        let allowed = self.mode == CpuMode::Real || self.cpl <= flags.iopl();
+        if allowed && self.mode != CpuMode::Vm86 || flags.iopl() == 3 {
+            if on && !flags.has(Rflags::IF) {
+                self.shadow = Shadow::Sti;
+            }
+            self.flags = flags.with_if(Rflags::IF, on);
+            return Ok(());
+        }
+        // With a virtual flag, user mode need not have the real one.
+        let cr4 = self.run.paging.cr4;
+        let virtualised = match self.mode {
+            CpuMode::Vm86 => cr4.has(Cr4::VME),
+            _ => cr4.has(Cr4::PVI) && self.cpl == 3,
+        };
+        if !virtualised || on && flags.has(Rflags::VIP) {
+            return Err(Fault::gp(0).into());
+        }
+        self.flags = flags.with_if(Rflags::VIF, on);
+        Ok(())
+    }
+
+    /// SWAPGS.
+    pub(super) fn swap_gs(&mut self) -> Res<(), M> {
+        if !self.mode.is_64bit() {
+            return Err(Fault::UD.into());
+        }
+        self.need_cpl0()?;
+        let gs = self.segment(SegReg::Gs);
+        let other = self.run.cpu.msr(Msr::KERNEL_GS_BASE).ok_or(Stop::Unhandled)?;
+        self.run.cpu.set_msr(Msr::KERNEL_GS_BASE, gs.base);
+        self.set_segment(SegReg::Gs, Segment { base: other, ..gs });
+        Ok(())
+    }
+}
+
+/// Memory takes 16 bits, whatever the operand size.
+fn memory_mask(insn: &Insn) -> u64 {
+    match insn.dst {
+        Operand::Mem(_) => Size::Word.mask(),
+        _ => u64::MAX,
+    }
+}
