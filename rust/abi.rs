@@ -30,6 +30,7 @@ pub(crate) use crate::bindings::kvm_lapic_state;
 pub(crate) use crate::bindings::kvm_mp_state;
 pub(crate) use crate::bindings::kvm_msi;
 pub(crate) use crate::bindings::kvm_msr_entry;
+pub(crate) use crate::bindings::kvm_msr_filter;
 pub(crate) use crate::bindings::kvm_msr_list;
 pub(crate) use crate::bindings::kvm_msrs;
 pub(crate) use crate::bindings::kvm_pit_config;
@@ -48,6 +49,7 @@ pub(crate) use crate::bindings::kvm_userspace_memory_region;
 pub(crate) use crate::bindings::kvm_userspace_memory_region2;
 pub(crate) use crate::bindings::kvm_vapic_addr;
 pub(crate) use crate::bindings::kvm_vcpu_events;
+pub(crate) use crate::bindings::kvm_x86_mce;
 pub(crate) use crate::bindings::kvm_xcrs;
 
 /// KVM_GET_API_VERSION: the only version there has been since 2007.
@@ -86,6 +88,7 @@ pub(crate) mod exit {
     pub(crate) use crate::bindings::KVM_EXIT_EXCEPTION as EXCEPTION;
     pub(crate) use crate::bindings::KVM_EXIT_FAIL_ENTRY as FAIL_ENTRY;
     pub(crate) use crate::bindings::KVM_EXIT_HLT as HLT;
+    pub(crate) use crate::bindings::KVM_EXIT_HYPERCALL as HYPERCALL;
     pub(crate) use crate::bindings::KVM_EXIT_INTERNAL_ERROR as INTERNAL_ERROR;
     pub(crate) use crate::bindings::KVM_EXIT_INTR as INTR;
     pub(crate) use crate::bindings::KVM_EXIT_IO as IO;
@@ -96,6 +99,8 @@ pub(crate) mod exit {
     pub(crate) use crate::bindings::KVM_EXIT_SET_TPR as SET_TPR;
     pub(crate) use crate::bindings::KVM_EXIT_SHUTDOWN as SHUTDOWN;
     pub(crate) use crate::bindings::KVM_EXIT_UNKNOWN as UNKNOWN;
+    pub(crate) use crate::bindings::KVM_EXIT_X86_RDMSR as RDMSR;
+    pub(crate) use crate::bindings::KVM_EXIT_X86_WRMSR as WRMSR;
 }
 
 /// KVM_INTERNAL_ERROR_*: what the kernel could not do for a guest.

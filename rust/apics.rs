@@ -13,6 +13,7 @@
 
 mod posted;
 
+use crate::bindings::KVM_X86_QUIRK_FIX_HYPERCALL_INSN;
 use crate::bindings::KVM_X86_QUIRK_LAPIC_MMIO_HOLE;
 use crate::bindings::KVM_X86_QUIRK_LINT0_REENABLED;
 use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
@@ -20,6 +21,7 @@ use crate::bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
 use crate::bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL;
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
+use crate::run::hypercall::FOR_VMM;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
 use crate::x86::apic::base::ApicMode;
@@ -34,6 +36,7 @@ use crate::x86::apic::message::Broadcast;
 use crate::x86::apic::message::DeliveryMode;
 use crate::x86::apic::message::IdFormat;
 use crate::x86::apic::message::Message;
+use crate::x86::apic::message::Target;
 use crate::x86::apic::page::ApicPage;
 use crate::x86::apic::regs::Lvt;
 use crate::x86::apic::timer::BusPeriod;
@@ -340,6 +343,16 @@ impl Table {
         }
     }
 
+    /// The vCPU whose APIC answers to a physical ID.
+    fn index_of(&self, id: u32) -> Option<usize> {
+        self.members.iter().position(|vcpu| {
+            vcpu.apic().is_some_and(|apic| {
+                let identity = apic.view(self.ids).identity();
+                identity.physical_ids().contains(&Some(id))
+            })
+        })
+    }
+
     /// Delivers a message by asking each APIC.
     fn scan(&self, message: &Message, sender: Option<u32>) -> Delivery {
         let matching = || {
@@ -426,16 +439,19 @@ pub(crate) struct Apics {
     access_page: SetOnce<KernelPage>,
     /// KVM_X86_QUIRK_* that the VMM does without.
     disabled_quirks: AtomicU32,
+    /// The hypercalls that the VMM does itself, a bit each.
+    hypercall_exits: AtomicU32,
 }
 
 /// The quirks of KVM's that a VMM may do without: LINT0 is open after reset; where the APIC's page is
 /// not there is a hole that reads as ones; MONITOR and MWAIT are there whatever CPUID says, and CPUID does
-/// not follow IA32_MISC_ENABLE in it; a memslot that goes takes the mappings of all others along, which is
+/// not follow IA32_MISC_ENABLE in it; a VMMCALL, which is AMD's, becomes a VMCALL; a memslot that goes takes the mappings of all others along, which is
 /// never so here.
 pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
     | KVM_X86_QUIRK_LAPIC_MMIO_HOLE
     | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
     | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
+    | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
     | KVM_X86_QUIRK_SLOT_ZAP_ALL;
 
 /// The flags of KVM_CAP_X2APIC_API that are known.
@@ -455,6 +471,7 @@ impl Apics {
                 changes: AtomicU32::new(0),
                 access_page: SetOnce::new(),
                 disabled_quirks: AtomicU32::new(0),
+                hypercall_exits: AtomicU32::new(0),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -535,6 +552,46 @@ impl Apics {
         delivery
     }
 
+    /// Delivers a message to those whose physical IDs are the set bits of `word`, from `first` on; returns how many
+    /// took it. (The message's own target is nobody's.) No ID is a broadcast.
+    pub(crate) fn send_to_set(&self, message: &Message, first: u32, word: u64) -> u32 {
+        let table = self.table.read();
+        let current = table.changes == self.changes.load(Ordering::SeqCst);
+        let mut delivery = Delivery::default();
+        let mut left = word;
+        while left != 0 {
+            let bit = left.trailing_zeros();
+            left &= left.wrapping_sub(1);
+            let Some(id) = first.checked_add(bit) else {
+                break;
+            };
+            match table.map.lookup(Target::Physical(id)) {
+                Lookup::Found(targets) if current => {
+                    for index in targets {
+                        table.post(usize::from(index), message, &mut delivery);
+                    }
+                }
+                _ => {
+                    if let Some(index) = table.index_of(id) {
+                        table.post(index, message, &mut delivery);
+                    }
+                }
+            }
+        }
+        delivery.taken
+    }
+
+    /// The vCPU whose APIC answers to a physical ID.
+    pub(crate) fn by_id(&self, id: u32) -> Option<Arc<VcpuShared>> {
+        let table = self.table.read();
+        let current = table.changes == self.changes.load(Ordering::SeqCst);
+        let index = match table.map.lookup(Target::Physical(id)) {
+            Lookup::Found(mut targets) if current => usize::from(targets.next()?),
+            _ => table.index_of(id)?,
+        };
+        table.members.get(index).cloned()
+    }
+
     /// The interrupt controller outside has a vector, for who takes it through LINT0. In any context.
     pub(crate) fn extint_changed(&self) {
         for vcpu in self.table.read().members.iter() {
@@ -568,6 +625,21 @@ impl Apics {
     /// Whether one of [`QUIRKS`] is the VMM's wish, as it is if it says nothing.
     pub(crate) fn has_quirk(&self, quirk: u32) -> bool {
         self.disabled_quirks.load(Ordering::Relaxed) & quirk == 0
+    }
+
+    /// KVM_CAP_EXIT_HYPERCALL: EINVAL for what is always the kernel's.
+    pub(crate) fn set_hypercall_exits(&self, calls: u64) -> Result {
+        if calls & !FOR_VMM != 0 {
+            return Err(EINVAL);
+        }
+        self.hypercall_exits.store(calls as u32, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether the VMM does a hypercall itself.
+    pub(crate) fn exits_by_hypercall(&self, number: u32) -> bool {
+        let calls = self.hypercall_exits.load(Ordering::Relaxed);
+        calls.checked_shr(number).is_some_and(|bits| bits & 1 != 0)
     }
 
     /// KVM_CAP_X2APIC_API: EINVAL for flags that are not known.

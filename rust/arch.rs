@@ -8,6 +8,8 @@ use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
+use crate::msr_filter::MsrFilter;
+use crate::pv::PvState;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
@@ -18,6 +20,7 @@ use crate::x86::cpuid::CpuidEntry;
 use crate::x86::emulate::Emulator;
 use crate::x86::event::PendingEvents;
 use crate::x86::event::Shadow;
+use crate::x86::mce::MachineChecks;
 use crate::x86::msr::state::MsrState;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -30,6 +33,7 @@ use crate::x86::segment::CpuMode;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
+use kernel::sync::Arc;
 
 /// A vCPU's CPUID table.
 pub(crate) type Cpuid = CpuidTable<KVVec<CpuidEntry>>;
@@ -53,9 +57,16 @@ pub(crate) struct Arch {
     /// DR7 enables a breakpoint, so the addresses must be loaded for the guest.
     pub(crate) breakpoints_armed: bool,
     pub(crate) xcr0: u64,
+    /// PKRU, when the guest does not run.
+    pub(crate) pkru: u32,
     pub(crate) cpuid: KBox<Cpuid>,
     pub(crate) features: GuestFeatures,
     pub(crate) msrs: MsrState,
+    /// What a guest that knows KVM has asked for.
+    pub(crate) pv: PvState,
+    pub(crate) mce: KBox<MachineChecks>,
+    /// Which MSRs the guest may access, if not all.
+    pub(crate) msr_filter: Option<Arc<MsrFilter>>,
     /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
     pub(crate) tsc_khz: u32,
     /// IA32_TSC_ADJUST.
@@ -88,9 +99,13 @@ impl Arch {
             dr6: Dr6::RESET.bits(),
             breakpoints_armed: false,
             xcr0: 1,
+            pkru: 0,
             cpuid: KBox::new(cpuid, GFP_KERNEL_ACCOUNT)?,
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
+            pv: PvState::new(),
+            mce: KBox::new(MachineChecks::new(), GFP_KERNEL_ACCOUNT)?,
+            msr_filter: None,
             tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,
             emulator: Emulator::new(),
@@ -174,6 +189,7 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     arch.breakpoints_armed = false;
     arch.emulator.abort();
     arch.pending = Pending::Nothing;
+    arch.pv.reset();
 }
 
 fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {

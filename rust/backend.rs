@@ -22,6 +22,7 @@ use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
+use crate::x86::msr::filter::Access as MsrAccess;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -213,6 +214,8 @@ pub(crate) trait Loaded {
     fn set_cr3(&mut self, cr3: u64);
     fn cr4(&mut self) -> Cr4;
     fn set_cr4(&mut self, cr4: Cr4);
+    /// CR4.PKE, for every entry to ask.
+    fn has_pke(&mut self) -> bool;
     fn efer(&mut self) -> Efer;
     fn set_efer(&mut self, efer: Efer);
     fn dr7(&mut self) -> Dr7;
@@ -232,6 +235,8 @@ pub(crate) trait Loaded {
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;
     /// Whether the MSR is one of those. The value has been checked.
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
+    /// Lets the guest access the MSRs that the hardware can hold for it without an exit, those that are allowed.
+    fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool);
     /// What the guest's time-stamp counter adds to the host's, in ticks, modulo 2^64.
     fn tsc_offset(&mut self) -> u64;
     fn set_tsc_offset(&mut self, offset: u64);
@@ -266,6 +271,9 @@ pub(crate) trait Loaded {
     fn instruction_len(&mut self) -> u8;
     /// The segment and the address size of INS or OUTS, if the hardware tells.
     fn string_io_info(&mut self) -> Option<(SegReg, u8)>;
+
+    /// The guest's #UD does not exit any more.
+    fn leave_undefined_to_guest(&mut self);
 
     /// Drops what the TLB holds of the guest's own translations.
     fn flush_guest_tlb(&mut self);

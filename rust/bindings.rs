@@ -83,6 +83,7 @@ abi_types! {
     kvm_mp_state,
     kvm_msr_entry,
     kvm_msi,
+    kvm_msr_filter,
     kvm_msr_list,
     kvm_msrs,
     kvm_pit_config,
@@ -98,6 +99,7 @@ abi_types! {
     kvm_userspace_memory_region2,
     kvm_vapic_addr,
     kvm_vcpu_events,
+    kvm_x86_mce,
     kvm_xcrs,
 }
 

@@ -18,6 +18,7 @@ pub(crate) mod mmu_notifier;
 pub(crate) mod msr;
 pub(crate) mod mutex;
 pub(crate) mod page;
+pub(crate) mod power;
 pub(crate) mod preempt;
 pub(crate) mod rwlock;
 pub(crate) mod spinlock;

@@ -10,6 +10,7 @@
 //! in that address space; the files' ioctls see to it, and answer EIO otherwise.
 
 pub(crate) mod access;
+pub(crate) mod cached;
 pub(crate) mod devices;
 pub(crate) mod fault;
 pub(crate) mod log;
@@ -60,7 +61,7 @@ struct Inner {
     #[pin]
     slots: SrcuCell<Slots>,
     /// Odd while a set of memslots is being published, and moved on by 2 each time: who remembers
-    /// something of the memslots knows by it whether that still holds. See [`devices`].
+    /// something of the memslots knows by it whether that still holds. See [`devices`] and [`cached`].
     version: AtomicU64,
     #[pin]
     mmu: Mmu,

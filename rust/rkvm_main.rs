@@ -13,6 +13,7 @@
 //! | [`irq`] | interrupts, from devices to the local APICs |
 //! | [`apics`], [`lapic`] | the local APICs, as others and as their vCPUs see them |
 //! | [`backend`], [`vmx`] | the seam to the processor, and Intel's side of it |
+//! | [`pv`] | what a guest that knows KVM has asked for |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
 //! | [`stats`] | what is counted, and the files to read it |
@@ -43,6 +44,8 @@ mod lapic;
 mod linux;
 mod mem;
 mod mmu;
+mod msr_filter;
+mod pv;
 mod run;
 mod run_page;
 mod stats;

@@ -9,9 +9,11 @@
 pub(crate) mod apic;
 pub(crate) mod cr;
 pub(crate) mod halt;
+pub(crate) mod hypercall;
 mod memory;
 pub(crate) mod msr;
 mod port;
+mod pv;
 mod spin;
 mod system;
 
@@ -33,6 +35,8 @@ use crate::linux::msr as host_msr;
 use crate::linux::task;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
+use crate::msr_filter::MsrRules;
+use crate::pv::steal::Watch;
 use crate::run_page::RunPages;
 use crate::system::Host;
 use crate::tlb::Request;
@@ -46,10 +50,13 @@ use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
+use crate::x86::regs::Xcr0;
 use apic::Controllers;
 use kernel::prelude::*;
 
+pub(crate) use hypercall::PendingHypercall;
 pub(crate) use memory::PendingMmio;
+pub(crate) use msr::PendingMsr;
 pub(crate) use port::PendingPort;
 
 /// What a handler wants next.
@@ -71,6 +78,10 @@ pub(crate) enum Pending {
     Port(PendingPort),
     /// An instruction whose device accesses the VMM was asked for.
     Mmio(PendingMmio),
+    /// A hypercall that the VMM was asked to do.
+    Hypercall(PendingHypercall),
+    /// An access to an MSR that the VMM was asked for.
+    Msr(PendingMsr),
 }
 
 /// Where the guest was when it left for user space. A VMM that resets the vCPU there, because the
@@ -97,16 +108,20 @@ pub(crate) struct Run<'a, L: Loaded> {
     pub(crate) bus: &'a Bus,
     pub(crate) apics: &'a Apics,
     pub(crate) irqs: &'a Irqs,
+    pub(crate) msrs: &'a MsrRules,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) page: &'a RunPages,
     pub(crate) host: &'a Host,
+    pub(crate) watch: Watch<'a>,
 }
 
 impl<L: Loaded> Run<'_, L> {
     /// KVM_RUN, from the completion of what the last one left to the outputs of this one. `prepared` is
     /// how what comes before went: the outputs come after a failure too.
     pub(crate) fn run(&mut self, prepared: Result) -> Result {
+        self.begin_watch();
         let result = prepared.and_then(|()| self.run_inner());
+        self.end_watch();
         let ready = self.irqs.mode() == Mode::Kernel || self.ready_for_interrupt();
         let interrupts_on = self.hw.rflags().has(Rflags::IF);
         self.page
@@ -140,6 +155,8 @@ impl<L: Loaded> Run<'_, L> {
             Pending::Nothing => Ok(Next::Guest),
             Pending::Port(port) => self.complete_port(port),
             Pending::Mmio(mmio) => self.complete_mmio(mmio),
+            Pending::Hypercall(call) => Ok(self.complete_hypercall(call)),
+            Pending::Msr(msr) => self.complete_msr(&msr),
         }
     }
 
@@ -169,6 +186,8 @@ impl<L: Loaded> Run<'_, L> {
                     self.page.set_ioapic_eoi(vector);
                     return Ok(());
                 }
+            } else if self.shared.take(Request::MsrFilter) {
+                self.fetch_msr_filter();
             }
             if task::guest_entry_work_seen() {
                 // A signal, before it came or while the rest was done.
@@ -247,6 +266,7 @@ impl<L: Loaded> Run<'_, L> {
             drop(irqs);
             drop(preempt);
             self.hw.cancel_injection();
+            self.update_structures();
             return None;
         }
 
@@ -285,9 +305,13 @@ impl<L: Loaded> Run<'_, L> {
             exit => Some(exit),
         };
         task::guest_time_ends(&irqs);
+        self.watch.set_between(exit.is_none());
         drop(irqs);
         drop(preempt);
 
+        if self.arch.pv.eoi.offered {
+            self.take_back_offer();
+        }
         // An entry that failed has not touched the event.
         if !self.hw.entry_failed() {
             events::conclude(&mut self.hw, &mut self.arch.events, &delivery);
@@ -305,7 +329,7 @@ impl<L: Loaded> Run<'_, L> {
                 Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
                 // Reading changes nothing that an entry prepares; writing may. Nor may an
                 // exception be raised here: what was injected before is not concluded yet.
-                Exit::Rdmsr if self.rdmsr() => {}
+                Exit::Rdmsr if self.rdmsr_at_once() => {}
                 Exit::Wrmsr if self.wrmsr_at_once() => {}
                 Exit::Timer if self.timer_at_once() => {}
                 exit => return exit,
@@ -331,8 +355,13 @@ impl<L: Loaded> Run<'_, L> {
     fn load_guest_state(&mut self, irqs: &IrqsOff) -> Switched {
         let mut switched = Switched {
             xcr0: false,
+            pkru: None,
             debugctl: debug::host_debugctl(),
         };
+        // The guest's own once it has either: by WRPKRU, or by XRSTOR.
+        if self.host.has_pku && (self.arch.xcr0 & Xcr0::PKRU.bits() != 0 || self.hw.has_pke()) {
+            switched.pkru = Some(host_msr::swap_pkru(irqs, self.arch.pkru));
+        }
         if self.host.xcr0 != 0
             && self.arch.xcr0 != self.host.xcr0
             && self.hw.cr4().has(Cr4::OSXSAVE)
@@ -357,6 +386,9 @@ impl<L: Loaded> Run<'_, L> {
         }
         if switched.xcr0 {
             host_msr::load_xcr0(irqs, self.host.xcr0);
+        }
+        if let Some(pkru) = switched.pkru {
+            self.arch.pkru = host_msr::swap_pkru(irqs, pkru);
         }
         if switched.debugctl != 0 {
             debug::restore_host_debugctl(switched.debugctl);
@@ -413,13 +445,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.register_written(offset);
                 Ok(Next::Guest)
             }
-            Exit::Rdmsr => {
-                if self.rdmsr() {
-                    Ok(Next::Guest)
-                } else {
-                    self.raise(Fault::gp(0))
-                }
-            }
+            Exit::Rdmsr => self.rdmsr(),
             Exit::Wrmsr => self.wrmsr(),
             Exit::Cr(access) => {
                 let len = self.hw.instruction_len();
@@ -430,17 +456,15 @@ impl<L: Loaded> Run<'_, L> {
             Exit::Exception(exception) if exception.vector == Vector::AC => {
                 self.alignment_check(exception)
             }
+            Exit::Exception(exception) if exception.vector == Vector::UD => {
+                self.undefined(exception)
+            }
             Exit::Exception(exception) => {
                 events::mark_restart(&mut self.hw, exception.vector);
                 self.arch.events.raise(exception);
                 Ok(Next::Guest)
             }
-            Exit::Vmcall => {
-                self.shared.stats.hypercalls.bump();
-                self.hypercall();
-                self.skip();
-                Ok(Next::Guest)
-            }
+            Exit::Vmcall => self.vmcall(),
             Exit::Pause => self.pause(),
             Exit::Invd => {
                 self.skip();
@@ -517,22 +541,6 @@ impl<L: Loaded> Run<'_, L> {
         Ok(Next::Guest)
     }
 
-    /// VMCALL: no hypercall is offered, and none at all to user mode.
-    fn hypercall(&mut self) {
-        let error: i64 = if crate::arch::cpl(&mut self.hw) == 0 {
-            -i64::from(crate::bindings::KVM_ENOSYS)
-        } else {
-            -i64::from(crate::bindings::KVM_EPERM)
-        };
-        let value = error as u64;
-        let value = if crate::arch::in_64bit_mode(&mut self.hw) {
-            value
-        } else {
-            value & 0xffff_ffff
-        };
-        self.hw.set_gpr(Gpr::Rax, value);
-    }
-
     /// Raises an exception in the place of completing the instruction.
     fn raise(&mut self, fault: Fault) -> Result<Next> {
         events::mark_restart(&mut self.hw, fault.vector);
@@ -552,6 +560,8 @@ impl<L: Loaded> Run<'_, L> {
 /// What [`Run::load_guest_state`] changed.
 struct Switched {
     xcr0: bool,
+    /// The thread's PKRU.
+    pkru: Option<u32>,
     debugctl: u64,
 }
 

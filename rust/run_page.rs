@@ -11,6 +11,7 @@ use crate::bindings::kvm_run;
 use crate::linux::file::NewVma;
 use crate::linux::page::KernelPage;
 use crate::linux::page::PAGE_SIZE;
+use crate::x86::msr::Msr;
 use core::mem::offset_of;
 use kernel::prelude::*;
 
@@ -250,11 +251,67 @@ impl RunPages {
         self.set_internal_error(abi::internal::EMULATION, &words);
     }
 
+    /// KVM_EXIT_HYPERCALL; `wide` is whether the guest executes 64-bit code.
+    pub(crate) fn set_hypercall(&self, number: u64, args: [u64; 3], wide: bool) {
+        self.set_exit_reason(abi::exit::HYPERCALL);
+        let run = &self.run;
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.hypercall.nr), number);
+        let mut at = offset_of!(kvm_run, __bindgen_anon_1.hypercall.args);
+        for arg in args {
+            run.write(at, arg);
+            at += 8;
+        }
+        // A VMM that says nothing has done it.
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.hypercall.ret), 0u64);
+        // KVM_EXIT_HYPERCALL_LONG_MODE.
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.hypercall.__bindgen_anon_1.flags),
+            u64::from(wide),
+        );
+    }
+
+    /// What the VMM's hypercall came to.
+    pub(crate) fn hypercall_result(&self) -> u64 {
+        self.run
+            .read(offset_of!(kvm_run, __bindgen_anon_1.hypercall.ret))
+    }
+
     /// KVM_EXIT_IOAPIC_EOI.
     pub(crate) fn set_ioapic_eoi(&self, vector: u8) {
         self.set_exit_reason(abi::exit::IOAPIC_EOI);
         self.run
             .write(offset_of!(kvm_run, __bindgen_anon_1.eoi.vector), vector);
+    }
+
+    /// KVM_EXIT_X86_RDMSR, or KVM_EXIT_X86_WRMSR of a value.
+    pub(crate) fn set_msr(&self, msr: Msr, value: Option<u64>, reason: u32) {
+        let exit = match value {
+            None => abi::exit::RDMSR,
+            Some(_) => abi::exit::WRMSR,
+        };
+        self.set_exit_reason(exit);
+        let run = &self.run;
+        // The answer, and what pads it.
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.msr.error), 0u64);
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.msr.reason), reason);
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.msr.index), msr.0);
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.msr.data),
+            value.unwrap_or(0),
+        );
+    }
+
+    /// Whether the VMM refused the access.
+    pub(crate) fn msr_refused(&self) -> bool {
+        self.run
+            .read::<u8>(offset_of!(kvm_run, __bindgen_anon_1.msr.error))
+            != 0
+    }
+
+    /// What the VMM answered to a read.
+    pub(crate) fn msr_data(&self) -> u64 {
+        self.run
+            .read(offset_of!(kvm_run, __bindgen_anon_1.msr.data))
     }
 
     /// KVM_EXIT_EXCEPTION.

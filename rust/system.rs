@@ -22,6 +22,7 @@ use crate::x86::cpuid::CpuidEntry;
 use crate::x86::cpuid::CpuidRegs;
 use crate::x86::cpuid::XsaveLayout;
 use crate::x86::cpuid::MAX_ENTRIES;
+use crate::x86::mce;
 use crate::x86::msr::state::MsrState;
 use crate::x86::msr::Msr;
 use crate::x86::msr::SAVED;
@@ -34,6 +35,8 @@ use kernel::sync::ArcBorrow;
 pub(crate) struct Host {
     /// The host's XCR0; 0 if it does not use XSAVE.
     pub(crate) xcr0: u64,
+    /// The host uses protection keys, and switches PKRU.
+    pub(crate) has_pku: bool,
     /// Where XSAVE puts what.
     pub(crate) xsave: XsaveLayout,
     /// What KVM_GET_SUPPORTED_CPUID amounts to.
@@ -51,24 +54,25 @@ impl Host {
     pub(crate) fn new(backend: &impl Backend) -> Result<Self> {
         let features = backend.features();
         let xcr0 = host_msr::host_xcr0();
+        let has_pku = host_msr::host_has_pku() && Xcr0::new(xcr0).has(Xcr0::PKRU);
         let policy = Policy {
-            // AMX needs a permission for each process, and PKRU a switch of its own.
-            xcr0: Xcr0::new(xcr0 & fpu::permitted_xfeatures())
-                .without(Xcr0::AMX)
-                .without(Xcr0::PKRU),
+            // AMX needs a permission for each process.
+            xcr0: Xcr0::new(xcr0 & fpu::permitted_xfeatures()).without(Xcr0::AMX),
             invpcid: features.invpcid,
             rdtscp: features.rdtscp,
             xsaves: features.xsaves && host_msr::host_xss() == 0,
-            pku: false,
+            pku: has_pku,
             umip: backend.cr4_allowed() & crate::x86::regs::Cr4::UMIP.bits() != 0,
             spec_ctrl: false,
             arch_capabilities: false,
             tsc_adjust: true,
             kernel_apic: true,
+            paravirtual: crate::pv::supported(),
             mappable_bits: 48,
         };
         let mut host = Self {
             xcr0,
+            has_pku,
             xsave: XsaveLayout::from_host(host_cpuid),
             supported: GuestFeatures::default(),
             policy,
@@ -120,6 +124,10 @@ impl<B: Backend> FileObject for System<B> {
             ioctl::GET_SUPPORTED_CPUID => this.get_supported_cpuid(arg),
             ioctl::GET_MSR_INDEX_LIST => this.get_msr_index_list(arg),
             ioctl::GET_MSR_FEATURE_INDEX_LIST => write_msr_list(arg, &FEATURE_MSRS.map(|m| m.0)),
+            ioctl::X86_GET_MCE_CAP_SUPPORTED => {
+                user::write(arg, &mce::SUPPORTED)?;
+                Ok(0)
+            }
             ioctl::GET_MSRS => get_feature_msrs(arg),
             // As in KVM, where a VM's file has ENOTTY for it.
             _ => Err(EINVAL),

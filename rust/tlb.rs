@@ -27,6 +27,7 @@
 
 use crate::apics::SharedApic;
 use crate::linux::ipi;
+use crate::linux::irq::PreemptOff;
 use crate::linux::wait::Sleeper;
 use crate::mem::ring::DirtyRing;
 use crate::stats::VcpuStats;
@@ -68,6 +69,13 @@ pub(crate) enum Request {
     EoiVectors = 1 << 5,
     /// The PIT has ticked, for an APIC that makes an NMI of it.
     Watchdog = 1 << 6,
+    /// Structures of the guest's that the kernel keeps up to date may have to be: see
+    /// [`PvState`](crate::pv::PvState).
+    Structures = 1 << 7,
+    /// Another vCPU has woken this one from HLT, by a hypercall.
+    Unhalt = 1 << 8,
+    /// The VMM has changed which MSRs the guest may access.
+    MsrFilter = 1 << 9,
 }
 
 impl Request {
@@ -75,7 +83,8 @@ impl Request {
     pub(crate) const WAKE: u32 = Self::Interrupts as u32
         | Self::ApicEvents as u32
         | Self::Timer as u32
-        | Self::Watchdog as u32;
+        | Self::Watchdog as u32
+        | Self::Unhalt as u32;
 }
 
 /// The vCPU executes host code, or is not loaded at all.
@@ -116,9 +125,10 @@ impl VcpuShared {
     ) -> impl PinInit<Self, Error> {
         // Nobody takes requests of an APIC where there is none.
         let requests = match apic {
-            Some(_) => Request::WriteLogging as u32 | Request::EoiVectors as u32,
-            None => Request::WriteLogging as u32,
+            Some(_) => Request::EoiVectors as u32,
+            None => 0,
         };
+        let requests = requests | Request::WriteLogging as u32 | Request::MsrFilter as u32;
         try_pin_init!(Self {
             requests: AtomicU32::new(requests),
             mode: AtomicU32::new(OUTSIDE_GUEST),
@@ -142,16 +152,18 @@ impl VcpuShared {
     /// if it is there. In any context.
     pub(crate) fn request_and_kick(&self, request: Request) {
         self.request(request);
-        if self.sleeper.wake() {
+        if self.sleeper.wake() || self.mode.load(Ordering::SeqCst) != IN_GUEST {
             return;
         }
+        // The CPU that is to be interrupted cannot go offline while others do not give up theirs.
+        let preempt = PreemptOff::new();
         // One interrupt is enough.
         let left =
             self.mode
                 .compare_exchange(IN_GUEST, LEAVING_GUEST, Ordering::SeqCst, Ordering::SeqCst);
         if left.is_ok() {
             if let Some(cpu) = CpuId::from_i32(self.cpu()) {
-                ipi::interrupt(cpu);
+                ipi::interrupt(cpu, &preempt);
             }
         }
     }
@@ -159,11 +171,12 @@ impl VcpuShared {
     /// Interrupts have been posted: a processor that runs the guest is told, and takes them without an
     /// exit; else the vCPU is. In any context.
     pub(crate) fn notify_posted(&self) {
+        let preempt = PreemptOff::new();
         // The poster's barrier between what it posted and this look; pairs with the vCPU's between its
         // mode and its look for posted interrupts.
         if self.mode.load(Ordering::SeqCst) == IN_GUEST {
             if let Some(cpu) = CpuId::from_i32(self.cpu()) {
-                ipi::post_interrupt(cpu);
+                ipi::post_interrupt(cpu, &preempt);
             }
         } else {
             self.request_and_kick(Request::Interrupts);

@@ -10,6 +10,7 @@ mod cpuid;
 mod events;
 mod fpu;
 mod lapic;
+mod mce;
 mod msrs;
 mod regs;
 pub(crate) mod sync;
@@ -36,6 +37,8 @@ use crate::linux::task;
 use crate::linux::task::SignalMask;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
+use crate::pv::steal::Preemption;
+use crate::pv::steal::Watch;
 use crate::run::apic::Around;
 use crate::run::Run;
 use crate::run_page::RunPages;
@@ -71,6 +74,8 @@ struct State<B: Backend> {
     #[pin]
     follows: Followed<B::Follows>,
     #[pin]
+    preemption: Followed<Preemption>,
+    #[pin]
     fpu: GuestFpu,
     hw: B::Vcpu,
     arch: Arch,
@@ -96,6 +101,7 @@ impl<B: Backend> State<B> {
                 backend.new_vcpu(vm.memory.eptp(), pages, vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
             let mut arch = Arch::new(boots)?;
+            arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, &vm.apics);
                 let virtualised = backend.virtualises_apics();
@@ -107,6 +113,7 @@ impl<B: Backend> State<B> {
             }
             Ok(try_pin_init!(Self {
                 follows <- Followed::new(follows),
+                preemption <- Followed::new(Preemption::new(vm.memory.clone(), shared.clone())),
                 fpu <- GuestFpu::new(),
                 hw,
                 arch,
@@ -183,6 +190,7 @@ impl<B: Backend> Vcpu<B> {
 
     fn around(&self) -> Around<'_> {
         Around {
+            memory: &self.vm.memory,
             shared: &self.shared,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
@@ -240,6 +248,7 @@ impl<B: Backend> Vcpu<B> {
         let mut guard = self.state.lock_killable()?;
         let state = guard.as_mut().project();
         let follows = state.follows.into_ref().get_ref();
+        let preemption = state.preemption.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
         if core::mem::replace(&mut state.arch.thread, task::current_address())
             != task::current_address()
@@ -277,9 +286,11 @@ impl<B: Backend> Vcpu<B> {
             bus: &self.vm.bus,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
+            msrs: &self.vm.msrs,
             shared: &self.shared,
             page: &self.pages,
             host,
+            watch: Watch::new(preemption, &self.vm.notifiers),
         };
         let result = run.run(prepared);
         self.shared.end_run();
@@ -420,10 +431,22 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 let xcrs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_xcrs(&xcrs))?;
             }
+            ioctl::ENABLE_CAP => {
+                let cap = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.enable_cap(&cap))?;
+            }
             ioctl::GET_CPUID2 => this.with_loaded(|cpu| cpu.get_cpuid(arg))?,
             ioctl::SET_CPUID2 => this.with_loaded(|cpu| cpu.set_cpuid(arg))?,
             ioctl::GET_MSRS => return this.with_loaded(|cpu| cpu.get_msrs(arg)),
             ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
+            ioctl::X86_SETUP_MCE => {
+                let cap = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.setup_mce(cap))?;
+            }
+            ioctl::X86_SET_MCE => {
+                let mce = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_mce(&mce))?;
+            }
             ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.tsc_khz as isize)),
             ioctl::GET_STATS_FD => return Self::stats_fd(this),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,

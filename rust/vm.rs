@@ -29,6 +29,7 @@ use crate::linux::preempt::NotifiersOn;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
+use crate::msr_filter::MsrRules;
 use crate::stats;
 use crate::stats::Description;
 use crate::system::no_arg;
@@ -47,13 +48,14 @@ use kernel::sync::Mutex;
 #[pin_data]
 pub(crate) struct Vm<B: Backend> {
     pub(crate) machine: Arc<Machine<B>>,
-    #[pin]
-    pub(crate) memory: GuestMemory,
+    pub(crate) memory: Arc<GuestMemory>,
     #[pin]
     pub(crate) bus: Bus,
     pub(crate) apics: Arc<Apics>,
     pub(crate) irqs: Arc<Irqs>,
     irqfds: IrqFds,
+    #[pin]
+    pub(crate) msrs: MsrRules,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Held while a vCPU is made.
@@ -128,17 +130,19 @@ impl<B: Backend> Vm<B> {
     pub(crate) fn new(machine: Arc<Machine<B>>) -> Result<Arc<Self>> {
         let caps = machine.backend.ept_caps();
         let pid = current!().pid();
+        let memory = Arc::pin_init(GuestMemory::new(caps), GFP_KERNEL_ACCOUNT)?;
         let apics = Apics::new()?;
         let irqs = Irqs::new(&apics)?;
         let irqfds = IrqFds::new(irqs.clone())?;
         Arc::pin_init(
             try_pin_init!(Self {
                 machine,
-                memory <- GuestMemory::new(caps),
+                memory,
                 bus <- Bus::new(irqs.clone()),
                 apics,
                 irqs,
                 irqfds,
+                msrs <- MsrRules::new(),
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus::new()),
                 boot_cpu_id: AtomicU32::new(0),
@@ -269,6 +273,11 @@ impl<B: Backend> FileObject for Vm<B> {
             }
             ioctl::CLEAR_DIRTY_LOG => {
                 this.memory.clear_dirty_log(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::SET_MSR_FILTER => {
+                let filter = user::read(arg)?;
+                this.msrs.set_filter(&filter, this.memory.vcpus())?;
                 Ok(0)
             }
             ioctl::RESET_DIRTY_RINGS => this.memory.reset_dirty_rings(),

@@ -3,13 +3,16 @@
 //! The Intel backend: VMX with EPT and unrestricted guests.
 //!
 //! VMX itself belongs to the kernel: it is turned on for a CPU while somebody holds a reference to
-//! it there, and rkvm holds one on every CPU that is online, as kvm-intel does when it is loaded.
+//! it there, and rkvm holds one on every CPU that is online, as kvm-intel does when it is loaded:
+//! see [`power`].
 
 mod apic;
 mod caps;
 mod exit;
 mod fields;
 mod load;
+mod msr_bitmap;
+mod power;
 mod vcpu;
 mod vmcs;
 mod write_log;
@@ -20,10 +23,9 @@ use crate::backend::Features;
 use crate::backend::FreeInstructions;
 use crate::bindings;
 use crate::linux::cpu::HotplugState;
-use crate::linux::cpu::PerCpuHold;
 use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
-use crate::linux::page::KernelPage;
+use crate::linux::power::PowerState;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::unsupported;
@@ -32,11 +34,11 @@ use crate::system::Machine;
 use crate::x86::msr::Msr;
 use caps::VmxCaps;
 use fields::SecondaryControls;
-use kernel::error::to_result;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use load::Loadable;
 use load::SwitchedMsrs;
+use power::VmxHold;
 use vcpu::LoadedVcpu;
 use vcpu::VmxVcpu;
 use vmcs::Vmcs;
@@ -88,96 +90,12 @@ impl HostState {
     }
 }
 
-/// Which accesses to an MSR do not exit.
-#[derive(Clone, Copy)]
-enum Pass {
-    Reads,
-    Writes,
-    Both,
-}
-
-/// The bitmap of the MSRs that a guest reads and writes without an exit (SDM vol. 3, 25.6.9). It is
-/// the same for all.
-struct MsrBitmap(KernelPage);
-
-impl MsrBitmap {
-    const READ_LOW: usize = 0;
-    const READ_HIGH: usize = 1024;
-    const WRITE: usize = 2048;
-
-    fn new() -> Result<Self> {
-        let page = KernelPage::new()?;
-        for offset in (0..4096).step_by(8) {
-            page.write(offset, u64::MAX);
-        }
-        let bitmap = Self(page);
-        for msr in [
-            Msr::FS_BASE,
-            Msr::GS_BASE,
-            Msr::KERNEL_GS_BASE,
-            Msr::SYSENTER_CS,
-            Msr::SYSENTER_ESP,
-            Msr::SYSENTER_EIP,
-        ] {
-            bitmap.pass(msr, Pass::Both);
-        }
-        for msr in [Msr::TSC, Msr::STAR, Msr::LSTAR, Msr::SYSCALL_MASK] {
-            bitmap.pass(msr, Pass::Reads);
-        }
-        Ok(bitmap)
-    }
-
-    /// The same for a guest whose x2APIC registers the processor has: reads of all but the current count,
-    /// and writes of those that change nothing outside.
-    fn with_x2apic() -> Result<Self> {
-        const READ: [core::ops::RangeInclusive<u32>; 8] = [
-            0x802..=0x803,
-            0x808..=0x808,
-            0x80a..=0x80a,
-            0x80d..=0x80d,
-            0x80f..=0x828,
-            0x830..=0x830,
-            0x832..=0x838,
-            0x83e..=0x83e,
-        ];
-        let bitmap = Self::new()?;
-        for msr in READ.into_iter().flatten() {
-            bitmap.pass(Msr(msr), Pass::Reads);
-        }
-        for msr in [Msr::X2APIC_TPR, Msr::X2APIC_EOI, Msr::X2APIC_SELF_IPI] {
-            bitmap.pass(msr, Pass::Writes);
-        }
-        Ok(bitmap)
-    }
-
-    fn pass(&self, msr: Msr, what: Pass) {
-        let Msr(msr) = msr;
-        let base = if msr < 0x2000 {
-            Self::READ_LOW
-        } else {
-            Self::READ_HIGH
-        };
-        let byte = base + (msr & 0x1fff) as usize / 8;
-        let bit = 1u8 << (msr & 7);
-        if !matches!(what, Pass::Writes) {
-            self.0.write(byte, self.0.read::<u8>(byte) & !bit);
-        }
-        if !matches!(what, Pass::Reads) {
-            let byte = byte + Self::WRITE;
-            self.0.write(byte, self.0.read::<u8>(byte) & !bit);
-        }
-    }
-
-    fn phys(&self) -> u64 {
-        self.0.phys()
-    }
-}
-
 // The VMCSs that exist, by VPID counted from the top: kvm-intel, which may be loaded too, counts from
-// the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.)
+// the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.) A CPU
+// that goes down or to sleep looks into it with interrupts off, so they are off for all who do.
 kernel::sync::global_lock! {
-    // SAFETY: Initialised by `probe`, in the module's initialiser, before the device can be opened.
-    unsafe(uninit) static VMCSS: Mutex<KVVec<Option<Arc<Vmcs>>>> = KVVec::new();
+    // SAFETY: Initialised by `new`, in the module's initialiser, before the device can be opened.
+    unsafe(uninit) static VMCSS: SpinLock<KVVec<Option<Arc<Vmcs>>>> = KVVec::new();
 }
 
 kernel::sync::global_lock! {
@@ -195,19 +113,41 @@ pub(crate) struct Vpid(u16);
 impl Vpid {
     /// Enters a VMCS into the list: ENOSPC if there are 65,535 vCPUs already.
     fn register(vmcs: &Arc<Vmcs>) -> Result<Self> {
-        let mut list = VMCSS.lock();
-        let free = list.iter().position(Option::is_none);
-        let index = free.unwrap_or(list.len());
-        // Number 0 means that VPIDs are off.
-        if index >= usize::from(u16::MAX) {
-            return Err(ENOSPC);
+        let mut bigger = KVVec::new();
+        loop {
+            // What was there is dropped after the lock.
+            let irqs = IrqsOff::new();
+            let mut list = VMCSS.lock();
+            let free = list.iter().position(Option::is_none);
+            let index = free.unwrap_or(list.len());
+            // Number 0 means that VPIDs are off.
+            if index >= usize::from(u16::MAX) {
+                return Err(ENOSPC);
+            }
+            if index == list.len() && index == list.capacity() {
+                // Room is made where the allocator may sleep, and things may have changed meanwhile.
+                if bigger.capacity() <= index {
+                    drop(list);
+                    drop(irqs);
+                    let room = (index * 2).max(64);
+                    bigger = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
+                    continue;
+                }
+                for old in list.drain_all() {
+                    // There is room.
+                    let _ = bigger.push_within_capacity(old);
+                }
+                core::mem::swap(&mut *list, &mut bigger);
+            }
+            match list.get_mut(index) {
+                Some(place) => *place = Some(vmcs.clone()),
+                None => list
+                    .push_within_capacity(Some(vmcs.clone()))
+                    .map_err(|_| ENOMEM)?,
+            }
+            // INVARIANT: The place has just been taken.
+            return Ok(Self(u16::MAX - index as u16));
         }
-        match list.get_mut(index) {
-            Some(place) => *place = Some(vmcs.clone()),
-            None => list.push(Some(vmcs.clone()), GFP_KERNEL_ACCOUNT)?,
-        }
-        // INVARIANT: The place has just been taken.
-        Ok(Self(u16::MAX - index as u16))
     }
 
     /// The number, not 0.
@@ -219,10 +159,13 @@ impl Vpid {
 
 impl Drop for Vpid {
     fn drop(&mut self) {
-        let mut list = VMCSS.lock();
-        if let Some(place) = list.get_mut(usize::from(u16::MAX - self.0)) {
-            *place = None;
-        }
+        // Who drops the last reference may wait for another CPU, so that is not done in here.
+        let _vmcs = {
+            let _irqs = IrqsOff::new();
+            let mut list = VMCSS.lock();
+            list.get_mut(usize::from(u16::MAX - self.0))
+                .and_then(Option::take)
+        };
     }
 }
 
@@ -230,31 +173,9 @@ impl Drop for Vpid {
 pub(crate) struct Vmx {
     caps: VmxCaps,
     host: HostState,
-    msr_bitmap: MsrBitmap,
-    x2apic_msr_bitmap: MsrBitmap,
     /// Last: VMX goes off after everything that needs it is gone.
+    _awake: Pin<KBox<PowerState<VmxHold>>>,
     _on: HotplugState<VmxHold>,
-}
-
-/// A reference to VMX on each CPU.
-struct VmxHold;
-
-impl PerCpuHold for VmxHold {
-    fn acquire() -> Result {
-        // SAFETY: Called on the CPU that is to hold the reference.
-        to_result(unsafe { bindings::rkvm_vmx_get_ref() })
-    }
-
-    fn release(_cpu: u32) {
-        // What this CPU caches of a VMCS must be in memory before VMX goes off here.
-        for vmcs in VMCSS.lock().iter().flatten() {
-            // The vCPU's thread, on another CPU by now, may ask for the same by an IPI.
-            let _irqs = IrqsOff::new();
-            vmcs.clear_here();
-        }
-        // SAFETY: `acquire` took a reference on this CPU.
-        unsafe { bindings::rkvm_vmx_put_ref() };
-    }
 }
 
 impl Vmx {
@@ -281,13 +202,14 @@ impl Vmx {
             VMCSS.init();
             MACHINE.init();
         }
+        let (caps, host) = (VmxCaps::probe()?, HostState::read()?);
+        let on = HotplugState::register()
+            .inspect_err(|_| pr_err!("VMX could not be turned on on every CPU\n"))?;
         Ok(Self {
-            caps: VmxCaps::probe()?,
-            host: HostState::read()?,
-            msr_bitmap: MsrBitmap::new()?,
-            x2apic_msr_bitmap: MsrBitmap::with_x2apic()?,
-            _on: HotplugState::register()
-                .inspect_err(|_| pr_err!("VMX could not be turned on on every CPU\n"))?,
+            caps,
+            host,
+            _awake: KBox::pin_init(PowerState::register(), GFP_KERNEL)?,
+            _on: on,
         })
     }
 }
@@ -295,7 +217,10 @@ impl Vmx {
 impl Drop for Vmx {
     fn drop(&mut self) {
         // Nobody drops a static. The list is empty by now, but its room is not given back.
-        *VMCSS.lock() = KVVec::new();
+        let _room = {
+            let _irqs = IrqsOff::new();
+            core::mem::replace(&mut *VMCSS.lock(), KVVec::new())
+        };
     }
 }
 

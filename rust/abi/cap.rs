@@ -59,8 +59,14 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_DISABLE_QUIRKS
         | b::KVM_CAP_VCPU_ATTRIBUTES
         | b::KVM_CAP_EXIT_ON_EMULATION_FAILURE
+        | b::KVM_CAP_ENFORCE_PV_FEATURE_CPUID
+        | b::KVM_CAP_X86_USER_SPACE_MSR
+        | b::KVM_CAP_X86_MSR_FILTER
+        | b::KVM_CAP_MSR_PLATFORM_INFO
         | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
+        b::KVM_CAP_MCE => crate::x86::mce::MAX_BANKS as isize,
         b::KVM_CAP_DISABLE_QUIRKS2 => crate::apics::QUIRKS as isize,
+        b::KVM_CAP_EXIT_HYPERCALL => crate::run::hypercall::FOR_VMM as isize,
         b::KVM_CAP_IRQ_ROUTING => crate::irq::MAX_ROUTES as isize,
         b::KVM_CAP_X2APIC_API => crate::apics::X2APIC_API as isize,
         b::KVM_CAP_X86_APIC_BUS_CYCLES_NS => APIC_BUS_CYCLE_NS,

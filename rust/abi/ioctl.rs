@@ -20,16 +20,19 @@ pub(crate) const CHECK_EXTENSION: u32 = _IO(KVMIO, 0x03);
 pub(crate) const GET_VCPU_MMAP_SIZE: u32 = _IO(KVMIO, 0x04);
 pub(crate) const GET_SUPPORTED_CPUID: u32 = _IOWR::<kvm_cpuid2>(KVMIO, 0x05);
 pub(crate) const GET_MSR_FEATURE_INDEX_LIST: u32 = _IOWR::<kvm_msr_list>(KVMIO, 0x0a);
+pub(crate) const X86_GET_MCE_CAP_SUPPORTED: u32 = _IOR::<u64>(KVMIO, 0x9d);
 
 // A VM.
+/// Of a vCPU, too.
+pub(crate) const ENABLE_CAP: u32 = _IOW::<kvm_enable_cap>(KVMIO, 0xa3);
 pub(crate) const CREATE_VCPU: u32 = _IO(KVMIO, 0x41);
 pub(crate) const GET_DIRTY_LOG: u32 = _IOW::<kvm_dirty_log>(KVMIO, 0x42);
 pub(crate) const SET_NR_MMU_PAGES: u32 = _IO(KVMIO, 0x44);
 pub(crate) const SET_USER_MEMORY_REGION: u32 = _IOW::<kvm_userspace_memory_region>(KVMIO, 0x46);
 pub(crate) const SET_TSS_ADDR: u32 = _IO(KVMIO, 0x47);
 pub(crate) const SET_IDENTITY_MAP_ADDR: u32 = _IOW::<u64>(KVMIO, 0x48);
-pub(crate) const ENABLE_CAP: u32 = _IOW::<kvm_enable_cap>(KVMIO, 0xa3);
 pub(crate) const CLEAR_DIRTY_LOG: u32 = _IOWR::<kvm_clear_dirty_log>(KVMIO, 0xc0);
+pub(crate) const SET_MSR_FILTER: u32 = _IOW::<kvm_msr_filter>(KVMIO, 0xc6);
 pub(crate) const RESET_DIRTY_RINGS: u32 = _IO(KVMIO, 0xc7);
 pub(crate) const SET_USER_MEMORY_REGION2: u32 = _IOW::<kvm_userspace_memory_region2>(KVMIO, 0x49);
 pub(crate) const REGISTER_COALESCED_MMIO: u32 = _IOW::<kvm_coalesced_mmio_zone>(KVMIO, 0x67);
@@ -67,6 +70,8 @@ pub(crate) const GET_FPU: u32 = _IOR::<kvm_fpu>(KVMIO, 0x8c);
 pub(crate) const SET_FPU: u32 = _IOW::<kvm_fpu>(KVMIO, 0x8d);
 pub(crate) const SET_CPUID2: u32 = _IOW::<kvm_cpuid2>(KVMIO, 0x90);
 pub(crate) const GET_CPUID2: u32 = _IOWR::<kvm_cpuid2>(KVMIO, 0x91);
+pub(crate) const X86_SETUP_MCE: u32 = _IOW::<u64>(KVMIO, 0x9c);
+pub(crate) const X86_SET_MCE: u32 = _IOW::<kvm_x86_mce>(KVMIO, 0x9e);
 pub(crate) const GET_MP_STATE: u32 = _IOR::<kvm_mp_state>(KVMIO, 0x98);
 pub(crate) const SET_MP_STATE: u32 = _IOW::<kvm_mp_state>(KVMIO, 0x99);
 pub(crate) const NMI: u32 = _IO(KVMIO, 0x9a);

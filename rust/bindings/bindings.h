@@ -16,6 +16,7 @@
 #include <linux/sched.h>
 #include <linux/signal.h>
 #include <linux/smp.h>
+#include <linux/syscore_ops.h>
 #include <asm/fpu/api.h>
 #include <asm/fpu/types.h>
 #include <asm/mmu_context.h>

@@ -14,6 +14,7 @@
 #include <linux/rcuwait.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
+#include <linux/sched/stat.h>
 #include <linux/smp.h>
 #include <asm/apic.h>
 #include <asm/cpu.h>
@@ -251,6 +252,8 @@ u64 rkvm_get_debugctl(void) { return get_debugctlmsr(); }
 void rkvm_set_debugctl(u64 value) { update_debugctlmsr(value); }
 u64 rkvm_xgetbv(void) { return xgetbv(XCR_XFEATURE_ENABLED_MASK); }
 void rkvm_xsetbv(u64 value) { xsetbv(XCR_XFEATURE_ENABLED_MASK, value); }
+u32 rkvm_rdpkru(void) { return rdpkru(); }
+void rkvm_wrpkru(u32 value) { wrpkru(value); }
 bool rkvm_host_osxsave(void) { return boot_cpu_has(X86_FEATURE_OSXSAVE); }
 
 u64 rkvm_host_xss(void)
@@ -283,6 +286,19 @@ int rkvm_on_cpu(int cpu, void (*f)(void *), void *arg)
 	return smp_call_function_single(cpu, f, arg, 1);
 }
 
+bool rkvm_machine_goes_down(void)
+{
+	return system_state > SYSTEM_RUNNING && system_state <= SYSTEM_RESTART;
+}
+
+void rkvm_shut_down_cpus(void (*f)(void *))
+{
+	virt_rebooting = true;
+	/* Before VMX goes off: who faults then looks. */
+	smp_wmb();
+	on_each_cpu(f, NULL, 1);
+}
+
 void *rkvm_alloc_page(void) { return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT); }
 void rkvm_free_page(void *va) { free_page((unsigned long)va); }
 u64 rkvm_virt_to_phys(const void *va) { return virt_to_phys((void *)va); }
@@ -302,6 +318,11 @@ struct file *rkvm_readable_file(const char *name, const struct file_operations *
 }
 
 struct mm_struct *rkvm_current_mm(void) { return current->mm; }
+
+static DEFINE_PER_CPU(bool, vmx_held);
+
+bool rkvm_vmx_held(void) { return this_cpu_read(vmx_held); }
+void rkvm_set_vmx_held(bool held) { this_cpu_write(vmx_held, held); }
 
 /*
  * The VMCS that rkvm left current on a CPU, or all ones: a physical address.
@@ -354,3 +375,16 @@ bool rkvm_should_stop_polling(void)
 {
 	return need_resched() || signal_pending(current) || !single_task_running();
 }
+
+bool rkvm_delays_are_counted(void) { return sched_info_on(); }
+
+u64 rkvm_waited_ns(void)
+{
+#ifdef CONFIG_SCHED_INFO
+	return current->sched_info.run_delay;
+#else
+	return 0;
+#endif
+}
+
+bool rkvm_current_is_runnable(void) { return task_is_runnable(current); }

@@ -144,6 +144,9 @@ void rkvm_clear_dr7(void);
 
 u64 rkvm_get_debugctl(void);
 void rkvm_set_debugctl(u64 value);
+/* Of a CPU whose CR4.PKE is set. */
+u32 rkvm_rdpkru(void);
+void rkvm_wrpkru(u32 value);
 u64 rkvm_xgetbv(void);
 void rkvm_xsetbv(u64 value);
 bool rkvm_host_osxsave(void);
@@ -153,6 +156,10 @@ int rkvm_wrmsr_safe(u32 msr, u64 value);
 u32 rkvm_tsc_khz(void);
 void rkvm_cpuid(u32 leaf, u32 subleaf, u32 *regs);
 
+/* Whether VMX is on, on this CPU, for rkvm. */
+bool rkvm_vmx_held(void);
+void rkvm_set_vmx_held(bool held);
+
 /* The VMCS that rkvm left current on this CPU, or all ones. */
 u64 rkvm_current_vmcs(void);
 void rkvm_set_current_vmcs(u64 phys);
@@ -161,6 +168,11 @@ void rkvm_set_current_vmcs(u64 phys);
 int rkvm_cpuhp_setup(int (*online)(unsigned int), int (*offline)(unsigned int));
 void rkvm_cpuhp_remove(int state);
 int rkvm_on_cpu(int cpu, void (*f)(void *), void *arg);
+
+/* The machine shuts down, restarts or starts another kernel, or is about to. */
+bool rkvm_machine_goes_down(void);
+/* Calls f on all CPUs; instructions of VMX may fault from now on. */
+void rkvm_shut_down_cpus(void (*f)(void *));
 
 void *rkvm_alloc_page(void);
 void rkvm_free_page(void *va);
@@ -176,5 +188,10 @@ struct file_operations;
 struct file *rkvm_readable_file(const char *name, const struct file_operations *ops, void *priv);
 
 struct mm_struct *rkvm_current_mm(void);
+
+/* What the scheduler knows of the current thread. */
+bool rkvm_delays_are_counted(void);
+u64 rkvm_waited_ns(void);
+bool rkvm_current_is_runnable(void);
 
 #endif

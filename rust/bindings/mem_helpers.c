@@ -78,6 +78,14 @@ int rkvm_user_write(u64 dst, const void *src, u64 len)
 	}
 }
 
+int rkvm_user_write_nofault(u64 dst, const void *src, u64 len)
+{
+	/* The VMM may be ending, and this be in the middle of a switch to no address space. */
+	if (!current->mm)
+		return -EFAULT;
+	return copy_to_user_nofault((void __user *)dst, src, len);
+}
+
 /* One function for each size: the macro has a label, and a function has each but once. */
 #define DEFINE_USER_CMPXCHG(type)					\
 static int user_cmpxchg_##type(u64 addr, u64 old, u64 new)		\

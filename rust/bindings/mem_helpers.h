@@ -36,6 +36,8 @@ void rkvm_cond_resched(void);
 bool rkvm_user_range_ok(u64 addr, u64 size);
 int rkvm_user_read(void *dst, u64 src, u64 len);
 int rkvm_user_write(u64 dst, const void *src, u64 len);
+/* Without faults: -EFAULT too if the page is not there. In any context. */
+int rkvm_user_write_nofault(u64 dst, const void *src, u64 len);
 /* 1, 2, 4 or 8 bytes. 0: exchanged; 1: they were not @old; or -EFAULT. */
 int rkvm_user_cmpxchg(u64 addr, u8 len, u64 old, u64 new);
 

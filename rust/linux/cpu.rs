@@ -2,19 +2,25 @@
 
 //! Doing something on every CPU, now and as CPUs come and go.
 
+use super::irq::IrqsOff;
 use crate::bindings;
 use kernel::prelude::*;
 
-/// What must be held on every CPU that is online.
+/// What must be held on every CPU that is online and awake.
 pub(crate) trait PerCpuHold: 'static {
-    /// Called on a CPU that is online or is coming up, in a context that may sleep. An error keeps
-    /// the CPU from coming up.
+    /// Called on a CPU that is coming up or waking up, and on each at the beginning. It cannot leave the
+    /// CPU, and may not sleep. An error keeps a CPU from coming up.
     fn acquire() -> Result;
-    /// Called on a CPU that is going down, or on each when the registration ends.
-    fn release(cpu: u32);
+    /// Called on a CPU that goes down or to sleep, and on each at the end, with interrupts off. More than
+    /// once when the machine goes down.
+    fn release();
 }
 
 /// A CPU-hotplug state.
+///
+/// A CPU that goes down is told of it while threads are still there that have to be moved. None of
+/// them executes anything on that CPU any more, but the scheduler may switch to one, to move it away.
+/// (The state at which they all have gone, `CPUHP_AP_KVM_ONLINE`, is KVM's, and can be used once only.)
 ///
 /// # Invariants
 ///
@@ -50,8 +56,9 @@ impl<T: PerCpuHold> HotplugState<T> {
     /// # Safety
     ///
     /// Called by the hotplug machinery, on the CPU that is going down.
-    unsafe extern "C" fn offline(cpu: u32) -> i32 {
-        T::release(cpu);
+    unsafe extern "C" fn offline(_cpu: u32) -> i32 {
+        let _irqs = IrqsOff::new();
+        T::release();
         0
     }
 }

@@ -231,6 +231,16 @@ pub(crate) fn write_user(addr: u64, data: &[u8]) -> Result {
     })
 }
 
+/// Writes user memory if it is at hand: EFAULT, also if a page would have to be brought. In any context, with the
+/// current task's address space.
+#[inline]
+pub(crate) fn write_user_atomically(addr: u64, data: &[u8]) -> Result {
+    // SAFETY: The buffer has that length; the user side is checked.
+    kernel::error::to_result(unsafe {
+        own::rkvm_user_write_nofault(addr, data.as_ptr().cast(), data.len() as u64)
+    })
+}
+
 /// Makes the `len` bytes (1, 2, 4 or 8) of user memory at an aligned address be `new` if they are
 /// `old`, atomically; returns if they were. EFAULT, also for another length. Sleeps.
 pub(crate) fn cmpxchg_user(addr: u64, len: u8, old: u64, new: u64) -> Result<bool> {

@@ -90,6 +90,26 @@ pub(crate) fn load_xcr0(_irqs: &super::irq::IrqsOff, value: u64) {
     unsafe { bindings::rkvm_xsetbv(value) };
 }
 
+/// Loads PKRU for a guest, or the thread's back, and returns what was there. While a guest's is loaded nothing may access user memory.
+/// Only on a host that uses protection keys, where [`host_has_pku`].
+#[inline]
+pub(crate) fn swap_pkru(_irqs: &super::irq::IrqsOff, value: u32) -> u32 {
+    // SAFETY: CR4.PKE is set wherever the host uses protection keys; any value is one of PKRU.
+    unsafe {
+        let old = bindings::rkvm_rdpkru();
+        if old != value {
+            bindings::rkvm_wrpkru(value);
+        }
+        old
+    }
+}
+
+/// Whether the host uses protection keys: CPUID says so of a kernel that has set CR4.PKE.
+pub(crate) fn host_has_pku() -> bool {
+    const OSPKE: u32 = 1 << 4;
+    cpuid(0, 0)[0] >= 7 && cpuid(7, 0)[2] & OSPKE != 0
+}
+
 /// The host's IA32_XSS, 0 if the CPU has no XSAVES.
 pub(crate) fn host_xss() -> u64 {
     // SAFETY: Reads the MSR only if it exists.

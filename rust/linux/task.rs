@@ -101,6 +101,25 @@ pub(crate) fn yield_to(thread: &Task) -> Yielded {
     }
 }
 
+/// Whether the scheduler counts how long threads wait for a CPU.
+pub(crate) fn delays_are_counted() -> bool {
+    // SAFETY: Reads a setting.
+    unsafe { bindings::rkvm_delays_are_counted() }
+}
+
+/// How long the current thread has waited for a CPU so far, in nanoseconds.
+pub(crate) fn waited_ns() -> u64 {
+    // SAFETY: Reads a count of the current thread's.
+    unsafe { bindings::rkvm_waited_ns() }
+}
+
+/// Whether the current thread would go on if it had a CPU, rather than sleep. For who is called by the scheduler.
+#[inline]
+pub(crate) fn current_is_runnable() -> bool {
+    // SAFETY: Reads the state of the current thread.
+    unsafe { bindings::rkvm_current_is_runnable() }
+}
+
 /// A set of signals, as user space has it.
 pub(crate) type SignalMask = u64;
 

@@ -61,7 +61,7 @@ impl GuestMemory {
     /// Which memslots there are: odd while others are about to be published, and another number once
     /// they have been.
     #[inline]
-    fn slots_version(&self) -> u64 {
+    pub(super) fn slots_version(&self) -> u64 {
         self.inner.version.load(Ordering::Acquire)
     }
 }

@@ -11,6 +11,7 @@ use crate::irq::Irqs;
 use crate::irq::Mode;
 use crate::lapic::GuestClock;
 use crate::lapic::LocalApic;
+use crate::mem::GuestMemory;
 use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
@@ -30,6 +31,7 @@ use crate::x86::regs::Gpr;
 /// What a vCPU's local APIC reaches.
 #[derive(Clone, Copy)]
 pub(crate) struct Around<'a> {
+    pub(crate) memory: &'a GuestMemory,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) apics: &'a Apics,
     pub(crate) irqs: &'a Irqs,
@@ -147,6 +149,7 @@ impl<'a, L: Loaded> Run<'a, L> {
     /// What the vCPU's registers reach.
     pub(super) fn around(&self) -> Around<'a> {
         Around {
+            memory: self.memory,
             shared: self.shared,
             apics: self.apics,
             irqs: self.irqs,
@@ -215,7 +218,7 @@ impl<L: Loaded> Run<'_, L> {
         let done = match msr {
             Msr::X2APIC_EOI => self.eoi_at_once(value),
             Msr::X2APIC_ICR => self.command_at_once(msr, value),
-            Msr::TSC_DEADLINE => self.deadline_at_once(value),
+            Msr::TSC_DEADLINE if self.arch.msr_filter.is_none() => self.deadline_at_once(value),
             _ => false,
         };
         if done {
@@ -300,6 +303,7 @@ impl<L: Loaded> Run<'_, L> {
         };
         if !apic.virtualised {
             self.hw.set_priority_threshold(apic.priority_threshold());
+            self.offer_eoi();
             return;
         }
         let posted = self.shared.apic().filter(|shared| shared.has_posted());

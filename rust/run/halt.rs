@@ -89,7 +89,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Waits for a while without giving up the CPU: returns if something came.
     fn poll(&mut self) -> bool {
         let limit = self.arch.poll.ns();
-        if limit == 0 {
+        if limit == 0 || !self.arch.pv.host_polls {
             return false;
         }
         self.shared.stats.halt_attempted_poll.bump();
@@ -109,7 +109,10 @@ impl<L: Loaded> Run<'_, L> {
     /// Looks what has come for the APIC, and returns if the vCPU runs.
     pub(super) fn attend(&mut self) -> bool {
         if self.shared.pending() {
+            let between = self.watch.hold();
             self.take_apic_requests();
+            self.update_structures();
+            self.watch.set_between(between);
         }
         if matches!(self.arch.mp_state, HALTED | AP_RESET_HOLD) && self.has_reason_to_run() {
             self.arch.mp_state = RUNNABLE;
@@ -122,6 +125,9 @@ impl<L: Loaded> Run<'_, L> {
         let masked = self.hw.nmi_blocked();
         self.arch.events.set_nmi_masked(masked);
         let gate = events::gate(&mut self.hw);
+        if core::mem::take(&mut self.arch.pv.unhalted) {
+            return true;
+        }
         if self.arch.events.has_deliverable(gate) {
             return true;
         }
@@ -164,6 +170,9 @@ impl<L: Loaded> Run<'_, L> {
         }
         if shared.take(Request::Timer) {
             self.run_timer();
+        }
+        if shared.take(Request::Unhalt) {
+            self.arch.pv.unhalted = true;
         }
         let Some(apic) = self.arch.apic.as_deref_mut() else {
             return;
@@ -225,6 +234,7 @@ pub(crate) fn accept_events(hw: &mut impl Loaded, arch: &mut Arch, around: &Arou
 /// starts the machine.
 fn init(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>) {
     arch::init(hw, arch);
+    around.shared.request(Request::Structures);
     let Some(apic) = arch.apic.as_deref_mut() else {
         return;
     };

@@ -52,6 +52,7 @@ pub(super) struct EmuCpu<'a, L: Loaded> {
     hw: &'a mut L,
     maxphyaddr: u8,
     gbpages: bool,
+    pkru: u32,
     /// Asked for many times an instruction, and made of many fields: nothing that is emulated changes
     /// either but as its last act.
     mode: Option<CpuMode>,
@@ -64,6 +65,7 @@ impl<'a, L: Loaded> EmuCpu<'a, L> {
             hw,
             maxphyaddr: arch.features.maxphyaddr,
             gbpages: arch.features.has(Features::GBPAGES),
+            pkru: arch.pkru,
             mode: None,
             paging: None,
         }
@@ -181,8 +183,7 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
             cr4: self.hw.cr4(),
             efer: self.hw.efer(),
             rflags: self.hw.rflags(),
-            // Protection keys are not offered.
-            pkru: 0,
+            pkru: self.pkru,
             maxphyaddr: self.maxphyaddr,
             gbpages: self.gbpages,
         })

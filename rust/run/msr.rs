@@ -3,16 +3,20 @@
 //! RDMSR and WRMSR, by the guest and by the VMM.
 
 use super::apic::Around;
+use super::LinearRip;
 use super::Next;
+use super::Pending;
 use super::Run;
 use crate::arch::Arch;
 use crate::backend::Loaded;
+use crate::msr_filter;
 use crate::system::Host;
 use crate::x86::apic::Effect;
 use crate::x86::cpuid::features::Features;
 use crate::x86::cr;
 use crate::x86::exception::Fault;
 use crate::x86::msr;
+use crate::x86::msr::filter::Access;
 use crate::x86::msr::Class;
 use crate::x86::msr::Msr;
 use crate::x86::msr::MsrError;
@@ -20,14 +24,23 @@ use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use kernel::prelude::*;
 
+/// An access to an MSR that the VMM was asked for.
+pub(crate) struct PendingMsr {
+    read: bool,
+    /// Length of the instruction in bytes.
+    len: u8,
+    /// Where it is.
+    at: LinearRip,
+}
+
 impl<L: Loaded> Run<'_, L> {
     /// RDMSR, unless it is refused: nothing has changed then.
-    pub(super) fn rdmsr(&mut self) -> bool {
+    #[inline]
+    pub(super) fn rdmsr_at_once(&mut self) -> bool {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
-        match read(&mut self.hw, self.arch, msr, false) {
+        match self.guest_read(msr) {
             Ok(value) => {
-                self.hw.set_gpr(Gpr::Rax, value & 0xffff_ffff);
-                self.hw.set_gpr(Gpr::Rdx, value >> 32);
+                self.finish_rdmsr(value);
                 self.skip();
                 true
             }
@@ -35,19 +48,114 @@ impl<L: Loaded> Run<'_, L> {
         }
     }
 
+    /// RDMSR.
+    pub(super) fn rdmsr(&mut self) -> Result<Next> {
+        let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
+        match self.guest_read(msr) {
+            Ok(value) => {
+                self.finish_rdmsr(value);
+                self.skip();
+                Ok(Next::Guest)
+            }
+            Err(error) => self.msr_failed(msr, None, error),
+        }
+    }
+
     /// WRMSR.
     pub(super) fn wrmsr(&mut self) -> Result<Next> {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
         let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
-        let around = self.around();
-        match write(&mut self.hw, self.arch, &around, msr, value, false) {
+        match self.guest_write(msr, value) {
             Ok(effect) => {
                 self.apply(effect);
                 self.skip();
                 Ok(Next::Guest)
             }
-            Err(_) => self.raise(Fault::gp(0)),
+            Err(error) => self.msr_failed(msr, Some(value), error),
         }
+    }
+
+    /// The guest reads an MSR, if the VMM lets it.
+    #[inline]
+    pub(super) fn guest_read(&mut self, msr: Msr) -> Result<u64, MsrError> {
+        if is_denied(self.arch, msr, Access::Read) {
+            return Err(MsrError::Filtered);
+        }
+        if msr == Msr::PLATFORM_INFO && !self.msrs.shows_platform_info() {
+            return Err(MsrError::Refused);
+        }
+        read(&mut self.hw, self.arch, msr, false)
+    }
+
+    /// The guest writes an MSR, if the VMM lets it. What is left to do is for [`Run::apply`].
+    pub(super) fn guest_write(&mut self, msr: Msr, value: u64) -> Result<Effect, MsrError> {
+        if is_denied(self.arch, msr, Access::Write) {
+            return Err(MsrError::Filtered);
+        }
+        let around = self.around();
+        write(&mut self.hw, self.arch, &around, msr, value, false)
+    }
+
+    /// An access failed: #GP, unless the VMM wants to be asked. `value` is what was to be written.
+    pub(super) fn msr_failed(
+        &mut self,
+        msr: Msr,
+        value: Option<u64>,
+        error: MsrError,
+    ) -> Result<Next> {
+        if !self.msrs.asks_vmm(error) {
+            return self.raise(Fault::gp(0));
+        }
+        self.page.set_msr(msr, value, msr_filter::reason(error));
+        self.arch.pending = Pending::Msr(PendingMsr {
+            read: value.is_none(),
+            len: self.hw.instruction_len(),
+            at: LinearRip::of(&mut self.hw),
+        });
+        Ok(Next::User)
+    }
+
+    /// The VMM has answered.
+    pub(super) fn complete_msr(&mut self, pending: &PendingMsr) -> Result<Next> {
+        if !pending.at.is_still(&mut self.hw) {
+            return Ok(Next::Guest);
+        }
+        if self.page.msr_refused() {
+            return self.raise(Fault::gp(0));
+        }
+        if pending.read {
+            let value = self.page.msr_data();
+            self.finish_rdmsr(value);
+        }
+        super::skip(&mut self.hw, pending.len);
+        Ok(Next::Guest)
+    }
+
+    /// Puts what was read where RDMSR does.
+    #[inline]
+    fn finish_rdmsr(&mut self, value: u64) {
+        self.hw.set_gpr(Gpr::Rax, value & 0xffff_ffff);
+        self.hw.set_gpr(Gpr::Rdx, value >> 32);
+    }
+
+    /// The VMM has set another filter: from now on it is this vCPU's, and what the hardware lets through.
+    pub(super) fn fetch_msr_filter(&mut self) {
+        let filter = self.msrs.filter();
+        self.hw.pass_msrs(|msr, access| {
+            filter
+                .as_ref()
+                .is_none_or(|filter| filter.allows(msr, access))
+        });
+        self.arch.msr_filter = filter;
+    }
+}
+
+/// Whether the VMM has denied an MSR to the guest.
+#[inline]
+fn is_denied(arch: &Arch, msr: Msr, access: Access) -> bool {
+    match &arch.msr_filter {
+        None => false,
+        Some(filter) => !filter.allows(msr, access),
     }
 }
 
@@ -60,8 +168,10 @@ pub(crate) fn read(
 ) -> Result<u64, MsrError> {
     let features = &arch.features;
     match msr.class() {
+        Class::Paravirtual => super::pv::read_msr(arch, msr),
         Class::Emulated if msr == Msr::APIC_BASE => Ok(arch.apic_base()),
         Class::Emulated => arch.msrs.read(msr, features, by_host),
+        Class::MachineCheck => arch.mce.read(msr, by_host),
         Class::ControlStructure if msr == Msr::EFER => Ok(hw.efer().bits()),
         Class::Switched if msr == Msr::TSC_AUX && !by_host && !has_tsc_aux(arch) => {
             Err(MsrError::Unknown)
@@ -97,6 +207,8 @@ pub(crate) fn read(
                     Err(MsrError::Unknown)
                 }
                 Msr::TSC_DEADLINE => Ok(apic.model.tsc_deadline()),
+                // Not before the guest's EOIs have been looked for, after the exit.
+                _ if arch.pv.eoi.offered => Err(MsrError::Refused),
                 _ => apic.model.read_msr(msr, &super::apic::clock(hw)),
             }
         }
@@ -122,6 +234,7 @@ pub(crate) fn write(
 ) -> Result<Effect, MsrError> {
     let host = around.host;
     match msr.class() {
+        Class::Paravirtual => super::pv::write_msr(arch, around, msr, value)?,
         Class::Emulated if msr == Msr::APIC_BASE => return write_apic_base(arch, value, by_host),
         Class::Emulated if msr == Msr::MISC_ENABLE => {
             write_misc_enable(hw, arch, around, value, by_host)?;
@@ -130,6 +243,7 @@ pub(crate) fn write(
             let features = arch.features;
             arch.msrs.write(msr, value, &features, by_host)?;
         }
+        Class::MachineCheck => arch.mce.write(msr, value, by_host)?,
         Class::ControlStructure if msr == Msr::EFER => write_efer(hw, arch, host, value, by_host)?,
         Class::Time => {
             write_time(hw, arch, msr, value, by_host);

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KVM_SET_CPUID2 and KVM_GET_CPUID2.
+//! KVM_SET_CPUID2 and KVM_GET_CPUID2, and KVM_ENABLE_CAP for what goes by CPUID.
 
 use super::Locked;
 use crate::abi::kvm_cpuid2;
 use crate::abi::kvm_cpuid_entry2;
+use crate::abi::kvm_enable_cap;
 use crate::arch::Cpuid;
 use crate::backend::Loaded;
+use crate::bindings::KVM_CAP_ENFORCE_PV_FEATURE_CPUID;
 use crate::linux::user;
 use crate::system::as_abi;
 use crate::x86::cpuid::features::GuestFeatures;
@@ -42,6 +44,7 @@ impl<L: Loaded> Locked<'_, L> {
             cpuid.find(function, index).map(CpuidEntry::regs)
         });
 
+        let pv_features = self.arch.pv.adapt(&mut cpuid);
         let cr4 = self.hw.cr4();
         core::mem::swap(&mut self.arch.cpuid, &mut cpuid);
         self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
@@ -51,8 +54,20 @@ impl<L: Loaded> Locked<'_, L> {
         }
         // What the VMM promises and the host has not got stays out of the registers.
         self.arch.features = features.limited_to(&self.host.supported);
+        self.arch.pv.set_features(pv_features);
         self.configure_apic();
         Ok(())
+    }
+
+    /// KVM_ENABLE_CAP of a vCPU: EINVAL for what cannot be enabled, or not so.
+    pub(super) fn enable_cap(&mut self, cap: &kvm_enable_cap) -> Result {
+        match cap.cap {
+            KVM_CAP_ENFORCE_PV_FEATURE_CPUID if cap.flags == 0 => {
+                self.arch.pv.enforce(cap.args[0] != 0);
+                Ok(())
+            }
+            _ => Err(EINVAL),
+        }
     }
 
     /// KVM_GET_CPUID2: E2BIG if there is no room; the count is then left alone.

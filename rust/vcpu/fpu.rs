@@ -101,7 +101,8 @@ impl<L: Loaded> Locked<'_, L> {
         let mut buf = KVVec::from_elem(0u8, size, GFP_KERNEL_ACCOUNT)?;
         // x87 and SSE are part of the state even of a guest without XSAVE.
         let xfeatures = self.arch.features.xcr0 | Xcr0::X87 | Xcr0::SSE;
-        self.fpu.copy_to(&mut buf, xfeatures.bits(), 0);
+        self.fpu
+            .copy_to(&mut buf, xfeatures.bits(), self.arch.pkru);
         user::write_bytes(arg, &buf)
     }
 
@@ -113,9 +114,8 @@ impl<L: Loaded> Locked<'_, L> {
             GFP_KERNEL_ACCOUNT,
         )?;
         user::read_bytes(arg, &mut buf)?;
-        let mut pkru = 0;
         self.fpu
-            .copy_from(&buf, self.host.supported.xcr0.bits(), &mut pkru)
+            .copy_from(&buf, self.host.supported.xcr0.bits(), &mut self.arch.pkru)
     }
 
     /// KVM_GET_XCRS: EINVAL if the host does not use XSAVE.

@@ -16,6 +16,7 @@ use crate::run::msr;
 use crate::tlb::Request;
 use crate::x86::apic::base::Role;
 use crate::x86::apic::events::ApicEvent;
+use crate::x86::apic::regs::LvtSet;
 use crate::x86::apic::regs::TimerModes;
 use crate::x86::apic::state::Image;
 use crate::x86::apic::Config;
@@ -54,6 +55,7 @@ impl<L: Loaded> Locked<'_, L> {
     /// Has the APIC follow CPUID and the VM's settings.
     pub(super) fn configure_apic(&mut self) {
         let features = self.arch.features;
+        let corrected = self.arch.mce.has_interrupt();
         let split = self.around.irqs.mode() == Mode::Split;
         let ids = self.around.apics.ids();
         let Some(apic) = self.arch.apic.as_deref_mut() else {
@@ -61,6 +63,11 @@ impl<L: Loaded> Locked<'_, L> {
         };
         let config = Config {
             ids,
+            lvts: if corrected {
+                LvtSet::WithCmci
+            } else {
+                LvtSet::Basic
+            },
             timer: if features.has(Features::TSC_DEADLINE) {
                 TimerModes::WithTscDeadline
             } else {

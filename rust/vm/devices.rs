@@ -14,11 +14,14 @@ use crate::backend::Backend;
 use crate::backend::FreeInstructions;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS2;
+use crate::bindings::KVM_CAP_EXIT_HYPERCALL;
 use crate::bindings::KVM_CAP_EXIT_ON_EMULATION_FAILURE;
+use crate::bindings::KVM_CAP_MSR_PLATFORM_INFO;
 use crate::bindings::KVM_CAP_SPLIT_IRQCHIP;
 use crate::bindings::KVM_CAP_X2APIC_API;
 use crate::bindings::KVM_CAP_X86_APIC_BUS_CYCLES_NS;
 use crate::bindings::KVM_CAP_X86_DISABLE_EXITS;
+use crate::bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use crate::bindings::KVM_PIT_SPEAKER_DUMMY;
 use crate::bindings::KVM_X86_DISABLE_EXITS_HLT;
 use crate::bindings::KVM_X86_DISABLE_EXITS_MWAIT;
@@ -156,6 +159,12 @@ impl<B: Backend> Vm<B> {
                     return Err(ENXIO);
                 }
                 self.apics.set_bus_cycle(cap.args[0])
+            }
+            KVM_CAP_EXIT_HYPERCALL => self.apics.set_hypercall_exits(cap.args[0]),
+            KVM_CAP_X86_USER_SPACE_MSR => self.msrs.set_exits(cap.args[0]),
+            KVM_CAP_MSR_PLATFORM_INFO => {
+                self.msrs.show_platform_info(cap.args[0] != 0);
+                Ok(())
             }
             KVM_CAP_X86_DISABLE_EXITS => self.disable_exits(cap.args[0]),
             // It is never otherwise.

@@ -110,13 +110,7 @@ impl LoadedVcpu<'_> {
         }
         self.v.secondary = secondary;
         self.write(f::SECONDARY_CONTROLS, secondary.bits());
-        let bitmap = if x2apic {
-            &self.vmx.x2apic_msr_bitmap
-        } else {
-            &self.vmx.msr_bitmap
-        };
-        let bitmap = bitmap.phys();
-        self.write(f::MSR_BITMAP, bitmap);
+        self.v.msr_bitmap.pass_x2apic(x2apic);
         // A translation that was cached meanwhile is one to plain memory (SDM vol. 3, 31.4.6.3).
         self.v.flush_memory = true;
     }

@@ -38,6 +38,7 @@ SYM_FUNC_START(rkvm_vmx_switch)
 	cmp	%rsp, RKVM_ENTRY_HOST_RSP(%rdi)
 	je	.Lhost_rsp_current
 	mov	$0x6c14, %eax
+.Lwrite_host_rsp:
 	vmwrite	%rsp, %rax
 	mov	%rsp, RKVM_ENTRY_HOST_RSP(%rdi)
 .Lhost_rsp_current:
@@ -85,9 +86,10 @@ SYM_FUNC_START(rkvm_vmx_switch)
 	jmp	.Lvmfail
 
 	/*
-	 * Either faults only if VMX was turned off under us, which the kernel
-	 * does in an emergency reboot; anything else is a bug worth an oops.
+	 * They fault only if VMX was turned off under us, which happens when
+	 * the machine goes down; anything else is a bug worth an oops.
 	 */
+	_ASM_EXTABLE(.Lwrite_host_rsp, .Lfault)
 	_ASM_EXTABLE(.Lresume, .Lfault)
 	_ASM_EXTABLE(.Llaunch, .Lfault)
 

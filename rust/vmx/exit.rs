@@ -29,6 +29,7 @@ use crate::x86::event::Interrupt;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
 use crate::x86::exception::Vector;
+use crate::x86::msr::filter::Access as MsrAccess;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -386,6 +387,11 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_cr4(self, cr4);
     }
 
+    #[inline]
+    fn has_pke(&mut self) -> bool {
+        self.v.pke
+    }
+
     fn efer(&mut self) -> Efer {
         LoadedVcpu::efer(self)
     }
@@ -440,6 +446,10 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool {
         LoadedVcpu::write_msr(self, msr, value)
+    }
+
+    fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
+        self.v.msr_bitmap.pass_allowed(allowed);
     }
 
     fn tsc_offset(&mut self) -> u64 {
@@ -604,6 +614,10 @@ impl Loaded for LoadedVcpu<'_> {
         let size = 2 << ((info >> 7) & 3).min(2);
         let seg = *SegReg::ALL.get(((info >> 15) & 7) as usize)?;
         Some((seg, size))
+    }
+
+    fn leave_undefined_to_guest(&mut self) {
+        LoadedVcpu::leave_undefined_to_guest(self);
     }
 
     fn flush_guest_tlb(&mut self) {

@@ -11,6 +11,9 @@
 //! kvm-intel may be running guests on the same CPU, and it remembers which VMCS it left current
 //! there. So what was current before is made current again by `switched_out`.
 //!
+//! On a CPU that goes down VMX is off already when the scheduler moves the last threads away, which
+//! takes a switch to each of them: nothing is loaded then, nor needed.
+//!
 //! [`Following`]: crate::linux::preempt::Following
 
 use super::fields as f;
@@ -214,6 +217,10 @@ impl Loadable {
 impl FollowsThread for Loadable {
     fn switched_in(&self, cpu: i32) {
         let preempt = PreemptOff::new();
+        // SAFETY: Preemption is off.
+        if !unsafe { bindings::rkvm_vmx_held() } {
+            return;
+        }
         let moved = self.vmcs.cpu() != cpu;
         let other_ran = self.with(&preempt, |s| {
             // SAFETY: VMX is on, and preemption off.

@@ -15,6 +15,7 @@ use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
 use super::fields::SegmentFields;
 use super::load::Loadable;
+use super::msr_bitmap::MsrBitmap;
 use super::vmcs::vmread;
 use super::vmcs::vmwrite;
 use super::write_log::WriteLog;
@@ -84,6 +85,8 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    /// CR4.PKE, which the guest cannot change without an exit.
+    pub(super) pke: bool,
     /// The guest may be halted without an exit.
     halts: bool,
     pub(super) pin: PinControls,
@@ -101,6 +104,8 @@ pub(crate) struct VmxVcpu {
     /// The TLB is flushed before the next entry.
     pub(super) flush_memory: bool,
     pub(super) flush_guest: bool,
+    /// Which MSRs the guest accesses without an exit.
+    pub(super) msr_bitmap: MsrBitmap,
     /// The APIC, if it is in the kernel.
     pub(super) apic: Option<VmcsApic>,
     /// When the guest is to exit, in ticks of the host's time-stamp counter.
@@ -146,6 +151,7 @@ impl VmxVcpu {
             cr3: 0,
             cr4: 0,
             efer: Efer::empty(),
+            pke: false,
             pin: vmx.caps.pin,
             primary: vmx
                 .caps
@@ -170,6 +176,7 @@ impl VmxVcpu {
             vpid,
             flush_memory: true,
             flush_guest: true,
+            msr_bitmap: MsrBitmap::new()?,
             apic: apic.map(|pages| VmcsApic::new(pages, vmx.caps.apicv)),
             deadline: None,
             write_log,
@@ -177,6 +184,9 @@ impl VmxVcpu {
         })
     }
 }
+
+/// #UD, in the exception bitmap.
+const UNDEFINED: u32 = 1 << 6;
 
 impl<'a> LoadedVcpu<'a> {
     /// Loads the vCPU, and writes what never changes if this is the first time.
@@ -214,8 +224,9 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
         // Machine checks are the host's. #DB and #AC could otherwise keep the processor delivering
-        // exceptions within exceptions for ever, with no interrupt window between.
-        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | 1 << 1);
+        // exceptions within exceptions for ever, with no interrupt window between. #UD may be another
+        // processor's instruction.
+        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1);
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -223,7 +234,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::EXIT_MSR_LOAD_COUNT, 0);
         self.write(f::ENTRY_MSR_LOAD_COUNT, 0);
         self.write(f::ENTRY_INTR_INFO, 0);
-        self.write(f::MSR_BITMAP, self.vmx.msr_bitmap.phys());
+        self.write(f::MSR_BITMAP, self.v.msr_bitmap.phys());
         self.write(f::EPT_POINTER, self.v.eptp);
         if self.v.secondary.has(SecondaryControls::VPID) {
             self.write(f::VPID, self.v.vpid.id());
@@ -403,6 +414,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_CR4, hardware);
         self.write(f::CR4_SHADOW, cr4.bits());
         self.v.cr4 = hardware;
+        self.v.pke = cr4.has(Cr4::PKE);
         self.v.valid.0 |= Cached::CR4;
         self.v.flush_guest = true;
     }
@@ -562,6 +574,12 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.halts {
             self.write(f::GUEST_ACTIVITY, 0);
         }
+    }
+
+    /// The guest's #UD does not exit any more.
+    pub(super) fn leave_undefined_to_guest(&mut self) {
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(f::EXCEPTION_BITMAP, exits & !UNDEFINED);
     }
 
     /// Turns a primary control on or off.

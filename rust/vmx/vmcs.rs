@@ -12,7 +12,9 @@ use crate::linux::cpu;
 use crate::linux::page::KernelPage;
 use core::arch::asm;
 use kernel::prelude::*;
+use kernel::sync::atomic::ordering::Acquire;
 use kernel::sync::atomic::ordering::Relaxed;
+use kernel::sync::atomic::ordering::Release;
 use kernel::sync::atomic::Atomic;
 
 /// No CPU.
@@ -48,10 +50,10 @@ impl Vmcs {
         self.page.phys()
     }
 
-    /// The CPU that may cache it.
+    /// The CPU that may cache it. If it is none, what clearing it changed is seen.
     #[inline]
     pub(crate) fn cpu(&self) -> i32 {
-        self.cpu.load(Relaxed)
+        self.cpu.load(Acquire)
     }
 
     /// Whether the next entry is a VMRESUME.
@@ -105,7 +107,7 @@ impl Vmcs {
         super::load::forget_current(phys);
         self.launched.store(false, Relaxed);
         // INVARIANT: It was active here only, and is no more.
-        self.cpu.store(NO_CPU, Relaxed);
+        self.cpu.store(NO_CPU, Release);
     }
 
     /// Makes the VMCS current on `cpu`, which this is, with preemption off.
@@ -135,16 +137,49 @@ impl Drop for Vmcs {
 /// An instruction of VMX failed: bits 0 and 6 of RFLAGS told so.
 pub(crate) struct VmFail;
 
+/// An instruction of VMX that `ends` in the text after it. When the machine goes down, VMX is turned
+/// off under threads that go on (see [`super::power`]), and each such instruction is #UD: then
+/// `instead` is done, and the thread goes on after the text. At any other time a fault is a bug of
+/// ours, and oopses.
+///
+/// The fault's way is out of line, so that the other costs nothing.
+macro_rules! vmx_asm {
+    ($op:expr, $ends:literal, $instead:literal, $($operands:tt)*) => {
+        asm!(
+            "2:",
+            $op,
+            $ends,
+            "3:",
+            ".pushsection .text.unlikely, \"ax\"",
+            "4: cmp byte ptr [rip + virt_rebooting], 0",
+            "jne 5f",
+            "ud2",
+            "5:",
+            $instead,
+            "jmp 3b",
+            ".popsection",
+            // A struct exception_table_entry, of EX_TYPE_DEFAULT.
+            ".pushsection __ex_table, \"a\"",
+            ".balign 4",
+            ".long 2b - .",
+            ".long 4b - .",
+            ".long 1",
+            ".popsection",
+            $($operands)*
+        )
+    };
+}
+
 macro_rules! vmx_memory_op {
     ($(#[$doc:meta])* $name:ident, $op:literal) => {
         $(#[$doc])*
         #[inline]
         pub(crate) unsafe fn $name(phys: u64) -> Result<(), VmFail> {
             let fail: u8;
-            // SAFETY: As the caller promises; VMX is on, so there is no #UD.
+            // SAFETY: As the caller promises.
             unsafe {
-                asm!(concat!($op, " qword ptr [{}]"), "setna {}",
-                     in(reg) &phys, lateout(reg_byte) fail, options(nostack));
+                vmx_asm!(concat!($op, " qword ptr [{}]"), "setna {1}", "mov {1}, 0",
+                         in(reg) &phys, lateout(reg_byte) fail, options(nostack));
             }
             if fail == 0 { Ok(()) } else { Err(VmFail) }
         }
@@ -175,9 +210,9 @@ vmx_memory_op! {
 /// VMX is on.
 #[inline]
 pub(crate) unsafe fn vmptrst() -> u64 {
-    let mut phys = 0u64;
+    let mut phys = u64::MAX;
     // SAFETY: VMX is on, by the caller; the operand is eight bytes of ours.
-    unsafe { asm!("vmptrst qword ptr [{}]", in(reg) &mut phys, options(nostack)) };
+    unsafe { vmx_asm!("vmptrst qword ptr [{}]", "", "", in(reg) &mut phys, options(nostack)) };
     phys
 }
 
@@ -190,9 +225,11 @@ pub(crate) unsafe fn vmptrst() -> u64 {
 #[inline]
 pub(crate) unsafe fn vmread<T: Width>(field: Field<T>) -> T {
     let value: u64;
-    // SAFETY: As the caller promises; VMREAD writes a register and flags only.
+    // SAFETY: As the caller promises; VMREAD writes a register and flags only. What is read after a
+    // fault is nothing that this code writes.
     unsafe {
-        asm!("vmread {}, {}", out(reg) value, in(reg) field.encoding(), options(nomem, nostack));
+        vmx_asm!("vmread {}, {}", "", "mov {0:e}, 0",
+                 out(reg) value, in(reg) field.encoding(), options(nomem, nostack));
     }
     T::from_raw(value)
 }
@@ -207,7 +244,8 @@ pub(crate) unsafe fn vmread<T: Width>(field: Field<T>) -> T {
 pub(crate) unsafe fn vmwrite<T: Width>(field: Field<T>, value: T) {
     // SAFETY: As the caller promises.
     unsafe {
-        asm!("vmwrite {}, {}", in(reg) field.encoding(), in(reg) value.to_raw(), options(nostack));
+        vmx_asm!("vmwrite {}, {}", "", "",
+                 in(reg) field.encoding(), in(reg) value.to_raw(), options(nostack));
     }
 }
 
@@ -223,7 +261,10 @@ struct InvDescriptor([u64; 2]);
 pub(crate) unsafe fn invept(kind: u64, eptp: u64) {
     let desc = InvDescriptor([eptp, 0]);
     // SAFETY: As the caller promises; flushing too much is only slow.
-    unsafe { asm!("invept {}, xmmword ptr [{}]", in(reg) kind, in(reg) &desc, options(nostack)) };
+    unsafe {
+        vmx_asm!("invept {}, xmmword ptr [{}]", "", "",
+                 in(reg) kind, in(reg) &desc, options(nostack));
+    }
 }
 
 /// Invalidates the linear mappings of a VPID on this CPU.
@@ -234,5 +275,8 @@ pub(crate) unsafe fn invept(kind: u64, eptp: u64) {
 pub(crate) unsafe fn invvpid(kind: u64, vpid: u16) {
     let desc = InvDescriptor([u64::from(vpid), 0]);
     // SAFETY: As the caller promises.
-    unsafe { asm!("invvpid {}, xmmword ptr [{}]", in(reg) kind, in(reg) &desc, options(nostack)) };
+    unsafe {
+        vmx_asm!("invvpid {}, xmmword ptr [{}]", "", "",
+                 in(reg) kind, in(reg) &desc, options(nostack));
+    }
 }

@@ -19,6 +19,7 @@
 //! | [`msr`] | [`Msr::class`](msr::Msr::class), [`check_value`](msr::check_value), [`MsrState`](msr::state::MsrState) |
 //! | [`cr`] | whether a control register, EFER, XCR0 or a debug register may get a value, and what follows |
 //! | [`event`] | [`PendingEvents`](event::PendingEvents): what the next entry injects; double and triple faults |
+//! | [`pv`] | what a guest that knows KVM can ask for: CPUID features, structures in its memory, hypercalls |
 //! | [`apic`] | [`Apic`](apic::Apic): the local APIC |
 //! | [`line`] | interrupt lines with several sources, and what comes of driving one |
 //! | [`ioapic`] | [`Ioapic`](ioapic::Ioapic): pins to [`Message`](ioapic::entry::Message)s for the local APICs |
@@ -64,9 +65,11 @@ pub mod insn;
 pub mod io;
 pub mod ioapic;
 pub mod line;
+pub mod mce;
 pub mod msr;
 pub mod paging;
 pub mod pic;
 pub mod pit;
+pub mod pv;
 pub mod regs;
 pub mod segment;

@@ -5,11 +5,13 @@
 //! [`Msr::class`] says where an MSR lives. Those of [`Class::Emulated`] live in [`state::MsrState`]; the backend keeps the others, in
 //! its control structure or in the processor, and asks [`check_value`] before it takes a value for one.
 
+pub mod filter;
 pub mod mtrr;
 pub mod state;
 
 use super::cpuid::features::Features;
 use super::cpuid::features::GuestFeatures;
+use super::mce;
 use super::regs::Cr4;
 use super::segment::is_canonical;
 
@@ -33,6 +35,10 @@ msrs! {
     P5_MC_TYPE = 0x1;
     /// The time-stamp counter.
     TSC = 0x10;
+    /// KVM: where the guest wants the time of day, by its old number.
+    KVM_WALL_CLOCK_OLD = 0x11;
+    /// KVM: where the vCPU's clock is, by its old number.
+    KVM_SYSTEM_TIME_OLD = 0x12;
     /// Platform ID, for choosing microcode.
     PLATFORM_ID = 0x17;
     /// The base of the local APIC, and its mode.
@@ -83,6 +89,8 @@ msrs! {
     MCG_STATUS = 0x17a;
     /// Enables machine-check banks.
     MCG_CTL = 0x17b;
+    /// Controls local machine checks.
+    MCG_EXT_CTL = 0x4d0;
     /// Performance status: the current ratio.
     PERF_STATUS = 0x198;
     /// Performance control: the wanted ratio.
@@ -143,6 +151,24 @@ msrs! {
     X2APIC_LAST = 0x8ff;
     /// State components that XSAVES handles beyond XCR0.
     XSS = 0xda0;
+    /// KVM: where the guest wants the time of day.
+    KVM_WALL_CLOCK = 0x4b56_4d00;
+    /// KVM: where the vCPU's clock is.
+    KVM_SYSTEM_TIME = 0x4b56_4d01;
+    /// KVM: where and how asynchronous page faults are told of.
+    KVM_ASYNC_PF_EN = 0x4b56_4d02;
+    /// KVM: where the time is counted in which the vCPU would have run.
+    KVM_STEAL_TIME = 0x4b56_4d03;
+    /// KVM: where ends of interrupts can be left.
+    KVM_PV_EOI_EN = 0x4b56_4d04;
+    /// KVM: whether the host waits for a while before it puts a halted vCPU to sleep.
+    KVM_POLL_CONTROL = 0x4b56_4d05;
+    /// KVM: the vector of pages that have come.
+    KVM_ASYNC_PF_INT = 0x4b56_4d06;
+    /// KVM: the guest has taken notice of a page that has come, write-only.
+    KVM_ASYNC_PF_ACK = 0x4b56_4d07;
+    /// KVM: whether the guest can be migrated.
+    KVM_MIGRATION_CONTROL = 0x4b56_4d08;
     /// Extended features.
     EFER = 0xc000_0080;
     /// Segments of SYSCALL and SYSRET.
@@ -178,6 +204,10 @@ pub enum Class {
     Time,
     /// In the local APIC.
     LocalApic,
+    /// One of KVM's own, by which a guest that knows it tells what it wants.
+    Paravirtual,
+    /// In [`super::mce::MachineChecks`], which reads and writes it entirely.
+    MachineCheck,
     /// A command to the processor, with no value.
     Command,
     /// There is no such MSR: #GP.
@@ -191,6 +221,8 @@ pub enum MsrError {
     Unknown,
     /// It exists, and does not take this value or this kind of access. #GP(0) for the guest.
     Refused,
+    /// The VMM has denied it to the guest. #GP(0) for the guest, unless the VMM wants to answer itself.
+    Filtered,
 }
 
 impl Msr {
@@ -217,7 +249,10 @@ impl Msr {
             Self::TSC | Self::TSC_ADJUST => Class::Time,
             Self::TSC_DEADLINE => Class::LocalApic,
             Self(0x800..=0x8ff) => Class::LocalApic,
+            Self::KVM_WALL_CLOCK_OLD | Self::KVM_SYSTEM_TIME_OLD => Class::Paravirtual,
+            Self(0x4b56_4d00..=0x4b56_4d08) => Class::Paravirtual,
             Self::PRED_CMD | Self::FLUSH_CMD => Class::Command,
+            _ if mce::is_machine_check(self) => Class::MachineCheck,
             _ if state::is_emulated(self) => Class::Emulated,
             _ => Class::Unknown,
         }
@@ -289,6 +324,9 @@ pub const SAVED: &[Msr] = &[
     Msr::POWER_CTL,
     Msr::SMI_COUNT,
     Msr::UCODE_REV,
+    Msr::KVM_STEAL_TIME,
+    Msr::KVM_PV_EOI_EN,
+    Msr::KVM_POLL_CONTROL,
 ];
 
 /// Checks a value for an MSR of class [`Class::ControlStructure`], [`Class::Switched`] or [`Class::Command`] before it is taken, as

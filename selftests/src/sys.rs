@@ -140,6 +140,9 @@ ioctls! {
     KVM_SET_LAPIC: WRITE, 0x8f, size::<kb::kvm_lapic_state>();
     KVM_SET_CPUID2: WRITE, 0x90, 8;
     KVM_GET_CPUID2: READ | WRITE, 0x91, 8;
+    KVM_X86_SETUP_MCE: WRITE, 0x9c, 8;
+    KVM_X86_GET_MCE_CAP_SUPPORTED: READ, 0x9d, 8;
+    KVM_X86_SET_MCE: WRITE, 0x9e, 64;
     KVM_TPR_ACCESS_REPORTING: READ | WRITE, 0x92, size::<kb::kvm_tpr_access_ctl>();
     KVM_SET_VAPIC_ADDR: WRITE, 0x93, size::<kb::kvm_vapic_addr>();
     KVM_GET_MP_STATE: READ, 0x98, size::<kb::kvm_mp_state>();
@@ -163,6 +166,7 @@ ioctls! {
     KVM_GET_XCRS: READ, 0xa6, size::<kb::kvm_xcrs>();
     KVM_SET_XCRS: WRITE, 0xa7, size::<kb::kvm_xcrs>();
     KVM_CLEAR_DIRTY_LOG: READ | WRITE, 0xc0, size::<kb::kvm_clear_dirty_log>();
+    KVM_X86_SET_MSR_FILTER: WRITE, 0xc6, size::<kb::kvm_msr_filter>();
     KVM_RESET_DIRTY_RINGS: 0, 0xc7, 0;
     KVM_GET_STATS_FD: 0, 0xce, 0;
     KVM_PRE_FAULT_MEMORY: READ | WRITE, 0xd5, size::<crate::vm::PreFault>();

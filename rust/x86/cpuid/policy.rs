@@ -5,6 +5,8 @@
 //! A bit is reported only if it is named in one of the masks below: a feature that is not known here may need state that is not
 //! switched or an MSR that is not there. What depends on the backend and the host kernel comes in through [`Policy`].
 
+use super::super::pv;
+use super::super::pv::PvFeatures;
 use super::super::regs::Xcr0;
 use super::is_indexed;
 use super::words::Ext1Ecx;
@@ -49,6 +51,8 @@ pub struct Policy {
     /// VMM could keep: their MSRs do not leave the kernel. (KVM reports both whatever the irqchip and asks VMMs without its APIC to
     /// mask them; a VMM that forgets then has a guest without a timer.)
     pub kernel_apic: bool,
+    /// The paravirtual features that guests are told of.
+    pub paravirtual: PvFeatures,
     /// The widest guest-physical address that the second-level tables can map: 48 with four levels, 57 with five; 0 if there are
     /// none.
     pub mappable_bits: u8,
@@ -64,9 +68,6 @@ const MAX_BASIC: u32 = 0x1f;
 const MAX_EXTENDED: u32 = 0x8000_001d;
 /// The highest extended leaf of Intel's processors.
 const MAX_EXTENDED_INTEL: u32 = 0x8000_0008;
-/// The hypervisor leaves, and their last.
-const SIGNATURE_LEAF: u32 = 0x4000_0000;
-const FEATURES_LEAF: u32 = 0x4000_0001;
 /// More caches than any processor has.
 const MAX_CACHE_SUBLEAVES: u32 = 32;
 
@@ -247,7 +248,7 @@ pub fn supported(
         }
     }
 
-    hypervisor(&mut out)?;
+    hypervisor(policy, &mut out)?;
     Ok(out.len)
 }
 
@@ -439,14 +440,19 @@ fn extended(
     out.push(leaf, 0, regs)
 }
 
-/// The signature by which guests know KVM, and no paravirtual feature yet.
-fn hypervisor(out: &mut Output<'_>) -> Result<(), TooSmall> {
+/// The signature by which guests know KVM, and the paravirtual features.
+fn hypervisor(policy: &Policy, out: &mut Output<'_>) -> Result<(), TooSmall> {
+    let [ebx, ecx, edx] = pv::SIGNATURE;
     let regs = CpuidRegs {
-        eax: FEATURES_LEAF,
-        ebx: u32::from_le_bytes(*b"KVMK"),
-        ecx: u32::from_le_bytes(*b"VMKV"),
-        edx: u32::from_le_bytes(*b"M\0\0\0"),
+        eax: pv::FEATURES_LEAF,
+        ebx,
+        ecx,
+        edx,
     };
-    out.push(SIGNATURE_LEAF, 0, regs)?;
-    out.push(FEATURES_LEAF, 0, CpuidRegs::default())
+    out.push(pv::SIGNATURE_LEAF, 0, regs)?;
+    let regs = CpuidRegs {
+        eax: policy.paravirtual.bits(),
+        ..CpuidRegs::default()
+    };
+    out.push(pv::FEATURES_LEAF, 0, regs)
 }

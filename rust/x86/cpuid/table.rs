@@ -120,7 +120,8 @@ impl<S: DerefMut<Target = [CpuidEntry]>> CpuidTable<S> {
         self.entries.get(self.position(function, index)?)
     }
 
-    fn find_mut(&mut self, function: u32, index: u32) -> Option<&mut CpuidEntry> {
+    /// The same, to be changed: which question it answers must stay.
+    pub fn find_mut(&mut self, function: u32, index: u32) -> Option<&mut CpuidEntry> {
         let at = self.position(function, index)?;
         self.entries.get_mut(at)
     }

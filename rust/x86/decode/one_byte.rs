@@ -153,8 +153,7 @@ fn x87(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         (0xd9, true, 7, _) => row(X87Op::StoreControl, Form::Rm),
         (0xdb, false, _, 0xe3) => row(X87Op::Init, Form::Source),
         (0xdd, true, 7, _) => row(X87Op::StoreStatus, Form::Rm),
-        // Of FNSTSW AX, the ModRM byte says AX.
-        (0xdf, false, _, 0xe0) => row(X87Op::StoreStatus, Form::Rm),
+        (0xdf, false, _, 0xe0) => row(X87Op::StoreStatus, Form::AccModRm),
         _ => return Err(DecodeError::Unsupported),
     })
 }

@@ -167,6 +167,10 @@ impl Decoder<'_> {
             Form::None => (none, none),
             Form::Rm => (self.rm(row, size)?, none),
             Form::Source => (none, self.rm(row, size)?),
+            Form::AccModRm => {
+                self.modrm(row.only)?;
+                (RAX, none)
+            }
             Form::RmReg => {
                 let m = self.modrm(row.only)?;
                 (self.rm_operand(m, size), self.register(m.reg, size))

@@ -115,6 +115,8 @@ pub(super) enum Form {
     Rm,
     /// A source.
     Source,
+    /// The accumulator, after a ModRM byte that is a part of the opcode.
+    AccModRm,
     /// A register to memory or a register.
     RmReg,
     /// Memory or a register to a register.

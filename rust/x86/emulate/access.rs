@@ -420,6 +420,16 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         self.rip.wrapping_add(u64::from(insn.len)) & self.mode.linear_mask()
     }
 
+    /// #AC for an access that is not aligned to its length, where that is checked.
+    fn check_alignment(&self, linear: u64, len: u8) -> Result<(), Stop<M::Error>> {
+        let misaligned = linear & u64::from(len).wrapping_sub(1) != 0;
+        if misaligned && self.cpl == 3 && self.flags.has(Rflags::AC) && self.paging.cr0.has(Cr0::AM)
+        {
+            return Err(Fault::ac().into());
+        }
+        Ok(())
+    }
+
     /// Checks and translates an access to `size` bytes at an offset of a segment.
     pub(super) fn target(
         &mut self,
@@ -430,11 +440,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     ) -> Result<Target, Stop<M::Error>> {
         let len = size.bytes();
         let linear = self.linear(seg, offset, len, kind)?;
-        let misaligned = linear & u64::from(len).wrapping_sub(1) != 0;
-        if misaligned && self.cpl == 3 && self.flags.has(Rflags::AC) && self.paging.cr0.has(Cr0::AM)
-        {
-            return Err(Fault::ac().into());
-        }
+        self.check_alignment(linear, len)?;
         let access = PageAccess::explicit(kind, self.cpl);
         let gpa = self.translate(linear, access)?;
         let room = PAGE_SIZE.wrapping_sub(linear & PAGE_OFFSET);
@@ -545,6 +551,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         if align.is_some_and(|align| linear & u64::from(align).wrapping_sub(1) != 0) {
             return Err(Fault::gp(0).into());
         }
+        self.check_alignment(linear, len)?;
         let mut wide = WideTarget::default();
         let mut done = 0;
         for slot in &mut wide.pieces {

@@ -126,8 +126,14 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
         let mut base = self.gpr(Gpr::Rbp);
         self.push_value(insn.size, base)?;
         let frame = self.stack();
+        let step = u64::from(insn.size.bytes());
+        let start = frame.wrapping_add(step) & stack.mask();
         for _ in 1..level {
-            base = base.wrapping_sub(insn.size.bytes().into()) & stack.mask();
+            base = base.wrapping_sub(step) & stack.mask();
+            // What is pushed is not in memory yet: a frame that lies in itself, which no compiler makes, cannot be read.
+            if base.wrapping_add(step) > self.stack() && base < start {
+                return Err(Stop::Unhandled);
+            }
             let outer = self.read(SegReg::Ss, base, insn.size)?;
             self.push_value(insn.size, outer)?;
         }

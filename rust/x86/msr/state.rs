@@ -33,9 +33,6 @@ const HWCR_IGNORED: u64 = (1 << 3) | (1 << 6) | (1 << 8);
 /// HWCR: what can be read back: McStatusWrEn, and TscFreqSel, which guests want to see.
 const HWCR_STORED: u64 = (1 << 18) | (1 << 24);
 
-/// FEAT_CTL: no further writes.
-const FEAT_CTL_LOCKED: u64 = 1;
-
 /// The revision of microcode that guests see: Linux takes zero for a processor without any.
 const UCODE_RESET: u64 = 1 << 32;
 
@@ -61,7 +58,6 @@ pub struct MsrState {
     arch_capabilities: u64,
     platform_info: u64,
     misc_features_enables: u64,
-    mcg_status: u64,
     power_ctl: u64,
     smi_count: u64,
     hwcr: u64,
@@ -80,10 +76,8 @@ pub(super) const fn is_emulated(msr: Msr) -> bool {
                 | Msr::ARCH_CAPABILITIES
                 | Msr::PLATFORM_INFO
                 | Msr::MISC_FEATURES_ENABLES
-                | Msr::MCG_STATUS
                 | Msr::POWER_CTL
                 | Msr::SMI_COUNT
-                | Msr::FEAT_CTL
                 | Msr::PERF_CTL
                 | Msr::BBL_CR_CTL3
                 | Msr::K7_HWCR
@@ -106,8 +100,6 @@ const fn constant(msr: Msr) -> Option<u64> {
         | Msr::DRAM_ENERGY_STATUS
         | Msr::PP0_ENERGY_STATUS
         | Msr::PP1_ENERGY_STATUS => Some(0),
-        // No machine-check banks.
-        Msr::MCG_CAP => Some(0),
         Msr::MTRR_CAP => Some(mtrr::CAPABILITIES),
         // 200 MHz, and a ratio of four.
         Msr::FSB_FREQ => Some(3),
@@ -133,7 +125,6 @@ impl MsrState {
             arch_capabilities: 0,
             platform_info: PLATFORM_INFO_CPUID_FAULT,
             misc_features_enables: 0,
-            mcg_status: 0,
             power_ctl: 0,
             smi_count: 0,
             hwcr: 0,
@@ -197,11 +188,8 @@ impl MsrState {
             }
             Msr::PLATFORM_INFO => Ok(self.platform_info),
             Msr::MISC_FEATURES_ENABLES => Ok(self.misc_features_enables),
-            Msr::MCG_STATUS => Ok(self.mcg_status),
             Msr::POWER_CTL => Ok(self.power_ctl),
             Msr::SMI_COUNT => Ok(self.smi_count),
-            // Locked with nothing enabled: there is no VMX to find.
-            Msr::FEAT_CTL => Ok(FEAT_CTL_LOCKED),
             Msr::PERF_CTL => Ok(0),
             Msr::K7_HWCR => Ok(self.hwcr),
             // L2 enabled and configured; nobody documents the rest.
@@ -275,25 +263,12 @@ impl MsrState {
                 self.misc_features_enables = value;
                 return Ok(Effect::CpuidFault);
             }
-            Msr::MCG_STATUS => {
-                // Software can only clear it (SDM vol. 3, 17.3.1.2).
-                if !host && value != 0 {
-                    return Err(MsrError::Refused);
-                }
-                self.mcg_status = value;
-            }
             Msr::POWER_CTL => self.power_ctl = value,
             Msr::SMI_COUNT => {
                 if !host {
                     return Err(MsrError::Refused);
                 }
                 self.smi_count = value;
-            }
-            Msr::FEAT_CTL => {
-                // It is locked.
-                if !(host && value == FEAT_CTL_LOCKED) {
-                    return Err(MsrError::Refused);
-                }
             }
             Msr::PERF_CTL | Msr::BBL_CR_CTL3 => {}
             Msr::K7_HWCR => {

@@ -17,6 +17,7 @@ use rkvm_x86::cpuid::CpuidRegs;
 use rkvm_x86::cpuid::XsaveLayout;
 use rkvm_x86::cpuid::FLAG_SIGNIFICANT_INDEX;
 use rkvm_x86::cpuid::MAX_ENTRIES;
+use rkvm_x86::pv::PvFeatures;
 use rkvm_x86::regs::Cr4;
 use rkvm_x86::regs::Efer;
 use rkvm_x86::regs::Xcr0;
@@ -63,6 +64,7 @@ const FULL: Policy = Policy {
     arch_capabilities: true,
     tsc_adjust: true,
     kernel_apic: true,
+    paravirtual: PvFeatures::NOP_IO_DELAY,
     mappable_bits: 48,
 };
 
@@ -121,7 +123,7 @@ fn the_policy_reports_only_what_it_knows() {
         find(&all, 0x4000_0000, 0),
         Some(regs(0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d))
     );
-    assert_eq!(find(&all, 0x4000_0001, 0), Some(CpuidRegs::default()));
+    assert_eq!(find(&all, 0x4000_0001, 0), Some(regs(2, 0, 0, 0)));
     assert_eq!(find(&all, 0x8000_0007, 0), Some(regs(0, 0, 0, 0x100)));
     // 52 bits there are, 48 can be mapped; linear addresses have 57.
     assert_eq!(find(&all, 0x8000_0008, 0).unwrap().eax, 0x30_3934);

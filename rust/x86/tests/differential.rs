@@ -15,7 +15,6 @@ mod common;
 mod native;
 
 use common::generate::*;
-use common::Lost;
 use common::TestCpu;
 use common::TestMemory;
 use native::State;
@@ -31,12 +30,12 @@ use rkvm_x86::insn::DecodeError;
 use rkvm_x86::insn::Insn;
 use rkvm_x86::insn::Op;
 use rkvm_x86::insn::Operand;
+use rkvm_x86::insn::Rep;
 use rkvm_x86::insn::ScanOp;
 use rkvm_x86::insn::ShiftOp;
 use rkvm_x86::insn::Size;
 use rkvm_x86::insn::VectorOp;
 use rkvm_x86::insn::VectorSet;
-use rkvm_x86::insn::X87Op;
 use rkvm_x86::regs::Cr0;
 use rkvm_x86::regs::Gpr;
 use rkvm_x86::regs::Rflags;
@@ -144,6 +143,18 @@ fn comparable(insn: &Insn, code: &[u8], mode: CpuMode) -> bool {
     if branch && mode.is_64bit() && code.contains(&0x66) {
         return false;
     }
+    // With a repeat prefix, AMD's LOOPcc look at another condition.
+    if matches!(insn.op, Op::Loop(_)) && insn.rep != Rep::None {
+        return false;
+    }
+    // Outside of 64-bit code VEX.W is ignored, but not by AMD's.
+    let general = matches!(
+        insn.op,
+        Op::Vector(VectorOp::Low | VectorOp::Insert | VectorOp::Extract, _)
+    );
+    if general && !mode.is_64bit() && code.contains(&0xc4) {
+        return false;
+    }
     // FS and GS belong to the test's own thread.
     let operand = memory_operand(insn).map(|m| m.seg);
     let other = matches!(
@@ -160,7 +171,11 @@ fn comparable(insn: &Insn, code: &[u8], mode: CpuMode) -> bool {
         };
     }
     match insn.op {
+        // It is said to need a segment that can be written, also where nothing changes.
+        Op::Arpl => memory_operand(insn).is_none_or(|m| m.seg != SegReg::Cs),
         Op::MovBe => has!("movbe"),
+        // MOVSXD with 16 bits: AMD's read 32.
+        Op::MovSx(Size::Word) => insn.size != Size::Word,
         // CLFLUSHOPT and CLWB are not on every processor.
         Op::Flush => !code.contains(&0x66),
         Op::Crc32(_) => has!("sse4.2"),
@@ -168,9 +183,9 @@ fn comparable(insn: &Insn, code: &[u8], mode: CpuMode) -> bool {
         Op::Scan(ScanOp::Tzcnt) => has!("bmi1"),
         Op::Scan(ScanOp::Lzcnt) => has!("lzcnt"),
         Op::Adcx | Op::Adox => has!("adx"),
-        Op::Bmi(
-            BmiOp::Andn | BmiOp::Bextr | BmiOp::Blsr | BmiOp::Blsmsk | BmiOp::Blsi,
-        ) => has!("bmi1"),
+        Op::Bmi(BmiOp::Andn | BmiOp::Bextr | BmiOp::Blsr | BmiOp::Blsmsk | BmiOp::Blsi) => {
+            has!("bmi1")
+        }
         Op::Bmi(_) | Op::Mulx => has!("bmi2"),
         Op::CmpXchg16b => has!("cmpxchg16b"),
         Op::Vector(_, VectorSet::Avx128 | VectorSet::Avx256) => has!("avx2"),
@@ -320,6 +335,21 @@ fn compare(random: &mut Random, memory: &mut TestMemory, setup: &Setup) -> Came 
     if random.one_in(10) {
         cpu.rflags |= Rflags::AC;
     }
+    // The kernel lets a signal's handler change most flags, but not these, which POPF has left.
+    cpu.rflags |= native::flags() & (Rflags::ID | Rflags::NT);
+    let unordered = |op| {
+        matches!(
+            op,
+            Op::Vector(VectorOp::MaskStore, _)
+                | Op::Vector(_, VectorSet::Avx256)
+                | Op::Call
+                | Op::Return
+        )
+    };
+    if insn.is_some_and(|insn| unordered(insn.op)) {
+        // What an access is here, or which fault comes first, is the processor's own.
+        cpu.rflags = cpu.rflags.without(Rflags::AC);
+    }
     fill_fpu(random, &mut cpu);
 
     memory.put(AT, &bytes);
@@ -346,16 +376,38 @@ fn compare(random: &mut Random, memory: &mut TestMemory, setup: &Setup) -> Came 
             }
             "completed"
         }
+        // AMD's have one bit of MXCSR more.
+        Outcome::Fault(fault)
+            if fault.vector == Vector::GP && real.vector == 1 && real.mxcsr & 1 << 17 != 0 =>
+        {
+            "had MXCSR.MM"
+        }
         Outcome::Fault(fault) => {
+            // Of #SS for no address and #GP for one that is not aligned, a processor may find either first.
+            let aligned = VectorOp::Move { aligned: true };
+            let expected = match insn.map(|insn| insn.op) {
+                Some(Op::CmpXchg16b) => Vector::GP,
+                Some(Op::Vector(op, _)) if op == aligned => Vector::GP,
+                _ => fault.vector,
+            };
+            let vector = if fault.vector == Vector::SS && real.vector == expected.0 {
+                expected
+            } else {
+                fault.vector
+            };
             assert_eq!(
                 (real.vector, real.error),
-                (fault.vector.0, fault.error.unwrap_or(0)),
+                (vector.0, fault.error.unwrap_or(0)),
                 "{:#x} {}",
                 real.cr2,
                 what()
             );
             assert_eq!(before, cpu);
             same(&cpu, &real, FLAGS, setup, &what);
+            if insn.is_some_and(|insn| matches!(insn.op, Op::Enter | Op::PushAll)) {
+                // What was pushed before stays.
+                memory.put(DATA, data());
+            }
             "faulted"
         }
         // There is nothing in the emulator's memory, nor in the processor's.
@@ -372,7 +424,9 @@ fn compare(random: &mut Random, memory: &mut TestMemory, setup: &Setup) -> Came 
         memory.put(DATA, data());
     } else if emulated != data() {
         let at = emulated.iter().zip(data()).position(|(a, b)| a != b);
-        panic!("data at {at:#x?}\n{}", what());
+        let at = at.unwrap_or(0) & !7;
+        let (is, should) = (&emulated[at..][..16], &data()[at..][..16]);
+        panic!("data at {at:#x}: {is:02x?}, real {should:02x?}\n{}", what());
     }
     Came::Agreed(insn.map(|insn| insn.op), agreed)
 }
@@ -431,13 +485,7 @@ fn astray(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
     !(canonical && at >= 1 << 31) && !(CODE - 0x2000..CODE + 0x3000).contains(&at)
 }
 
-fn same(
-    cpu: &TestCpu,
-    real: &State,
-    flags: Rflags,
-    setup: &Setup,
-    what: &dyn Fn() -> String,
-) {
+fn same(cpu: &TestCpu, real: &State, flags: Rflags, setup: &Setup, what: &dyn Fn() -> String) {
     let width = if setup.mode.is_64bit() {
         u64::MAX
     } else {
@@ -471,7 +519,7 @@ fn cases(mode: CpuMode, share: u64) -> Option<BTreeMap<String, u64>> {
     let setup = Setup::new(mode)?;
     let number = |name: &str| std::env::var(name).ok().map(|s| s.parse::<u64>().unwrap());
     let seed = number("SEED").unwrap_or(1);
-    let count = number("CASES").unwrap_or(1_000_000) / share;
+    let count = number("CASES").unwrap_or(400_000) / share;
     println!("{mode:?}: SEED={seed}, {count} cases");
     let mut random = Random(seed.max(1));
     let mut memory = TestMemory {
@@ -512,17 +560,17 @@ fn finish() {
 }
 
 fn run(mode: CpuMode, share: u64) -> Option<BTreeMap<String, u64>> {
-    let _guard = ONE_AT_A_TIME.lock().unwrap();
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(|e| e.into_inner());
     prepare();
-    let compared = cases(mode, share);
+    let compared = std::panic::catch_unwind(|| cases(mode, share));
     finish();
-    compared
+    compared.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 #[test]
 fn the_processor_agrees_in_64_bit_code() {
     let compared = run(CpuMode::Long64, 1).unwrap();
-    // Each kind was met, and often.
+    // Each kind was met, and not once.
     let kinds = [
         "Mov",
         "MovZx(Byte)",
@@ -540,6 +588,28 @@ fn the_processor_agrees_in_64_bit_code() {
         "Bit(Complement)",
         "CmpXchg",
         "CmpXchg8b",
+        "CmpXchg16b",
+        "Div { signed: true }",
+        "DoubleShift { left: true }",
+        "Scan(Lzcnt)",
+        "Crc32(Byte)",
+        "Bmi(Pdep)",
+        "Mulx",
+        "PopFlags",
+        "Enter",
+        "Leave",
+        "Branch(7)",
+        "Loop(Loop)",
+        "Xlat",
+        "X87(LoadControl)",
+        "LoadMxcsr(Sse)",
+        "Vector(Move { aligned: true }, Sse)",
+        "Vector(Move { aligned: false }, Avx256)",
+        "Vector(Low, Mmx)",
+        "Vector(Half { high: true }, Avx128)",
+        "Vector(MaskStore, Sse)",
+        "Vector(Insert, Sse)",
+        "Vector(Extract, Avx128)",
         "Xadd",
         "Imul",
         "Cmov(4)",
@@ -556,7 +626,7 @@ fn the_processor_agrees_in_64_bit_code() {
     ];
     for kind in kinds {
         assert!(
-            compared.get(kind).is_some_and(|&n| n >= 20),
+            compared.get(kind).is_some_and(|&n| n >= 5),
             "{kind}: {compared:?}"
         );
     }

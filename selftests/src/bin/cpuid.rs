@@ -180,6 +180,67 @@ fn cpuid_dynamic(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// What a device supports is what another in this machine does, leaf by leaf. The differences are listed; a bit that no other
+/// has is a failure, as guests are promised something there that nobody knows to work.
+fn supported_compared(env: &Env) -> Outcome {
+    const REGISTERS: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
+    // Sizes, counts and identifiers, rather than features.
+    const FEATURES: [(u32, u32, usize); 13] = [
+        (1, 0, 2),
+        (1, 0, 3),
+        (6, 0, 0),
+        (7, 0, 1),
+        (7, 0, 2),
+        (7, 0, 3),
+        (7, 1, 0),
+        (7, 1, 3),
+        (0xd, 0, 0),
+        (0xd, 1, 0),
+        (0x8000_0001, 0, 2),
+        (0x8000_0001, 0, 3),
+        (0x8000_0007, 0, 3),
+    ];
+    let Ok(kvm) = selftests::vm::Kvm::open("/dev/kvm") else {
+        skip!("no /dev/kvm to compare with")
+    };
+    let (ours, theirs) = (env.open()?.supported_cpuid()?, kvm.supported_cpuid()?);
+    let mut wrong = String::new();
+    let words = |c: &selftests::vm::Cpuid, e: &kb::kvm_cpuid_entry2| {
+        c.find(e.function, e.index)
+            .map(|e| [e.eax, e.ebx, e.ecx, e.edx])
+    };
+    for e in theirs.list() {
+        let want = [e.eax, e.ebx, e.ecx, e.edx];
+        let Some(got) = words(&ours, e) else {
+            println!("{:#x}.{}: only there: {want:08x?}", e.function, e.index);
+            continue;
+        };
+        for (n, (got, want)) in got.into_iter().zip(want).enumerate() {
+            if got == want {
+                continue;
+            }
+            let name = REGISTERS[n];
+            println!(
+                "{:#x}.{} {name}: {got:08x}, there {want:08x}: {:08x} only here, {:08x} only there",
+                e.function,
+                e.index,
+                got & !want,
+                want & !got
+            );
+            if FEATURES.contains(&(e.function, e.index, n)) && got & !want != 0 {
+                wrong += &format!("{:#x}.{} {name} {:#x}; ", e.function, e.index, got & !want);
+            }
+        }
+    }
+    for e in ours.list() {
+        if words(&theirs, e).is_none() {
+            println!("{:#x}.{}: only here: {e:08x?}", e.function, e.index);
+        }
+    }
+    ensure!(wrong.is_empty(), "features that /dev/kvm has not: {wrong}");
+    Ok(())
+}
+
 fn main() -> ExitCode {
     selftests::tap::main(
         "cpuid",
@@ -188,7 +249,8 @@ fn main() -> ExitCode {
             cpuid_custom,
             cpuid_out_of_range,
             cpuid_without,
-            cpuid_dynamic
+            cpuid_dynamic,
+            supported_compared,
         ],
     )
 }

@@ -153,7 +153,18 @@ pub fn bytes(random: &mut Random, mode: CpuMode) -> Vec<u8> {
             _ => b.push(any),
         }
     }
-    b.extend(random.next().to_le_bytes());
+    let mut noise = random.next().to_le_bytes();
+    let [modrm, second, ..] = &mut noise;
+    match b.as_slice() {
+        // One extension of eight is known, of memory or of any.
+        [.., 0x0f, 0xc7] => *modrm = *modrm & 0x87 | 8,
+        // ENTER: a frame that the data has room for.
+        [.., 0xc8] => *second &= 0xf,
+        [0xc4, .., 0xf3] => *modrm = *modrm & 0xc7 | 8 << random.below(2),
+        [0xc4, .., 0xae] | [.., 0x0f, 0xae] => *modrm = *modrm & 0x8f | 0x10,
+        _ => {}
+    }
+    b.extend(noise);
     b.extend(random.next().to_le_bytes());
     b
 }
@@ -286,7 +297,7 @@ pub fn patch(random: &mut Random, bytes: &mut [u8], insn: &Insn, cpu: &mut TestC
         return;
     }
     let old = (m.disp as u32).to_le_bytes();
-    let target = MIDDLE - 0x80 + random.below(0x100) - base_of(cpu, m.seg);
+    let target = (MIDDLE - 0x80 + random.below(0x100)).wrapping_sub(base_of(cpu, m.seg));
     let new = if m.rip_relative {
         target.wrapping_sub(cpu.rip + u64::from(insn.len))
     } else if m.base.is_some() {

@@ -106,7 +106,10 @@ impl Fpu for TestCpu {
         self.fpu.control
     }
     fn set_fpu_control(&mut self, value: u16) {
-        self.fpu.control = value;
+        self.fpu.control = value & 0x1f3f | 0x40;
+        // What is unmasked and waiting is pending now.
+        let pending = self.fpu.status & !value & 0x3f != 0;
+        self.fpu.status = self.fpu.status & !0x8080 | if pending { 0x8080 } else { 0 };
     }
     fn fpu_status(&mut self) -> u16 {
         self.fpu.status

@@ -6,7 +6,9 @@
 //! the wanted mode and RFLAGS.TF. So the kernel enters the instruction, and the next signal comes right after it, or because it
 //! faulted. Its context is the result, and the handler puts back the one from before.
 
-use rkvm_x86::regs::Gpr;
+#![allow(unreachable_pub)]
+
+use rkvm_x86::regs::Rflags;
 use std::arch::asm;
 use std::cell::UnsafeCell;
 use std::ptr;
@@ -188,6 +190,9 @@ unsafe fn leave(context: &mut libc::ucontext_t, s: &mut State, saved: &[i64; 23]
 }
 
 extern "C" fn handle(signal: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // The kernel leaves AC as it was.
+    // SAFETY: Nothing here relies on alignment checks.
+    unsafe { asm!("pushfq", "and qword ptr [rsp], {}", "popfq", const !0x4_0000i32) };
     // SAFETY: The handler runs on the thread that is in `run` and has nothing borrowed there. The context is the kernel's.
     unsafe {
         let shared = &mut *SHARED.0.get();
@@ -262,7 +267,14 @@ pub unsafe fn run(state: &mut State, data: u16) {
         );
         *state = (*shared).state;
     }
-    debug_assert!(state.gprs.len() == Gpr::ALL.len());
+}
+
+/// RFLAGS of the test.
+pub fn flags() -> Rflags {
+    let flags;
+    // SAFETY: The stack is as it was.
+    unsafe { asm!("pushfq", "pop {}", out(reg) flags) };
+    Rflags::new(flags)
 }
 
 /// The layout that modify_ldt(2) takes.
