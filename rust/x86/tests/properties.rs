@@ -174,12 +174,15 @@ proptest! {
         let mut emulator = Emulator::new();
         // `run_with` checks each request.
         let (outcome, bus) = run_with(&mut emulator, &mut cpu, &mut memory, &answers);
-        prop_assert!(bus.len() <= 8, "{:?}", bus);
+        // Both lists are full.
+        prop_assert!(bus.len() <= 18, "{:?}", bus);
         prop_assert!(emulator.insn_bytes().len() <= 15);
         match outcome {
             Outcome::Done(c) => {
                 prop_assert!(c.retired || cpu.rip == before.rip);
             }
+            // The fault is one of another task.
+            _ if cpu.segments[7] != before.segments[7] => {}
             _ => {
                 prop_assert_eq!(cpu.rip, before.rip);
                 // Only string instructions have iterations, and they count in RCX.

@@ -45,11 +45,33 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             }
             O::ReadCounter => Service::ReadCounter,
             _ => {
+                self.need_register(insn, op)?;
                 self.need_cpl0()?;
                 self.privileged(insn, op)?
             }
         };
         self.ask(insn, service)
+    }
+
+    /// #UD for a control or debug register that does not exist: whatever the privilege.
+    fn need_register(&self, insn: &Insn, op: SystemOp) -> Res<(), M> {
+        use SystemOp as O;
+        let number = match (op, insn.dst, insn.src) {
+            (O::WriteControl | O::WriteDebug, Operand::Imm(number), _) => number,
+            (O::ReadControl | O::ReadDebug, _, Operand::Imm(number)) => number,
+            _ => return Ok(()),
+        };
+        let exists = match op {
+            O::WriteControl | O::ReadControl => {
+                matches!(number, 0 | 2 | 3 | 4) || number == 8 && self.mode.is_64bit()
+            }
+            _ => number < 8 && !(matches!(number, 4 | 5) && self.run.paging.cr4.has(Cr4::DE)),
+        };
+        if exists {
+            Ok(())
+        } else {
+            Err(Fault::UD.into())
+        }
     }
 
     fn protected_mode_enabled(&self) -> bool {
