@@ -11,6 +11,7 @@ use crate::arch::Arch;
 use crate::backend::Loaded;
 use crate::bus::Space;
 use crate::lapic::LocalApic;
+use crate::linux::fpu::Swapped;
 use crate::mem::access::MemError;
 use crate::mem::devices::DeviceFrames;
 use crate::mem::fault::Fault as MemFault;
@@ -50,6 +51,8 @@ pub(crate) struct PendingMmio {
 /// The vCPU as the emulator sees it.
 pub(super) struct EmuCpu<'a, L: Loaded> {
     hw: &'a mut L,
+    fpu: &'a Swapped<'a>,
+    xcr0: u64,
     maxphyaddr: u8,
     gbpages: bool,
     pkru: u32,
@@ -60,15 +63,71 @@ pub(super) struct EmuCpu<'a, L: Loaded> {
 }
 
 impl<'a, L: Loaded> EmuCpu<'a, L> {
-    pub(super) fn new(hw: &'a mut L, arch: &Arch) -> Self {
+    pub(super) fn new(hw: &'a mut L, fpu: &'a Swapped<'a>, arch: &Arch) -> Self {
         Self {
             hw,
+            fpu,
+            xcr0: arch.xcr0,
             maxphyaddr: arch.features.maxphyaddr,
             gbpages: arch.features.has(Features::GBPAGES),
             pkru: arch.pkru,
             mode: None,
             paging: None,
         }
+    }
+}
+
+impl<L: Loaded> x86::emulate::Fpu for EmuCpu<'_, L> {
+    fn xcr0(&mut self) -> u64 {
+        self.xcr0
+    }
+
+    fn xmm(&mut self, n: u8) -> [u64; 2] {
+        self.fpu.xmm(n)
+    }
+
+    fn set_xmm(&mut self, n: u8, value: [u64; 2]) {
+        self.fpu.set_xmm(n, value);
+    }
+
+    fn ymm(&mut self, n: u8) -> [u64; 4] {
+        self.fpu.ymm(n)
+    }
+
+    fn set_ymm(&mut self, n: u8, value: [u64; 4]) {
+        self.fpu.set_ymm(n, value);
+    }
+
+    fn mmx(&mut self, n: u8) -> u64 {
+        self.fpu.mmx(n)
+    }
+
+    fn set_mmx(&mut self, n: u8, value: u64) {
+        self.fpu.set_mmx(n, value);
+    }
+
+    fn mxcsr(&mut self) -> u32 {
+        self.fpu.mxcsr()
+    }
+
+    fn set_mxcsr(&mut self, value: u32) {
+        self.fpu.set_mxcsr(value);
+    }
+
+    fn fpu_control(&mut self) -> u16 {
+        self.fpu.control()
+    }
+
+    fn set_fpu_control(&mut self, value: u16) {
+        self.fpu.set_control(value);
+    }
+
+    fn fpu_status(&mut self) -> u16 {
+        self.fpu.status()
+    }
+
+    fn fpu_init(&mut self) {
+        self.fpu.init_x87();
     }
 }
 
@@ -378,7 +437,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Goes on with the instruction until the VMM is needed or it is done.
     fn step_emulator(&mut self) -> Result<Next> {
         let outcome = loop {
-            let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+            let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
             let arch = &mut *self.arch;
             let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
             match arch.emulator.step(&mut cpu, &mut memory) {

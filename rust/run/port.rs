@@ -118,7 +118,7 @@ impl<L: Loaded> Run<'_, L> {
         };
         let mut buf = [0; CHUNK];
         let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let begun = io
             .prepare(&mut cpu, &mut memory, CHUNK as u32)
             .and_then(|transfer| {
@@ -208,7 +208,7 @@ impl<L: Loaded> Run<'_, L> {
 
         // The VMM may have lowered RCX meanwhile: elements that the guest does not ask for any more
         // must not be written, nor counted below zero.
-        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, self.arch)) else {
+        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch)) else {
             super::skip(&mut self.hw, pending.len);
             return Ok(Next::Guest);
         };
@@ -232,7 +232,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Goes past the elements of a string instruction of `len` bytes, and past it if there are no
     /// more. Else the guest executes it again, for the rest.
     fn finish_string(&mut self, transfer: &Transfer, len: u8) {
-        if transfer.finish(&mut EmuCpu::new(&mut self.hw, self.arch)) {
+        if transfer.finish(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch)) {
             super::skip(&mut self.hw, len);
         }
     }
