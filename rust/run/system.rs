@@ -53,7 +53,7 @@ impl<L: Loaded> Run<'_, L> {
         }
 
         let old = self.hw.segment(SegReg::Tr);
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let arch = &mut *self.arch;
         let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
         match arch
@@ -67,11 +67,13 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             Outcome::Fault(fault) => {
-                // In the new task there is no event on its way any more, but an exception that was may
-                // make a double fault of this one.
                 if old != self.hw.segment(SegReg::Tr) {
-                    let exception = matches!(event, Some(Vectoring::Exception(_)));
-                    self.arrive(event.filter(|_| !exception));
+                    // It is the new task's. An exception that it was switched to for is on its way all the same,
+                    // and may make a double fault of it; anything else has arrived.
+                    match event {
+                        Some(Vectoring::Exception(_)) => self.arrive(None),
+                        event => self.arrive(event),
+                    }
                 }
                 self.raise(fault)
             }

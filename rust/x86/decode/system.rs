@@ -30,9 +30,11 @@ pub(super) fn one_byte(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> 
     use SystemOp as O;
     let full = Width::Full;
     Ok(match opcode {
-        0x07 | 0x17 | 0x1f => {
-            d.legacy(Ok(system(O::PopSegment(by_opcode(opcode)), Form::None, full)))?
-        }
+        0x07 | 0x17 | 0x1f => d.legacy(Ok(system(
+            O::PopSegment(by_opcode(opcode)),
+            Form::None,
+            full,
+        )))?,
         0x63 => d.legacy(Ok(system(O::AdjustRpl, Form::RmReg, WORD)))?,
         0x6c | 0x6d => system(O::InString, Form::None, port_width(opcode)),
         0x6e | 0x6f => system(O::OutString, Form::None, port_width(opcode)),

@@ -74,9 +74,16 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
             Row::new(op, Form::Rm, Width::Fixed(Size::Qword)).lockable()
         }
         0xc8..=0xcf => Row::new(Op::ByteSwap, Form::Low, Width::Full),
-        0x00..=0x03 | 0x05..=0x09 | 0x20..=0x23 | 0x30..=0x35 | 0xa1 | 0xa2 | 0xa9 | 0xb2 | 0xb4 | 0xb5 => {
-            return system::two_byte(d, opcode)
-        }
+        0x00..=0x03
+        | 0x05..=0x09
+        | 0x20..=0x23
+        | 0x30..=0x35
+        | 0xa1
+        | 0xa2
+        | 0xa9
+        | 0xb2
+        | 0xb4
+        | 0xb5 => return system::two_byte(d, opcode),
         _ => return vector::row_0f(d, opcode),
     })
 }

@@ -686,12 +686,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     }
 
     /// Changes a byte, locked.
-    pub(super) fn write_mark(
-        &mut self,
-        gpa: u64,
-        old: u8,
-        new: u8,
-    ) -> Result<(), Stop<M::Error>> {
+    pub(super) fn write_mark(&mut self, gpa: u64, old: u8, new: u8) -> Result<(), Stop<M::Error>> {
         let target = Target {
             parts: [Part { gpa, len: 1 }, Part::default()],
         };

@@ -67,8 +67,12 @@ fn data_segments() {
         }
     }
     // Beyond the table, and in an LDT that is not there.
-    Machine::new(0).with(Gpr::Rax, 0x80).faults(MOV_ES, gp(0x80));
-    Machine::new(0).with(Gpr::Rax, 0x84).faults(MOV_ES, gp(0x84));
+    Machine::new(0)
+        .with(Gpr::Rax, 0x80)
+        .faults(MOV_ES, gp(0x80));
+    Machine::new(0)
+        .with(Gpr::Rax, 0x84)
+        .faults(MOV_ES, gp(0x84));
     for null in 0..4 {
         let mut m = Machine::new(3).with(Gpr::Rax, null);
         m.done(MOV_ES);
@@ -137,9 +141,14 @@ fn real_and_virtual_8086() {
     cpu.seg(SegReg::Es).limit = u32::MAX;
     common::exec(&mut cpu, &mut memory, MOV_ES, &[]);
     let es = *cpu.seg(SegReg::Es);
-    assert_eq!((es.selector, es.base, es.limit), (0x1234, 0x12340, u32::MAX));
+    assert_eq!(
+        (es.selector, es.base, es.limit),
+        (0x1234, 0x12340, u32::MAX)
+    );
 
-    let mut m = Machine::new(3).with(Gpr::Rax, 0x1234).with_flags(Rflags::VM);
+    let mut m = Machine::new(3)
+        .with(Gpr::Rax, 0x1234)
+        .with_flags(Rflags::VM);
     m.done(MOV_ES);
     let es = *m.cpu.seg(SegReg::Es);
     assert_eq!((es.selector, es.base, es.limit), (0x1234, 0x12340, 0xffff));
@@ -257,7 +266,9 @@ fn system_segments() {
         load(3, SLOT, ldt).faults(code, gp(0));
         Machine::new(0).with(Gpr::Rax, 0x54).faults(code, gp(0x54));
         Machine::new(0).with(Gpr::Rax, 0x80).faults(code, gp(0x80));
-        Machine::new(3).with_flags(Rflags::VM).faults(code, Fault::UD);
+        Machine::new(3)
+            .with_flags(Rflags::VM)
+            .faults(code, Fault::UD);
     }
     // In long mode they have sixteen bytes.
     let mut m = Machine::long(0).with(Gpr::Rax, SLOT.into());
@@ -329,6 +340,8 @@ fn questions() {
     m.done("63c1");
     assert!(!m.cpu.rflags.has(Rflags::ZF));
     for code in ["0f02c8", "0f03c8", "0f00e0", "0f00e8", "63c1"] {
-        Machine::new(3).with_flags(Rflags::VM).faults(code, Fault::UD);
+        Machine::new(3)
+            .with_flags(Rflags::VM)
+            .faults(code, Fault::UD);
     }
 }

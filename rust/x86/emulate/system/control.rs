@@ -2,6 +2,7 @@
 
 //! Control and debug registers, MSRs, HLT and the like: the privilege is checked here, the rest is asked for.
 
+use super::super::super::event::Shadow;
 use super::super::super::exception::Fault;
 use super::super::super::insn::system::SystemOp;
 use super::super::super::insn::Insn;
@@ -12,7 +13,6 @@ use super::super::super::paging::GuestMemory;
 use super::super::super::regs::Cr4;
 use super::super::super::regs::Gpr;
 use super::super::super::regs::Rflags;
-use super::super::super::event::Shadow;
 use super::super::super::segment::CpuMode;
 use super::super::super::segment::SegReg;
 use super::super::super::segment::Segment;
@@ -165,7 +165,11 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         }
         self.need_cpl0()?;
         let gs = self.segment(SegReg::Gs);
-        let other = self.run.cpu.msr(Msr::KERNEL_GS_BASE).ok_or(Stop::Unhandled)?;
+        let other = self
+            .run
+            .cpu
+            .msr(Msr::KERNEL_GS_BASE)
+            .ok_or(Stop::Unhandled)?;
         self.run.cpu.set_msr(Msr::KERNEL_GS_BASE, gs.base);
         self.set_segment(SegReg::Gs, Segment { base: other, ..gs });
         Ok(())

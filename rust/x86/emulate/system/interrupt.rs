@@ -274,10 +274,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             return Err(Fault::gp(0).into());
         }
         let map = self.read_system(tss.base.wrapping_add(0x66), 2)? as u32;
-        let at = map
-            .wrapping_sub(32)
-            .wrapping_add(u32::from(vector) >> 3)
-            & 0xffff;
+        let at = map.wrapping_sub(32).wrapping_add(u32::from(vector) >> 3) & 0xffff;
         if at > tss.limit {
             return Err(Fault::gp(0).into());
         }
@@ -293,7 +290,9 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             self.flags
         } else {
             let virtual_if = self.flags.has(Rflags::VIF);
-            self.flags.with(Rflags::IOPL).with_if(Rflags::IF, virtual_if)
+            self.flags
+                .with(Rflags::IOPL)
+                .with_if(Rflags::IF, virtual_if)
         };
         self.enter_8086(pointer, pushed)?;
         let flag = if trusted { Rflags::IF } else { Rflags::VIF };
