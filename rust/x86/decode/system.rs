@@ -153,7 +153,8 @@ fn group7(d: &Decoder<'_>) -> Result<Row, DecodeError> {
         4 => system(O::StoreMsw, Form::Rm, full),
         6 => system(O::LoadMsw, Form::Source, WORD),
         7 if memory => system(O::InvalidatePage, Form::Source, BYTE),
-        7 if d.modrm_is(0xf8)? && d.long() => system(O::SwapGs, Form::Skip, full),
+        7 if d.modrm_is(0xf8)? && !d.long() => return Err(DecodeError::Invalid),
+        7 if d.modrm_is(0xf8)? => system(O::SwapGs, Form::Skip, full),
         _ => return Err(DecodeError::Unsupported),
     })
 }

@@ -158,6 +158,8 @@ unsafe fn leave(context: &mut libc::ucontext_t, s: &mut State, saved: &[i64; 23]
         *value = gregs[at as usize] as u64;
     }
     s.rip = gregs[libc::REG_RIP as usize] as u64;
+    let selectors = gregs[libc::REG_CSGSFS as usize] as u64;
+    (s.cs, s.ss) = (selectors as u16, (selectors >> 48) as u16);
     s.rflags = gregs[libc::REG_EFL as usize] as u64;
     s.vector = gregs[libc::REG_TRAPNO as usize] as u8;
     s.error = gregs[libc::REG_ERR as usize] as u32;
