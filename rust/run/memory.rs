@@ -26,11 +26,11 @@ use crate::x86::emulate::Outcome;
 use crate::x86::emulate::TableReg;
 use crate::x86::msr::Msr;
 use crate::x86::paging::MemoryError;
+use crate::x86::paging::PageAccess;
 use crate::x86::paging::Paging;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr3;
 use crate::x86::regs::Cr4;
-use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
@@ -191,8 +191,6 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     fn task_switched(&mut self) {
         let cr0 = self.hw.cr0();
         self.hw.set_cr0(cr0.with(Cr0::TS));
-        let dr7 = self.hw.dr7();
-        self.hw.set_dr7(dr7.without(Dr7::LOCAL));
     }
 
     fn gdtr(&mut self) -> TableReg {
@@ -312,6 +310,20 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
     ) -> Result<bool, MemoryError<Unbacked>> {
         self.access(gpa, |memory| memory.cmpxchg(gpa, len, old, new, self.vcpu))
     }
+}
+
+/// Where a linear address leads, whoever might access it; none if nowhere. Changes nothing.
+pub(crate) fn probe(
+    hw: &mut impl Loaded,
+    arch: &Arch,
+    memory: &GuestMemory,
+    vcpu: &VcpuShared,
+    linear: u64,
+) -> Option<u64> {
+    let mut memory = EmuMemory::new(memory, vcpu, &arch.devices);
+    let paging = x86::emulate::Cpu::paging(&mut EmuCpu::new(hw, arch));
+    let found = paging.translate(&mut memory, linear, PageAccess::PROBE);
+    found.ok().map(|translation| translation.gpa)
 }
 
 impl<L: Loaded> Run<'_, L> {
@@ -456,7 +468,8 @@ impl<L: Loaded> Run<'_, L> {
 
         match outcome {
             Outcome::Done(done) => {
-                if done.retired {
+                // Each iteration of a repeated instruction ends with a step.
+                if done.retired || done.single_step {
                     super::retire_emulated(&mut self.hw, done.single_step, done.shadow);
                 }
                 Ok(Next::Guest)
@@ -471,13 +484,7 @@ impl<L: Loaded> Run<'_, L> {
             }
             Outcome::Fault(fault) => self.raise(fault),
             Outcome::Service { service, len } => self.serve(service, len),
-            Outcome::Unhandled => {
-                self.shared.stats.insn_emulation_fail.bump();
-                let raw = self.hw.raw_exit();
-                self.page
-                    .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
-                Ok(Next::User)
-            }
+            Outcome::Unhandled => self.not_emulated(),
             Outcome::Host(at) => {
                 if self.arch.emulator.in_progress() {
                     // If the VMM mends it, the device is not to be read a second time.
@@ -486,6 +493,15 @@ impl<L: Loaded> Run<'_, L> {
                 Err(self.unbacked(at))
             }
         }
+    }
+
+    /// Tells the VMM that the instruction is none that is emulated.
+    pub(super) fn not_emulated(&mut self) -> Result<Next> {
+        self.shared.stats.insn_emulation_fail.bump();
+        let raw = self.hw.raw_exit();
+        self.page
+            .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
+        Ok(Next::User)
     }
 
     /// Offers a device write to the devices in the kernel; returns if one took it.

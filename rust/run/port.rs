@@ -21,6 +21,7 @@ use crate::x86::io::IoError;
 use crate::x86::io::StringIo;
 use crate::x86::io::Transfer;
 use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
 use crate::x86::segment::SegReg;
 use kernel::prelude::*;
 
@@ -40,9 +41,8 @@ pub(crate) struct PendingPort {
 }
 
 impl<L: Loaded> Run<'_, L> {
-    /// The guest executed an I/O instruction.
-    pub(super) fn port_access(&mut self, access: PortAccess) -> Result<Next> {
-        let len = self.hw.instruction_len();
+    /// The guest executed an I/O instruction of `len` bytes.
+    pub(super) fn port_access(&mut self, access: PortAccess, len: u8) -> Result<Next> {
         if access.string {
             return self.string_access(access, len);
         }
@@ -117,10 +117,15 @@ impl<L: Loaded> Run<'_, L> {
             seg,
         };
         let mut buf = [0; CHUNK];
+        // A step ends after each iteration.
+        let room = match self.hw.rflags().has(Rflags::TF) {
+            true => access.size.into(),
+            false => CHUNK as u32,
+        };
         let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
         let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let begun = io
-            .prepare(&mut cpu, &mut memory, CHUNK as u32)
+            .prepare(&mut cpu, &mut memory, room)
             .and_then(|transfer| {
                 if let (Some(t), false) = (&transfer, access.input) {
                     t.gather(&mut memory, &mut buf)?;
@@ -208,7 +213,8 @@ impl<L: Loaded> Run<'_, L> {
 
         // The VMM may have lowered RCX meanwhile: elements that the guest does not ask for any more
         // must not be written, nor counted below zero.
-        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch)) else {
+        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch))
+        else {
             super::skip(&mut self.hw, pending.len);
             return Ok(Next::Guest);
         };
@@ -234,6 +240,9 @@ impl<L: Loaded> Run<'_, L> {
     fn finish_string(&mut self, transfer: &Transfer, len: u8) {
         if transfer.finish(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch)) {
             super::skip(&mut self.hw, len);
+        } else {
+            let step = self.hw.rflags().has(Rflags::TF);
+            super::retire_emulated(&mut self.hw, step);
         }
     }
 }

@@ -3,12 +3,14 @@
 //! What the emulator's system instructions need of the vCPU: task switches, and what it asks for.
 
 use super::cr;
+use super::debug;
 use super::memory::EmuCpu;
 use super::memory::EmuMemory;
 use super::Next;
 use super::Run;
 use crate::backend::CrAccess;
 use crate::backend::Loaded;
+use crate::backend::PortAccess;
 use crate::x86::emulate::Cause;
 use crate::x86::emulate::Outcome;
 use crate::x86::emulate::Service;
@@ -17,7 +19,9 @@ use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
+use crate::x86::regs::Rflags;
 use crate::x86::segment::SegReg;
 use kernel::prelude::*;
 
@@ -56,10 +60,7 @@ impl<L: Loaded> Run<'_, L> {
         let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let arch = &mut *self.arch;
         let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
-        match arch
-            .emulator
-            .switch_task(&mut cpu, &mut memory, &switch)
-        {
+        match arch.emulator.switch_task(&mut cpu, &mut memory, &switch) {
             Outcome::Done(done) => {
                 if done.retired {
                     self.arrive(event);
@@ -95,14 +96,20 @@ impl<L: Loaded> Run<'_, L> {
             self.hw.set_nmi_blocked(true);
         }
         self.hw.set_shadow(Shadow::None);
-        self.arch.breakpoints_armed = self.hw.dr7().any_enabled();
+        // The local breakpoints were the old task's.
+        let mut breakpoints = debug::breakpoints(&mut self.hw, self.arch);
+        breakpoints.control = breakpoints.control.without(Dr7::LOCAL);
+        debug::set_breakpoints(&mut self.hw, self.arch, &breakpoints);
+        if self.arch.debugger.steps() {
+            let flags = self.hw.rflags();
+            self.hw.set_rflags(flags.with(Rflags::TF));
+        }
         let pae = self.hw.cr0().has(Cr0::PG)
             && self.hw.cr4().has(Cr4::PAE)
             && !self.hw.efer().has(Efer::LMA);
         if pae {
             let cr3 = self.hw.cr3();
-            if let Err(fault) =
-                cr::load_pdptes(&mut self.hw, self.memory, cr3, &self.arch.features)
+            if let Err(fault) = cr::load_pdptes(&mut self.hw, self.memory, cr3, &self.arch.features)
             {
                 self.arch.events.raise(fault.into());
             }
@@ -113,9 +120,20 @@ impl<L: Loaded> Run<'_, L> {
     pub(super) fn serve(&mut self, service: Service, len: u8) -> Result<Next> {
         match service {
             Service::LoadMsw(source) => self.cr_access(CrAccess::Lmsw(source), len),
-            // It has no memory operand, so that the processor exited by it and not by its memory: the guest
-            // has changed its code in between. It executes it once more.
-            _ => Ok(Next::Guest),
+            // The bitmap of the permissions is on a device.
+            Service::Port { port, size, input } => {
+                let access = PortAccess {
+                    port,
+                    size: size.bytes(),
+                    input,
+                    string: false,
+                    rep: false,
+                };
+                self.port_access(access, len)
+            }
+            // The others have no memory that could be a device's, so that the processor exits by them and not
+            // by that: the guest has changed its code in between.
+            _ => self.not_emulated(),
         }
     }
 }

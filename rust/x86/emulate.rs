@@ -97,7 +97,7 @@ pub trait Cpu: Fpu {
     fn set_segment(&mut self, reg: SegReg, value: &Segment);
     /// Sets CR3; whoever asked for a task switch sees to the rest of it.
     fn set_cr3(&mut self, value: Cr3);
-    /// What goes with a switch of tasks: CR0.TS is set, and the local breakpoints of DR7 are off.
+    /// A switch of tasks sets CR0.TS.
     fn task_switched(&mut self);
     /// GDTR.
     fn gdtr(&mut self) -> TableReg;
@@ -478,8 +478,8 @@ impl Emulator {
     }
 
     /// Switches tasks, as an exit asks for. The outcome is as that of a step: [`Outcome::Done`] in the new task, or
-    /// [`Outcome::Fault`] in the old one, or in the new one if TR has changed. With PAE paging, the four entries that CR3 leads to
-    /// are for the caller to load.
+    /// [`Outcome::Fault`] in the old one, or in the new one if TR has changed. The rest is for the caller:
+    /// with PAE paging, the four entries that CR3 leads to, and the local breakpoints of DR7, which are the old task's.
     pub fn switch_task<C: Cpu, M: GuestMemory>(
         &mut self,
         cpu: &mut C,
