@@ -10,7 +10,7 @@ T ?=
 # make selftests RECORD=1 writes down what came of them.
 RECORD ?=
 
-.PHONY: all run test guests-full selftests bench shell check clean distclean
+.PHONY: all run qemu test guests-full qemu-full selftests bench shell check clean distclean
 
 all:
 	@scripts/build $(KDIR)
@@ -18,11 +18,18 @@ all:
 run:
 	@scripts/run
 
+# MACHINE, CPUS, IRQCHIP, DEVICE, ARGS and RUN go to it by the environment.
+qemu:
+	@scripts/qemu
+
 test:
 	@scripts/test $(if $(T),'$(T)')
 
 guests-full:
 	@RKVM_GUESTS_FULL=1 scripts/test '$(if $(T),$(T),^smp-)'
+
+qemu-full:
+	@RKVM_QEMU_FULL=1 scripts/test '$(if $(T),$(T),^qemu-)'
 
 selftests:
 	@scripts/selftests $(if $(RECORD),--record) $(if $(T),'$(T)')

@@ -9,6 +9,7 @@ use crate::linux::user;
 use kernel::prelude::*;
 
 pub(crate) use crate::bindings::kvm_clear_dirty_log;
+pub(crate) use crate::bindings::kvm_clock_data;
 pub(crate) use crate::bindings::kvm_coalesced_mmio;
 pub(crate) use crate::bindings::kvm_coalesced_mmio_ring;
 pub(crate) use crate::bindings::kvm_coalesced_mmio_zone;
@@ -20,6 +21,7 @@ pub(crate) use crate::bindings::kvm_dirty_log;
 pub(crate) use crate::bindings::kvm_dtable;
 pub(crate) use crate::bindings::kvm_enable_cap;
 pub(crate) use crate::bindings::kvm_fpu;
+pub(crate) use crate::bindings::kvm_guest_debug;
 pub(crate) use crate::bindings::kvm_interrupt;
 pub(crate) use crate::bindings::kvm_ioeventfd;
 pub(crate) use crate::bindings::kvm_irq_level;
@@ -42,9 +44,11 @@ pub(crate) use crate::bindings::kvm_reinject_control;
 pub(crate) use crate::bindings::kvm_segment;
 pub(crate) use crate::bindings::kvm_signal_mask;
 pub(crate) use crate::bindings::kvm_sregs;
+pub(crate) use crate::bindings::kvm_sregs2;
 pub(crate) use crate::bindings::kvm_stats_desc;
 pub(crate) use crate::bindings::kvm_stats_header;
 pub(crate) use crate::bindings::kvm_tpr_access_ctl;
+pub(crate) use crate::bindings::kvm_translation;
 pub(crate) use crate::bindings::kvm_userspace_memory_region;
 pub(crate) use crate::bindings::kvm_userspace_memory_region2;
 pub(crate) use crate::bindings::kvm_vapic_addr;
@@ -84,6 +88,7 @@ pub(crate) fn read_msr_entries(arg: usize) -> Result<KVVec<kvm_msr_entry>> {
 
 /// KVM_EXIT_*: why KVM_RUN returned (KVM API, 5).
 pub(crate) mod exit {
+    pub(crate) use crate::bindings::KVM_EXIT_DEBUG as DEBUG;
     pub(crate) use crate::bindings::KVM_EXIT_DIRTY_RING_FULL as DIRTY_RING_FULL;
     pub(crate) use crate::bindings::KVM_EXIT_EXCEPTION as EXCEPTION;
     pub(crate) use crate::bindings::KVM_EXIT_FAIL_ENTRY as FAIL_ENTRY;

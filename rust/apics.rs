@@ -19,6 +19,7 @@ use crate::bindings::KVM_X86_QUIRK_LINT0_REENABLED;
 use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS;
 use crate::bindings::KVM_X86_QUIRK_SLOT_ZAP_ALL;
+use crate::bindings::KVM_X86_QUIRK_STUFF_FEATURE_MSRS;
 use crate::linux::page::KernelPage;
 use crate::linux::srcu::SrcuCell;
 use crate::run::hypercall::FOR_VMM;
@@ -441,17 +442,21 @@ pub(crate) struct Apics {
     disabled_quirks: AtomicU32,
     /// The hypercalls that the VMM does itself, a bit each.
     hypercall_exits: AtomicU32,
+    /// Fields of KVM_GET/SET_VCPU_EVENTS that the VMM knows of besides the old ones.
+    event_fields: AtomicU32,
 }
 
 /// The quirks of KVM's that a VMM may do without: LINT0 is open after reset; where the APIC's page is
 /// not there is a hole that reads as ones; MONITOR and MWAIT are there whatever CPUID says, and CPUID does
-/// not follow IA32_MISC_ENABLE in it; a VMMCALL, which is AMD's, becomes a VMCALL; a memslot that goes takes the mappings of all others along, which is
+/// not follow IA32_MISC_ENABLE in it; a VMMCALL, which is AMD's, becomes a VMCALL; the MSRs that say what the
+/// processor can do say so before the VMM has; a memslot that goes takes the mappings of all others along, which is
 /// never so here.
 pub(crate) const QUIRKS: u32 = KVM_X86_QUIRK_LINT0_REENABLED
     | KVM_X86_QUIRK_LAPIC_MMIO_HOLE
     | KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS
     | KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT
     | KVM_X86_QUIRK_FIX_HYPERCALL_INSN
+    | KVM_X86_QUIRK_STUFF_FEATURE_MSRS
     | KVM_X86_QUIRK_SLOT_ZAP_ALL;
 
 /// The flags of KVM_CAP_X2APIC_API that are known.
@@ -472,6 +477,7 @@ impl Apics {
                 access_page: SetOnce::new(),
                 disabled_quirks: AtomicU32::new(0),
                 hypercall_exits: AtomicU32::new(0),
+                event_fields: AtomicU32::new(0),
             }? Error),
             GFP_KERNEL_ACCOUNT,
         )
@@ -625,6 +631,20 @@ impl Apics {
     /// Whether one of [`QUIRKS`] is the VMM's wish, as it is if it says nothing.
     pub(crate) fn has_quirk(&self, quirk: u32) -> bool {
         self.disabled_quirks.load(Ordering::Relaxed) & quirk == 0
+    }
+
+    /// Has the vCPUs' events show a field, by its KVM_VCPUEVENT_VALID_*, or not.
+    pub(crate) fn show_event_field(&self, field: u32, shown: bool) {
+        if shown {
+            self.event_fields.fetch_or(field, Ordering::Relaxed);
+        } else {
+            self.event_fields.fetch_and(!field, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the vCPUs' events show a field.
+    pub(crate) fn shows_event_field(&self, field: u32) -> bool {
+        self.event_fields.load(Ordering::Relaxed) & field != 0
     }
 
     /// KVM_CAP_EXIT_HYPERCALL: EINVAL for what is always the kernel's.

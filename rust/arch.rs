@@ -10,9 +10,13 @@ use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
 use crate::msr_filter::MsrFilter;
 use crate::pv::PvState;
+use crate::run::debug;
+use crate::run::debug::Breakpoints;
+use crate::run::debug::Debugger;
 use crate::run::halt::Poll;
 use crate::run::Pending;
 use crate::system::Host;
+use crate::time::VcpuClock;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::table::CpuidTable;
@@ -51,9 +55,10 @@ pub(crate) struct Arch {
     pub(crate) apic: Option<KBox<LocalApic>>,
     /// The task priority, if the VMM's local APIC has it and tells in `kvm_run`.
     vmm_cr8: u64,
-    /// DR0 to DR3.
+    /// DR0 to DR3 as the hardware is to have them: the guest's ([`debug::breakpoints`]) or a debugger's.
     pub(crate) dr: [u64; 4],
     pub(crate) dr6: u64,
+    pub(crate) debugger: Debugger,
     /// DR7 enables a breakpoint, so the addresses must be loaded for the guest.
     pub(crate) breakpoints_armed: bool,
     pub(crate) xcr0: u64,
@@ -64,11 +69,11 @@ pub(crate) struct Arch {
     pub(crate) msrs: MsrState,
     /// What a guest that knows KVM has asked for.
     pub(crate) pv: PvState,
+    /// Its time.
+    pub(crate) clock: VcpuClock,
     pub(crate) mce: KBox<MachineChecks>,
     /// Which MSRs the guest may access, if not all.
     pub(crate) msr_filter: Option<Arc<MsrFilter>>,
-    /// The guest's TSC frequency in kHz: the host's, as it is not scaled.
-    pub(crate) tsc_khz: u32,
     /// IA32_TSC_ADJUST.
     pub(crate) tsc_adjust: u64,
     pub(crate) emulator: Emulator,
@@ -86,7 +91,7 @@ pub(crate) struct Arch {
 
 impl Arch {
     /// The state after power-up. vCPU 0 is the bootstrap processor.
-    pub(crate) fn new(bootstrap: bool) -> Result<Self> {
+    pub(crate) fn new(bootstrap: bool, clock: VcpuClock) -> Result<Self> {
         let cpuid = Cpuid::new(KVVec::new()).map_err(|_| EINVAL)?;
         Ok(Self {
             events: PendingEvents::new(),
@@ -97,6 +102,7 @@ impl Arch {
             vmm_cr8: 0,
             dr: [0; 4],
             dr6: Dr6::RESET.bits(),
+            debugger: Debugger::default(),
             breakpoints_armed: false,
             xcr0: 1,
             pkru: 0,
@@ -104,9 +110,9 @@ impl Arch {
             features: GuestFeatures::default(),
             msrs: MsrState::new(bootstrap),
             pv: PvState::new(),
+            clock,
             mce: KBox::new(MachineChecks::new(), GFP_KERNEL_ACCOUNT)?,
             msr_filter: None,
-            tsc_khz: crate::linux::msr::tsc_khz(),
             tsc_adjust: 0,
             emulator: Emulator::new(),
             devices: DeviceFrames::new(),
@@ -165,8 +171,7 @@ impl Arch {
 /// Puts the registers that a backend holds into the state after power-up (SDM vol. 3, table 10-1).
 pub(crate) fn reset(hw: &mut impl Loaded) {
     reset_registers(hw, Cr0::CD | Cr0::NW);
-    // The counter starts from zero.
-    hw.set_tsc_offset(crate::linux::msr::rdtsc().wrapping_neg());
+    hw.set_dr7(Dr7::RESET);
 }
 
 /// INIT: the state after power-up, but for what that table keeps: the time-stamp counter, the FPU, MSRs,
@@ -184,12 +189,14 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     hw.end_halt();
     hw.flush_guest_tlb();
     arch.events = PendingEvents::new();
-    arch.dr = [0; 4];
+    arch.events
+        .hold_interrupts(arch.debugger.blocks_interrupts());
+    debug::set_breakpoints(hw, arch, &Breakpoints::RESET);
     arch.dr6 = Dr6::RESET.bits();
-    arch.breakpoints_armed = false;
     arch.emulator.abort();
     arch.pending = Pending::Nothing;
     arch.pv.reset();
+    arch.clock.reset();
 }
 
 fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {
@@ -214,7 +221,6 @@ fn reset_registers(hw: &mut impl Loaded, caches: Cr0) {
     hw.set_cr4(Cr4::empty());
     hw.set_efer(Efer::empty());
     hw.set_cr0(caches.with(Cr0::ET));
-    hw.set_dr7(Dr7::RESET);
 }
 
 /// The mode that the vCPU is in.

@@ -16,6 +16,7 @@ use crate::mmu::ept::Access;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
@@ -146,6 +147,8 @@ pub(crate) struct Features {
     pub(crate) invpcid: bool,
     /// XSAVES and XRSTORS.
     pub(crate) xsaves: bool,
+    /// RDTSC at a rate that is not the host's.
+    pub(crate) tsc_scaling: bool,
 }
 
 /// Instructions that give up the processor, and do not exit if the VMM says so (KVM API,
@@ -233,17 +236,21 @@ pub(crate) trait Loaded {
     fn idtr(&mut self) -> TableReg;
     fn set_idtr(&mut self, value: TableReg);
     /// The four entries of PAE paging, which the processor loads with CR3.
+    fn pdptes(&mut self) -> [u64; 4];
     fn set_pdptes(&mut self, pdptes: &[u64; 4]);
 
     /// MSRs that the hardware holds.
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;
     /// Whether the MSR is one of those. The value has been checked.
     fn write_msr(&mut self, msr: Msr, value: u64) -> bool;
+    /// Gives the processor a command by an MSR that holds no value, with its one bit.
+    fn command(&mut self, msr: Msr);
+    /// The guest's time-stamp counter.
+    fn tsc(&mut self) -> GuestTsc;
+    /// Sets it. Its scale is the host's own, unless [`Features::tsc_scaling`].
+    fn set_tsc(&mut self, tsc: GuestTsc);
     /// Lets the guest access the MSRs that the hardware can hold for it without an exit, those that are allowed.
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool);
-    /// What the guest's time-stamp counter adds to the host's, in ticks, modulo 2^64.
-    fn tsc_offset(&mut self) -> u64;
-    fn set_tsc_offset(&mut self, offset: u64);
 
     /// Whether interrupts are held off for one instruction.
     fn shadow(&mut self) -> Shadow;
@@ -266,6 +273,8 @@ pub(crate) trait Loaded {
     fn set_pending_step(&mut self);
     /// Takes that back: returns if one was due.
     fn take_pending_step(&mut self) -> bool;
+    /// Has the guest exit at INT3, or not.
+    fn intercept_int3(&mut self, on: bool);
 
     /// The base of the code segment.
     fn cs_base(&mut self) -> u64;
@@ -300,6 +309,9 @@ pub(crate) trait Loaded {
     fn set_interrupt_status(&mut self, in_service: u8, requested: u8);
     /// A vector has been requested beside those that the processor knows of.
     fn raise_requested(&mut self, requested: u8);
+    /// Has the processor leave the virtual APIC alone for a while: it neither delivers interrupts nor
+    /// answers accesses, should it do so otherwise.
+    fn inhibit_virtual_apic(&mut self, inhibited: bool);
     /// The vectors whose end is to exit.
     fn set_eoi_exits(&mut self, vectors: &[u64; 4]);
     /// Whether [`set_timer`](Self::set_timer) does anything.

@@ -64,6 +64,7 @@ macro_rules! abi_types {
 
 abi_types! {
     kvm_clear_dirty_log,
+    kvm_clock_data,
     kvm_coalesced_mmio_zone,
     kvm_cpuid2,
     kvm_cpuid_entry2,
@@ -72,6 +73,7 @@ abi_types! {
     kvm_dirty_log,
     kvm_enable_cap,
     kvm_fpu,
+    kvm_guest_debug,
     kvm_interrupt,
     kvm_ioeventfd,
     kvm_irq_level,
@@ -92,9 +94,11 @@ abi_types! {
     kvm_reinject_control,
     kvm_signal_mask,
     kvm_sregs,
+    kvm_sregs2,
     kvm_stats_desc,
     kvm_stats_header,
     kvm_tpr_access_ctl,
+    kvm_translation,
     kvm_userspace_memory_region,
     kvm_userspace_memory_region2,
     kvm_vapic_addr,

@@ -3,6 +3,8 @@
 //! Between the model of a vCPU's events ([`crate::x86::event`]) and the hardware that delivers them.
 
 use crate::backend::Loaded;
+use crate::run::debug::Debugger;
+use crate::run::debug::STEP;
 use crate::stats::VcpuStats;
 use crate::x86::event::Exception;
 use crate::x86::event::Gate;
@@ -38,13 +40,14 @@ pub(crate) fn ready_for_interrupt(hw: &mut impl Loaded, events: &PendingEvents) 
 }
 
 /// Before an entry: hands the event that comes first to the hardware, and opens windows for those
-/// that must wait. `dr6` is the vCPU's; `window_wanted` says that the VMM waits for the guest to be
+/// that must wait. `dr6` is the vCPU's, and `debugger` the VMM's; `window_wanted` says that the VMM waits for the guest to be
 /// able to take an interrupt, `source` is the interrupt controllers in the kernel.
 #[inline]
 pub(crate) fn deliver(
     hw: &mut impl Loaded,
     events: &mut PendingEvents,
     dr6: &mut u64,
+    debugger: &mut Debugger,
     window_wanted: bool,
     source: &mut impl InterruptSource,
     stats: &VcpuStats,
@@ -57,19 +60,21 @@ pub(crate) fn deliver(
     events.set_nmi_masked(hw.nmi_blocked());
     // The processor forgets a step that is due if something is injected: the step comes first.
     if events.takes_traps() && hw.take_pending_step() {
-        events.raise(Exception {
-            vector: Vector::DB,
-            error: None,
-            payload: Some(Dr6::BS.bits()),
-            insn_len: 0,
-        });
+        if debugger.takes_traps() {
+            // With nothing injected the entry ends at once, for the debugger.
+            hw.set_pending_step();
+            hw.set_interrupt_window(false);
+            hw.set_nmi_window(false);
+            return Delivery::default();
+        }
+        events.raise(STEP);
     }
     let selection = events.select(gate(hw), source);
     hw.set_interrupt_window(selection.interrupt_window || window_wanted);
     hw.set_nmi_window(selection.nmi_window);
     if let Some(injection) = &selection.inject {
         match injection {
-            Injection::Exception(exception) => apply_effects(hw, exception, dr6),
+            Injection::Exception(exception) => apply_effects(hw, exception, dr6, debugger),
             Injection::Nmi => stats.nmi_injections.bump(),
             Injection::Interrupt(_) => stats.irq_injections.bump(),
         }
@@ -98,19 +103,35 @@ pub(crate) fn conclude(hw: &mut impl Loaded, events: &mut PendingEvents, deliver
 }
 
 /// What an exception leaves in the registers besides what its delivery pushes.
-fn apply_effects(hw: &mut impl Loaded, exception: &Exception, dr6: &mut u64) {
-    let Some(payload) = exception.payload else {
-        return;
-    };
-    match exception.vector {
+fn apply_effects(
+    hw: &mut impl Loaded,
+    exception: &Exception,
+    dr6: &mut u64,
+    debugger: &mut Debugger,
+) {
+    if let Some(payload) = exception.payload {
+        apply_payload(hw, exception.vector, payload, dr6);
+    }
+    if exception.vector == Vector::DB {
+        match debugger.hidden_control() {
+            Some(dr7) => *dr7 = dr7.without(Dr7::GD),
+            None => {
+                let dr7 = hw.dr7();
+                hw.set_dr7(dr7.without(Dr7::GD));
+            }
+        }
+    }
+}
+
+/// Puts an exception's payload where the guest looks for it: CR2, or DR6.
+pub(crate) fn apply_payload(hw: &mut impl Loaded, vector: Vector, payload: u64, dr6: &mut u64) {
+    match vector {
         Vector::PF => hw.set_cr2(payload),
         Vector::DB => {
             // The payload has the bits as DR6 has them, but for the two that are active low there.
             let inverted = Dr6::RTM.with(Dr6::BLD).bits();
             let kept = Dr6::new(*dr6).without(Dr6::TRAPS).bits() | inverted;
             *dr6 = (kept | payload & !inverted) ^ (payload & inverted);
-            let dr7 = hw.dr7();
-            hw.set_dr7(dr7.without(Dr7::GD));
         }
         _ => {}
     }

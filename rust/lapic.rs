@@ -24,6 +24,7 @@ use crate::x86::apic::timer::TimerMode;
 use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Apic;
 use crate::x86::apic::Config;
+use crate::x86::clock::tsc::GuestTsc;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
@@ -37,8 +38,8 @@ const MIN_PERIOD: u64 = 200_000;
 /// The clocks of an APIC's timer, read when they are asked.
 #[derive(Clone, Copy)]
 pub(crate) struct GuestClock {
-    /// What the guest's time-stamp counter adds to the host's.
-    pub(crate) tsc_offset: u64,
+    /// The guest's time-stamp counter.
+    pub(crate) tsc: GuestTsc,
 }
 
 impl Clock for GuestClock {
@@ -48,27 +49,8 @@ impl Clock for GuestClock {
 
     #[inline]
     fn tsc(&self) -> u64 {
-        host_msr::rdtsc().wrapping_add(self.tsc_offset)
+        self.tsc.at(host_msr::rdtsc())
     }
-}
-
-/// How many nanoseconds so many ticks of a counter of `khz` kHz take.
-fn ticks_to_ns(ticks: u64, khz: u32) -> u64 {
-    const NS_PER_MS: u64 = 1_000_000;
-    let khz = u64::from(khz.max(1));
-    // In two parts, of which the second stays far below 2^64.
-    let (ms, rest) = (ticks / khz, ticks % khz);
-    ms.saturating_mul(NS_PER_MS)
-        .saturating_add(rest * NS_PER_MS / khz)
-}
-
-/// How many ticks of a counter of `khz` kHz so many nanoseconds take.
-fn ns_to_ticks(ns: u64, khz: u32) -> u64 {
-    const NS_PER_MS: u64 = 1_000_000;
-    let khz = u64::from(khz);
-    let (ms, rest) = (ns / NS_PER_MS, ns % NS_PER_MS);
-    ms.saturating_mul(khz)
-        .saturating_add(rest * khz / NS_PER_MS)
 }
 
 /// Tells a vCPU that its timer has expired.
@@ -92,6 +74,8 @@ pub(crate) struct LocalApic {
     last_expiry: u64,
     /// The processor delivers interrupts by itself.
     pub(crate) virtualised: bool,
+    /// It would, if nobody had asked it not to: what comes is posted for it.
+    posted: bool,
     /// [`Model::pending_interrupt`] may be other than it was when it was last none.
     pub(crate) recheck: bool,
     /// The vectors whose ends the I/O APICs want to know of.
@@ -119,6 +103,7 @@ impl LocalApic {
             armed: false,
             last_expiry: 0,
             virtualised,
+            posted: virtualised,
             recheck: true,
             eoi_vectors: [0; 4],
             extint: None,
@@ -133,9 +118,21 @@ impl LocalApic {
         self.virtualised && base.mode() == ApicMode::Xapic && base.address() == DEFAULT_ADDRESS
     }
 
+    /// Whether interrupts are posted for the processor, which delivers them unless that is inhibited.
+    pub(crate) fn can_virtualise(&self) -> bool {
+        self.posted
+    }
+
+    /// Has the processor deliver none of the interrupts for a while, or again.
+    pub(crate) fn inhibit(&mut self, inhibited: bool) {
+        self.take_posted();
+        self.virtualised = self.posted && !inhibited;
+        self.recheck = true;
+    }
+
     /// Moves what has been posted for the processor to the request register.
     pub(crate) fn take_posted(&mut self) {
-        if self.virtualised {
+        if self.posted {
             self.registers.take_posted();
             self.recheck = true;
         }
@@ -195,24 +192,23 @@ impl LocalApic {
     }
 
     /// When the timer goes off next, by the host's time-stamp counter; none if it is not armed.
-    pub(crate) fn expires_tsc(&self, clock: &GuestClock, tsc_khz: u32) -> Option<u64> {
+    pub(crate) fn expires_tsc(&self, clock: &GuestClock) -> Option<u64> {
         match self.model.timer().next_expiry()? {
             Deadline::Tsc(tsc) => {
                 // A deadline that has passed must not be taken for one at the counter's other end.
                 let ticks = tsc.saturating_sub(clock.tsc());
+                let ticks = clock.tsc.scale.host_ticks(ticks);
                 Some(host_msr::rdtsc().saturating_add(ticks))
             }
             Deadline::Ns(_) => {
-                let left = self
-                    .expires_ns(clock, tsc_khz)?
-                    .saturating_sub(hrtimer::now());
-                Some(host_msr::rdtsc().saturating_add(ns_to_ticks(left, tsc_khz)))
+                let left = self.expires_ns(clock)?.saturating_sub(hrtimer::now());
+                Some(host_msr::rdtsc().saturating_add(clock.tsc.scale.ns_to_host_ticks(left)))
             }
         }
     }
 
     /// When the timer goes off next, in nanoseconds of CLOCK_MONOTONIC; none if it is not armed.
-    fn expires_ns(&self, clock: &GuestClock, tsc_khz: u32) -> Option<u64> {
+    fn expires_ns(&self, clock: &GuestClock) -> Option<u64> {
         match self.model.timer().next_expiry()? {
             Deadline::Ns(ns) if self.model.timer().mode() == TimerMode::Periodic => {
                 Some(ns.max(self.last_expiry.saturating_add(MIN_PERIOD)))
@@ -220,14 +216,15 @@ impl LocalApic {
             Deadline::Ns(ns) => Some(ns),
             Deadline::Tsc(tsc) => {
                 let ticks = tsc.saturating_sub(clock.tsc());
-                Some(hrtimer::now().saturating_add(ticks_to_ns(ticks, tsc_khz)))
+                let ns = clock.tsc.scale.guest_ticks_to_ns(ticks);
+                Some(hrtimer::now().saturating_add(ns))
             }
         }
     }
 
     /// Arms the host's timer for the next expiry, or stops it.
-    pub(crate) fn arm_timer(&mut self, clock: &GuestClock, tsc_khz: u32) {
-        match self.expires_ns(clock, tsc_khz) {
+    pub(crate) fn arm_timer(&mut self, clock: &GuestClock) {
+        match self.expires_ns(clock) {
             Some(ns) => {
                 self.timer.arm(ns);
                 self.armed = true;

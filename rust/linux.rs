@@ -5,6 +5,7 @@
 //! One service a file. Each makes its misuse not compile where it can, by a guard or a type, and
 //! says in a `# Safety` section what is left to the caller where it cannot.
 
+pub(crate) mod clock;
 pub(crate) mod cpu;
 pub(crate) mod debug;
 pub(crate) mod eventfd;

@@ -17,6 +17,9 @@ use steal::StealTime;
 /// What guests are told of, by KVM_GET_SUPPORTED_CPUID.
 pub(crate) fn supported() -> PvFeatures {
     (PvFeatures::NOP_IO_DELAY
+        | PvFeatures::CLOCKSOURCE
+        | PvFeatures::CLOCKSOURCE2
+        | PvFeatures::CLOCKSOURCE_STABLE_BIT
         | PvFeatures::PV_EOI
         | PvFeatures::PV_UNHALT
         | PvFeatures::PV_TLB_FLUSH

@@ -16,6 +16,7 @@
 //! | [`pv`] | what a guest that knows KVM has asked for |
 //! | [`x86`] | the architecture as a model, without the kernel |
 //! | [`mem`], [`mmu`], [`tlb`] | memslots, the tables that map them, and who must flush |
+//! | [`time`] | guest time: counters, and the clock that is computed from them |
 //! | [`stats`] | what is counted, and the files to read it |
 //! | [`linux`] | kernel services that the `kernel` crate lacks |
 
@@ -25,7 +26,6 @@ use backend::Backend;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 use linux::file::Chrdev;
-use system::Host;
 use system::Machine;
 use system::System;
 use vmx::Vmx;
@@ -50,6 +50,7 @@ mod run;
 mod run_page;
 mod stats;
 mod system;
+mod time;
 mod tlb;
 mod vcpu;
 mod vm;
@@ -79,6 +80,10 @@ module! {
             default: 1,
             description: "Use the VMX-preemption timer for the guest's, if there is one (default 1)",
         },
+        tsc_scaling: u8 {
+            default: 1,
+            description: "Have the processor scale the guest's time-stamp counter, if it can (default 1)",
+        },
     },
 }
 
@@ -103,6 +108,11 @@ mod parameters {
     pub(crate) fn preemption_timer() -> bool {
         *crate::module_parameters::preemption_timer.value() != 0
     }
+
+    /// The processor may scale guests' time-stamp counters.
+    pub(crate) fn tsc_scaling() -> bool {
+        *crate::module_parameters::tsc_scaling.value() != 0
+    }
 }
 
 /// The module, while it is loaded.
@@ -115,8 +125,7 @@ struct RkvmModule {
 impl kernel::Module for RkvmModule {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let backend = Vmx::new()?;
-        let host = Host::new(&backend)?;
-        let installed = Installed::new(Arc::new(Machine { backend, host }, GFP_KERNEL)?);
+        let installed = Installed::new(Arc::new(Machine::new(backend)?, GFP_KERNEL)?);
         let device = KBox::pin_init(Chrdev::register(c"rkvm"), GFP_KERNEL)?;
         pr_info!("ready at /dev/rkvm\n");
         Ok(Self {

@@ -7,10 +7,12 @@
 //! [`Run::handle`] takes the others, with interrupts on, and decides whether to go back in.
 
 pub(crate) mod apic;
+mod clock;
 pub(crate) mod cr;
+pub(crate) mod debug;
 pub(crate) mod halt;
 pub(crate) mod hypercall;
-mod memory;
+pub(crate) mod memory;
 pub(crate) mod msr;
 mod port;
 mod pv;
@@ -26,7 +28,7 @@ use crate::bus::Bus;
 use crate::events;
 use crate::irq::Irqs;
 use crate::irq::Mode;
-use crate::linux::debug;
+use crate::linux::debug as host_debug;
 use crate::linux::fpu::Swapped;
 use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
@@ -176,8 +178,14 @@ impl<L: Loaded> Run<'_, L> {
                 return Ok(());
             }
             if self.arch.apic.is_some() && !self.attend() {
+                if self.step_ends_halted() {
+                    return Ok(());
+                }
                 self.sleep();
             } else if let Some(exit) = self.enter_once() {
+                if self.arch.clock.catches_up() {
+                    self.shared.request(Request::Clock);
+                }
                 if self.handle(exit)? == Next::User {
                     return Ok(());
                 }
@@ -246,6 +254,7 @@ impl<L: Loaded> Run<'_, L> {
             &mut self.hw,
             &mut arch.events,
             &mut arch.dr6,
+            &mut arch.debugger,
             wanted,
             &mut controllers,
             &self.shared.stats,
@@ -253,7 +262,9 @@ impl<L: Loaded> Run<'_, L> {
 
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
-        self.shared.set_cpu(preempt.cpu());
+        if self.shared.set_cpu(preempt.cpu()) {
+            self.moved();
+        }
         let irqs = IrqsOff::new();
         self.shared.enter_guest_mode();
         if self.shared.pending() {
@@ -347,6 +358,9 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.take(Request::WriteLogging) {
             self.hw.set_write_logging(self.memory.is_logging());
         }
+        if self.shared.take(Request::DebugStep) {
+            self.hw.set_shadow(Shadow::None);
+        }
     }
 
     /// Loads what no VMCS field holds and the host must not keep: XCR0, breakpoint addresses.
@@ -355,7 +369,7 @@ impl<L: Loaded> Run<'_, L> {
         let mut switched = Switched {
             xcr0: false,
             pkru: None,
-            debugctl: debug::host_debugctl(),
+            debugctl: host_debug::host_debugctl(),
         };
         // The guest's own once it has either: by WRPKRU, or by XRSTOR.
         if self.host.has_pku && (self.arch.xcr0 & Xcr0::PKRU.bits() != 0 || self.hw.has_pke()) {
@@ -368,11 +382,11 @@ impl<L: Loaded> Run<'_, L> {
             host_msr::load_xcr0(irqs, self.arch.xcr0);
             switched.xcr0 = true;
         }
-        if debug::host_breakpoints_active() {
-            debug::disarm();
+        if host_debug::host_breakpoints_active() {
+            host_debug::disarm();
         }
         if self.arch.breakpoints_armed {
-            debug::load_guest(&self.arch.dr);
+            host_debug::load_guest(&self.arch.dr);
         }
         switched
     }
@@ -380,8 +394,8 @@ impl<L: Loaded> Run<'_, L> {
     /// The exit has disarmed the breakpoints; their addresses are harmless, and MOV DR always exits.
     #[inline]
     fn save_guest_state(&mut self, irqs: &IrqsOff, switched: Switched) {
-        if debug::host_breakpoints_active() {
-            debug::restore_host_breakpoints();
+        if host_debug::host_breakpoints_active() {
+            host_debug::restore_host_breakpoints();
         }
         if switched.xcr0 {
             host_msr::load_xcr0(irqs, self.host.xcr0);
@@ -390,7 +404,7 @@ impl<L: Loaded> Run<'_, L> {
             self.arch.pkru = host_msr::swap_pkru(irqs, pkru);
         }
         if switched.debugctl != 0 {
-            debug::restore_host_debugctl(switched.debugctl);
+            host_debug::restore_host_debugctl(switched.debugctl);
         }
     }
 
@@ -449,6 +463,9 @@ impl<L: Loaded> Run<'_, L> {
             Exit::Cr(access) => self.cr_access(access),
             Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
             Exit::Xsetbv => self.xsetbv(),
+            Exit::Exception(exception) if self.is_for_debugger(exception.vector) => {
+                Ok(self.leave_for_debugger(&exception))
+            }
             Exit::Exception(exception) if exception.vector == Vector::AC => {
                 self.alignment_check(exception)
             }

@@ -325,6 +325,24 @@ impl RunPages {
         );
     }
 
+    /// KVM_EXIT_DEBUG: an exception of the debugger's, and the linear address of the instruction.
+    pub(crate) fn set_debug(&self, vector: u32, pc: u64) {
+        self.set_exit_reason(abi::exit::DEBUG);
+        let run = &self.run;
+        run.write(
+            offset_of!(kvm_run, __bindgen_anon_1.debug.arch.exception),
+            vector,
+        );
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.debug.arch.pc), pc);
+    }
+
+    /// And what DR6 and DR7 would be for it.
+    pub(crate) fn set_debug_registers(&self, dr6: u64, dr7: u64) {
+        let run = &self.run;
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.debug.arch.dr6), dr6);
+        run.write(offset_of!(kvm_run, __bindgen_anon_1.debug.arch.dr7), dr7);
+    }
+
     /// KVM_EXIT_FAIL_ENTRY.
     pub(crate) fn set_entry_failure(&self, reason: u64, cpu: i32) {
         self.set_exit_reason(abi::exit::FAIL_ENTRY);

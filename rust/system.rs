@@ -5,8 +5,11 @@
 use crate::abi;
 use crate::abi::ioctl;
 use crate::abi::kvm_cpuid2;
+use crate::abi::kvm_device_attr;
 use crate::abi::kvm_msr_list;
 use crate::backend::Backend;
+use crate::bindings::KVM_CAP_TSC_CONTROL;
+use crate::bindings::KVM_CAP_VM_TSC_CONTROL;
 use crate::linux::file;
 use crate::linux::file::FileObject;
 use crate::linux::file::Opened;
@@ -14,6 +17,7 @@ use crate::linux::fpu;
 use crate::linux::msr as host_msr;
 use crate::linux::page::PAGE_SIZE;
 use crate::linux::user;
+use crate::time::Followers;
 use crate::vm::Vm;
 use crate::x86::cpuid::features::GuestFeatures;
 use crate::x86::cpuid::policy;
@@ -31,16 +35,23 @@ use kernel::prelude::*;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 
+/// KVM_X86_XCOMP_GUEST_SUPP.
+const XCOMP_GUEST_SUPP: u64 = crate::bindings::KVM_X86_XCOMP_GUEST_SUPP as u64;
+
 /// What guests can be given on this machine, found out when the module loads.
 pub(crate) struct Host {
     /// The host's XCR0; 0 if it does not use XSAVE.
     pub(crate) xcr0: u64,
     /// The host uses protection keys, and switches PKRU.
     pub(crate) has_pku: bool,
+    /// What of IA32_ARCH_CAPABILITIES is true for guests as well.
+    pub(crate) arch_capabilities: u64,
     /// Where XSAVE puts what.
     pub(crate) xsave: XsaveLayout,
     /// What KVM_GET_SUPPORTED_CPUID amounts to.
     pub(crate) supported: GuestFeatures,
+    /// Guests' time-stamp counters can have rates of their own.
+    pub(crate) tsc_scaling: bool,
     policy: Policy,
 }
 
@@ -61,10 +72,11 @@ impl Host {
             invpcid: features.invpcid,
             rdtscp: features.rdtscp,
             xsaves: features.xsaves && host_msr::host_xss() == 0,
+            fast_strings: host_msr::read_safe(Msr::MISC_ENABLE.0).is_ok_and(|v| v & 1 != 0),
             pku: has_pku,
             umip: backend.cr4_allowed() & crate::x86::regs::Cr4::UMIP.bits() != 0,
-            spec_ctrl: false,
-            arch_capabilities: false,
+            spec_ctrl: true,
+            arch_capabilities: true,
             tsc_adjust: true,
             kernel_apic: true,
             paravirtual: crate::pv::supported(),
@@ -73,8 +85,10 @@ impl Host {
         let mut host = Self {
             xcr0,
             has_pku,
+            arch_capabilities: arch_capabilities(),
             xsave: XsaveLayout::from_host(host_cpuid),
             supported: GuestFeatures::default(),
+            tsc_scaling: features.tsc_scaling,
             policy,
         };
         let entries = host.supported_cpuid()?;
@@ -100,6 +114,28 @@ impl Host {
 pub(crate) struct Machine<B: Backend> {
     pub(crate) backend: B,
     pub(crate) host: Host,
+    /// The clocks of VMs.
+    pub(crate) clocks: Followers,
+}
+
+impl<B: Backend> Machine<B> {
+    /// The machine, with a backend for it.
+    pub(crate) fn new(backend: B) -> Result<Self> {
+        let host = Host::new(&backend)?;
+        Ok(Self {
+            backend,
+            host,
+            clocks: Followers::new()?,
+        })
+    }
+
+    /// KVM_CHECK_EXTENSION: 0 for what is not there.
+    pub(crate) fn check_extension(&self, cap: usize) -> isize {
+        match u32::try_from(cap) {
+            Ok(KVM_CAP_TSC_CONTROL | KVM_CAP_VM_TSC_CONTROL) => self.host.tsc_scaling.into(),
+            _ => abi::cap::check(cap),
+        }
+    }
 }
 
 /// An open `/dev/rkvm`.
@@ -118,7 +154,7 @@ impl<B: Backend> FileObject for System<B> {
     fn ioctl(this: ArcBorrow<'_, Self>, cmd: u32, arg: usize) -> Result<isize> {
         match cmd {
             ioctl::GET_API_VERSION => no_arg(arg, abi::API_VERSION),
-            ioctl::CHECK_EXTENSION => Ok(abi::cap::check(arg)),
+            ioctl::CHECK_EXTENSION => Ok(this.machine.check_extension(arg)),
             ioctl::GET_VCPU_MMAP_SIZE => no_arg(arg, (abi::RUN_PAGES * PAGE_SIZE) as isize),
             ioctl::CREATE_VM => this.create_vm(arg),
             ioctl::GET_SUPPORTED_CPUID => this.get_supported_cpuid(arg),
@@ -128,7 +164,17 @@ impl<B: Backend> FileObject for System<B> {
                 user::write(arg, &mce::SUPPORTED)?;
                 Ok(0)
             }
-            ioctl::GET_MSRS => get_feature_msrs(arg),
+            ioctl::GET_MSRS => this.get_feature_msrs(arg),
+            ioctl::HAS_DEVICE_ATTR => {
+                this.attribute(&user::read(arg)?)?;
+                Ok(0)
+            }
+            ioctl::GET_DEVICE_ATTR => {
+                let attr = user::read(arg)?;
+                let value = this.attribute(&attr)?;
+                user::write(attr.addr as usize, &value)?;
+                Ok(0)
+            }
             // As in KVM, where a VM's file has ENOTTY for it.
             _ => Err(EINVAL),
         }
@@ -149,6 +195,15 @@ impl<B: Backend> System<B> {
         no_arg(kind, 0)?;
         let vm = Vm::new(self.machine.clone())?;
         file::anon_fd(c"kvm-vm", vm)
+    }
+
+    /// An attribute of the whole (KVM_CAP_SYS_ATTRIBUTES): which components of the FPU state a guest can
+    /// have; ENXIO for another.
+    fn attribute(&self, attr: &kvm_device_attr) -> Result<u64> {
+        match (attr.group, attr.attr) {
+            (0, XCOMP_GUEST_SUPP) => Ok(self.machine.host.supported.xcr0.bits()),
+            _ => Err(ENXIO),
+        }
     }
 
     fn get_supported_cpuid(&self, arg: usize) -> Result<isize> {
@@ -174,6 +229,34 @@ impl<B: Backend> System<B> {
             }
         }
         write_msr_list(arg, &list)
+    }
+
+    /// A feature MSR: none if it is not one, or the host has not got it.
+    fn feature_msr(&self, msr: Msr) -> Option<u64> {
+        match msr {
+            _ if !FEATURE_MSRS.contains(&msr) => None,
+            Msr::UCODE_REV => host_msr::read_safe(msr.0).ok(),
+            Msr::ARCH_CAPABILITIES => Some(self.machine.host.arch_capabilities),
+            // What a vCPU has to begin with is what it can have.
+            _ => MsrState::new(true)
+                .read(msr, &GuestFeatures::default(), true)
+                .ok(),
+        }
+    }
+
+    /// KVM_GET_MSRS of the device: reads feature MSRs until one is none; returns how many there were.
+    fn get_feature_msrs(&self, arg: usize) -> Result<isize> {
+        let mut entries = abi::read_msr_entries(arg)?;
+        let mut done = 0;
+        for entry in &mut entries {
+            let Some(value) = self.feature_msr(Msr(entry.index)) else {
+                break;
+            };
+            entry.data = value;
+            done += 1;
+        }
+        user::write_array(arg.wrapping_add(size_of::<abi::kvm_msrs>()), &entries)?;
+        Ok(done)
     }
 }
 
@@ -207,24 +290,22 @@ fn write_msr_list(arg: usize, list: &[u32]) -> Result<isize> {
     Ok(0)
 }
 
-/// MSRs that say what the processor can do: a VMM reads them of `/dev/rkvm` to set them up for a vCPU.
-const FEATURE_MSRS: [Msr; 2] = [Msr::UCODE_REV, Msr::PLATFORM_INFO];
-
-/// KVM_GET_MSRS of the device: reads feature MSRs until one is none; returns how many there were.
-fn get_feature_msrs(arg: usize) -> Result<isize> {
-    let mut entries = abi::read_msr_entries(arg)?;
-    // What a vCPU has to begin with is what it can have.
-    let fresh = MsrState::new(true);
-    let mut done = 0;
-    for entry in &mut entries {
-        let msr = Msr(entry.index);
-        let known = FEATURE_MSRS.contains(&msr);
-        match fresh.read(msr, &GuestFeatures::default(), true) {
-            Ok(value) if known => entry.data = value,
-            _ => break,
-        }
-        done += 1;
-    }
-    user::write_array(arg.wrapping_add(size_of::<abi::kvm_msrs>()), &entries)?;
-    Ok(done)
+/// What the host's IA32_ARCH_CAPABILITIES says and is true for guests: to which attacks the processor is not open, which of them
+/// VERW or microcode ends, and what they need not do for themselves. Not TSX_CTRL and the like, which are MSRs of their own.
+fn arch_capabilities() -> u64 {
+    const PSCHANGE_MC_NO: u64 = 1 << 6;
+    const TRUE_FOR_GUESTS: u64 = 0x3f // RDCL_NO, IBRS_ALL, RSBA, SKIP_L1DFL, SSB_NO, MDS_NO
+        | 1 << 8 // TAA_NO
+        | 7 << 13 // SBDR_SSDP_NO, FBSDP_NO, PSDP_NO
+        | 1 << 17 // FB_CLEAR
+        | 3 << 19 // RRSBA, BHI_NO
+        | 1 << 24 // PBRSB_NO
+        | 7 << 26 // GDS_NO, RFDS_NO, RFDS_CLEAR
+        | 1 << 62; // ITS_NO
+    let host = host_msr::read_safe(Msr::ARCH_CAPABILITIES.0).unwrap_or(0);
+    // Where a change of a page's size could be a machine check, guests have no large executable pages.
+    host & TRUE_FOR_GUESTS | PSCHANGE_MC_NO
 }
+
+/// MSRs that say what the processor can do: a VMM reads them of `/dev/rkvm` to set them up for a vCPU.
+const FEATURE_MSRS: [Msr; 3] = [Msr::UCODE_REV, Msr::PLATFORM_INFO, Msr::ARCH_CAPABILITIES];

@@ -74,17 +74,24 @@ pub(crate) enum Request {
     Structures = 1 << 7,
     /// Another vCPU has woken this one from HLT, by a hypercall.
     Unhalt = 1 << 8,
+    /// The guest's clock has to be brought up to date.
+    Clock = 1 << 10,
+    /// The guest's clock is being changed: do not enter until this is withdrawn.
+    ClockHeld = 1 << 11,
     /// The VMM has changed which MSRs the guest may access.
     MsrFilter = 1 << 9,
+    /// A debugger steps through the guest: the next step begins with no interrupt shadow.
+    DebugStep = 1 << 12,
 }
 
 impl Request {
-    /// Those that wake a vCPU that is halted.
+    /// Those that wake a vCPU that is halted. Its clock is among them: other vCPUs may read the time by it.
     pub(crate) const WAKE: u32 = Self::Interrupts as u32
         | Self::ApicEvents as u32
         | Self::Timer as u32
         | Self::Watchdog as u32
-        | Self::Unhalt as u32;
+        | Self::Unhalt as u32
+        | Self::Clock as u32;
 }
 
 /// The vCPU executes host code, or is not loaded at all.
@@ -402,6 +409,20 @@ impl VcpuSet {
     /// How often [`Request::TlbFlush`] was made of all.
     pub(crate) fn flushes(&self) -> Flushes {
         self.inner.lock().flushes
+    }
+
+    /// Makes `request` of every vCPU, and has it noticed. Does not wait.
+    pub(crate) fn request_and_kick_all(&self, request: Request) {
+        for vcpu in self.inner.lock().vcpus.iter() {
+            vcpu.request_and_kick(request);
+        }
+    }
+
+    /// Takes `request` back from every vCPU.
+    pub(crate) fn withdraw_all(&self, request: Request) {
+        for vcpu in self.inner.lock().vcpus.iter() {
+            vcpu.take(request);
+        }
     }
 
     /// Makes `request` of every vCPU and waits until those that were in the guest have left it.

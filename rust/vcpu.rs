@@ -7,6 +7,7 @@
 //! [`VcpuShared`].
 
 mod cpuid;
+pub(crate) mod debug;
 mod events;
 mod fpu;
 mod lapic;
@@ -46,6 +47,7 @@ use crate::stats;
 use crate::stats::Description;
 use crate::stats::VcpuStats;
 use crate::system::no_arg;
+use crate::time::VcpuClock;
 use crate::tlb::VcpuShared;
 use crate::vm::Vm;
 use kernel::prelude::*;
@@ -100,7 +102,17 @@ impl<B: Backend> State<B> {
             let (hw, follows) =
                 backend.new_vcpu(vm.memory.eptp(), pages, vm.free_instructions())?;
             let boots = id == vm.boot_cpu_id();
-            let mut arch = Arch::new(boots)?;
+            let clock = VcpuClock::new(vm.time.get().clone(), id);
+            let mut arch = Arch::new(boots, clock)?;
+            if vm
+                .apics
+                .has_quirk(crate::bindings::KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
+            {
+                let arch_capabilities = vm.machine.host.arch_capabilities;
+                arch.msrs.set_arch_capabilities(arch_capabilities);
+            } else {
+                arch.msrs.clear_feature_msrs();
+            }
             arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, &vm.apics);
@@ -153,11 +165,13 @@ impl<B: Backend> Vcpu<B> {
             GFP_KERNEL_ACCOUNT,
         )?;
         vm.memory.vcpus().add(shared.clone())?;
+        vm.time.add(shared.clone())?;
         if shared.apic().is_some() {
             vm.apics.add(shared.clone())?;
         }
         vcpu.with_loaded(|cpu| {
             arch::reset(cpu.hw);
+            cpu.begin_tsc();
             Ok(())
         })?;
         // The name that tools look for among a process's files.
@@ -178,14 +192,16 @@ impl<B: Backend> Vcpu<B> {
             .machine
             .backend
             .load(state.hw, follows, &self.vm.notifiers);
-        f(&mut Locked {
+        let mut cpu = Locked {
             hw: &mut hw,
             arch: state.arch,
             fpu: state.fpu.into_ref().get_ref(),
             vm: &self.vm.memory,
             host: &self.vm.machine.host,
             around: self.around(),
-        })
+        };
+        cpu.follow_host_tsc();
+        f(&mut cpu)
     }
 
     fn around(&self) -> Around<'_> {
@@ -265,16 +281,22 @@ impl<B: Backend> Vcpu<B> {
             .machine
             .backend
             .load(state.hw, follows, &self.vm.notifiers);
-        let prepared = if self.pages.syncs_regs() {
-            Locked {
+        let syncs_regs = self.pages.syncs_regs();
+        let prepared = if syncs_regs || state.arch.clock.is_behind_host() {
+            let mut cpu = Locked {
                 hw: &mut hw,
                 arch: &mut *state.arch,
                 fpu,
                 vm: memory,
                 host,
                 around: self.around(),
+            };
+            cpu.follow_host_tsc();
+            if syncs_regs {
+                cpu.take_synced(&self.pages)
+            } else {
+                Ok(())
             }
-            .take_synced(&self.pages)
         } else {
             Ok(())
         };
@@ -314,6 +336,7 @@ impl<B: Backend> Vcpu<B> {
 impl<B: Backend> PinnedDrop for Vcpu<B> {
     fn drop(self: Pin<&mut Self>) {
         self.vm.memory.vcpus().remove(&self.shared);
+        self.vm.time.remove(&self.shared);
         if self.shared.apic().is_some() {
             self.vm.apics.remove(&self.shared);
         }
@@ -358,6 +381,22 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_SREGS => {
                 let sregs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_sregs(&sregs))?;
+            }
+            ioctl::GET_SREGS2 => {
+                let sregs = this.with_loaded(|cpu| Ok(cpu.get_sregs2()))?;
+                user::write(arg, &sregs)?;
+            }
+            ioctl::SET_SREGS2 => {
+                let sregs = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_sregs2(&sregs))?;
+            }
+            ioctl::TRANSLATE => {
+                let mut translation = user::read(arg)?;
+                this.with_loaded(|cpu| {
+                    cpu.translate(&mut translation);
+                    Ok(())
+                })?;
+                user::write(arg, &translation)?;
             }
             ioctl::GET_MP_STATE => {
                 let mp_state = this.with_loaded(|cpu| Ok(cpu.get_mp_state()))?;
@@ -409,6 +448,10 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 let regs = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_debugregs(&regs))?;
             }
+            ioctl::SET_GUEST_DEBUG => {
+                let given = user::read(arg)?;
+                this.with_loaded(|cpu| cpu.set_guest_debug(&given))?;
+            }
             ioctl::GET_FPU => {
                 let fpu = this.with_loaded(|cpu| Ok(cpu.get_fpu()))?;
                 user::write(arg, &fpu)?;
@@ -439,6 +482,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
             ioctl::SET_CPUID2 => this.with_loaded(|cpu| cpu.set_cpuid(arg))?,
             ioctl::GET_MSRS => return this.with_loaded(|cpu| cpu.get_msrs(arg)),
             ioctl::SET_MSRS => return this.with_loaded(|cpu| cpu.set_msrs(arg)),
+            ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.clock.khz() as isize)),
             ioctl::X86_SETUP_MCE => {
                 let cap = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.setup_mce(cap))?;
@@ -447,7 +491,6 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 let mce = user::read(arg)?;
                 this.with_loaded(|cpu| cpu.set_mce(&mce))?;
             }
-            ioctl::GET_TSC_KHZ => return this.with_loaded(|cpu| Ok(cpu.arch.tsc_khz as isize)),
             ioctl::GET_STATS_FD => return Self::stats_fd(this),
             ioctl::SET_SIGNAL_MASK => this.set_signal_mask(arg)?,
             ioctl::PRE_FAULT_MEMORY => this.pre_fault_memory(arg)?,
@@ -461,6 +504,7 @@ impl<B: Backend> FileObject for Vcpu<B> {
                 this.with_loaded(|cpu| cpu.set_attr(&attr))?;
             }
             ioctl::SET_TSC_KHZ => this.with_loaded(|cpu| cpu.set_tsc_khz(arg))?,
+            ioctl::KVMCLOCK_CTRL => this.with_loaded(|cpu| cpu.set_stopped())?,
             _ => return Err(EINVAL),
         }
         Ok(0)

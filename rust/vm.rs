@@ -5,8 +5,11 @@
 //! A VM lives as long as its file or any of its vCPUs' files are open, and holds the address space of
 //! the process that made it. Its ioctls are for that process: others get EIO.
 
+mod clock;
 mod devices;
 
+pub(crate) use clock::tsc_khz;
+pub(crate) use clock::CLOCK_FLAGS;
 pub(crate) use devices::disableable_exits;
 
 use crate::abi;
@@ -32,8 +35,8 @@ use crate::mem::GuestMemory;
 use crate::msr_filter::MsrRules;
 use crate::stats;
 use crate::stats::Description;
-use crate::system::no_arg;
 use crate::system::Machine;
+use crate::time::Registered;
 use crate::vcpu::Vcpu;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
@@ -54,6 +57,7 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) apics: Arc<Apics>,
     pub(crate) irqs: Arc<Irqs>,
     irqfds: IrqFds,
+    pub(crate) time: Registered,
     #[pin]
     pub(crate) msrs: MsrRules,
     /// For the vCPUs' threads.
@@ -134,6 +138,7 @@ impl<B: Backend> Vm<B> {
         let apics = Apics::new()?;
         let irqs = Irqs::new(&apics)?;
         let irqfds = IrqFds::new(irqs.clone())?;
+        let time = machine.clocks.new_clock()?;
         Arc::pin_init(
             try_pin_init!(Self {
                 machine,
@@ -142,6 +147,7 @@ impl<B: Backend> Vm<B> {
                 apics,
                 irqs,
                 irqfds,
+                time,
                 msrs <- MsrRules::new(),
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus::new()),
@@ -191,7 +197,7 @@ impl<B: Backend> Vm<B> {
         if cap == KVM_CAP_X86_APIC_BUS_CYCLES_NS as usize {
             return self.apics.bus().ns() as isize;
         }
-        abi::cap::check(cap)
+        self.machine.check_extension(cap)
     }
 
     /// KVM_ENABLE_CAP: EINVAL for what cannot be enabled, or not so.
@@ -308,7 +314,10 @@ impl<B: Backend> FileObject for Vm<B> {
             ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
             ioctl::SET_NR_MMU_PAGES => Self::set_nr_mmu_pages(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),
-            ioctl::GET_TSC_KHZ => no_arg(0, crate::linux::msr::tsc_khz() as isize),
+            ioctl::GET_TSC_KHZ => Ok(this.time.khz() as isize),
+            ioctl::SET_TSC_KHZ => this.set_tsc_khz(arg).map(|()| 0),
+            ioctl::GET_CLOCK => user::write(arg, &this.get_clock()).map(|()| 0),
+            ioctl::SET_CLOCK => this.set_clock(&user::read(arg)?).map(|()| 0),
             _ => this.device_ioctl(cmd, arg),
         }
     }

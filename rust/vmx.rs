@@ -260,6 +260,7 @@ impl Backend for Vmx {
             rdtscp: self.caps.secondary.has(SecondaryControls::RDTSCP),
             invpcid: self.caps.secondary.has(SecondaryControls::INVPCID),
             xsaves: self.caps.secondary.has(SecondaryControls::XSAVES),
+            tsc_scaling: self.caps.tsc_scaling,
         }
     }
 

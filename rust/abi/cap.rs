@@ -30,8 +30,14 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_SET_IDENTITY_MAP_ADDR
         | b::KVM_CAP_VCPU_EVENTS
         | b::KVM_CAP_DEBUGREGS
+        | b::KVM_CAP_SET_GUEST_DEBUG
+        | b::KVM_CAP_SREGS2
+        | b::KVM_CAP_EXCEPTION_PAYLOAD
+        | b::KVM_CAP_X86_TRIPLE_FAULT_EVENT
+        | b::KVM_CAP_SYS_ATTRIBUTES
         | b::KVM_CAP_READONLY_MEM
         | b::KVM_CAP_GET_TSC_KHZ
+        | b::KVM_CAP_KVMCLOCK_CTRL
         | b::KVM_CAP_IMMEDIATE_EXIT
         | b::KVM_CAP_INTERNAL_ERROR_DATA
         | b::KVM_CAP_GET_MSR_FEATURES
@@ -64,6 +70,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_X86_MSR_FILTER
         | b::KVM_CAP_MSR_PLATFORM_INFO
         | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
+        b::KVM_CAP_ADJUST_CLOCK => crate::vm::CLOCK_FLAGS as isize,
         b::KVM_CAP_MCE => crate::x86::mce::MAX_BANKS as isize,
         b::KVM_CAP_DISABLE_QUIRKS2 => crate::apics::QUIRKS as isize,
         b::KVM_CAP_EXIT_HYPERCALL => crate::run::hypercall::FOR_VMM as isize,
@@ -75,6 +82,7 @@ pub(crate) fn check(cap: usize) -> isize {
         b::KVM_CAP_DIRTY_LOG_RING | b::KVM_CAP_DIRTY_LOG_RING_ACQ_REL => {
             crate::mem::ring::MAX_BYTES as isize
         }
+        b::KVM_CAP_SET_GUEST_DEBUG2 => crate::vcpu::debug::CONTROLS as isize,
         b::KVM_CAP_SYNC_REGS => crate::vcpu::sync::FIELDS as isize,
         // Only if the host switches such state.
         b::KVM_CAP_XSAVE | b::KVM_CAP_XCRS => isize::from(crate::linux::msr::host_xcr0() != 0),

@@ -23,6 +23,7 @@
 #include <asm/tlbflush.h>
 #include <asm/virt.h>
 
+#include "clock_helpers.h"
 #include "helpers.h"
 #include "irq_helpers.h"
 #include "mem_helpers.h"

@@ -14,6 +14,11 @@ pub(crate) trait PerCpuHold: 'static {
     /// Called on a CPU that goes down or to sleep, and on each at the end, with interrupts off. More than
     /// once when the machine goes down.
     fn release();
+    /// The machine goes to sleep. Called on the last CPU, with interrupts off, after [`release`](Self::release).
+    fn sleeps() {}
+    /// The machine woke up, or did not sleep after all. Called on the first CPU, with interrupts off, before
+    /// [`acquire`](Self::acquire).
+    fn woke() {}
 }
 
 /// A CPU-hotplug state.

@@ -71,6 +71,7 @@ impl<T: PerCpuHold> PowerState<T> {
     /// Called by the kernel on the last CPU, with interrupts off.
     unsafe extern "C" fn suspend(_data: *mut c_void) -> i32 {
         T::release();
+        T::sleeps();
         0
     }
 
@@ -78,6 +79,7 @@ impl<T: PerCpuHold> PowerState<T> {
     ///
     /// As [`suspend`](Self::suspend).
     unsafe extern "C" fn resume(_data: *mut c_void) {
+        T::woke();
         if T::acquire().is_err() {
             pr_err!("this CPU woke up without what it had before\n");
         }

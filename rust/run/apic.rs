@@ -23,6 +23,7 @@ use crate::x86::apic::timer::Clock;
 use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Effect;
 use crate::x86::apic::Eoi;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::cpuid::features::Features;
 use crate::x86::event::InterruptSource;
 use crate::x86::msr::Msr;
@@ -41,9 +42,7 @@ pub(crate) struct Around<'a> {
 /// The clocks of the vCPU's timer.
 #[inline]
 pub(crate) fn clock(hw: &mut impl Loaded) -> GuestClock {
-    GuestClock {
-        tsc_offset: hw.tsc_offset(),
-    }
+    GuestClock { tsc: hw.tsc() }
 }
 
 /// The interrupt controllers as an entry sees them.
@@ -86,7 +85,6 @@ impl InterruptSource for Controllers<'_> {
 /// Carries out what an access to the APIC has left to do. May sleep.
 pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, effect: Effect) {
     let clock = clock(hw);
-    let tsc_khz = arch.tsc_khz;
     let Some(apic) = arch.apic.as_deref_mut() else {
         return;
     };
@@ -98,12 +96,12 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
             let sender = apic.model.config().id;
             around.apics.send(&message, Some(sender));
         }
-        Effect::Timer => set_timer(hw, apic, &clock, tsc_khz),
+        Effect::Timer => set_timer(hw, apic, &clock),
         Effect::Identity => {
             apic.recheck = true;
             let base = apic.model.base();
             hw.set_apic_mode(base.mode(), base.address() == DEFAULT_ADDRESS);
-            set_timer(hw, apic, &clock, tsc_khz);
+            set_timer(hw, apic, &clock);
             if apic.identity_changed(around.apics.ids()) {
                 if let Some(shared) = around.shared.apic() {
                     shared.set_mode(apic.model.mode());
@@ -118,12 +116,12 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
 }
 
 /// The timer may go off at another moment than before.
-fn set_timer(hw: &mut impl Loaded, apic: &mut LocalApic, clock: &GuestClock, tsc_khz: u32) {
+fn set_timer(hw: &mut impl Loaded, apic: &mut LocalApic, clock: &GuestClock) {
     if hw.has_timer() {
         // The host's own timer is for when the vCPU sleeps.
-        hw.set_timer(apic.expires_tsc(clock, tsc_khz));
+        hw.set_timer(apic.expires_tsc(clock));
     } else {
-        apic.arm_timer(clock, tsc_khz);
+        apic.arm_timer(clock);
     }
 }
 
@@ -252,7 +250,6 @@ impl<L: Loaded> Run<'_, L> {
     /// A deadline that is still to come.
     fn deadline_at_once(&mut self, value: u64) -> bool {
         let clock = clock(&mut self.hw);
-        let tsc_khz = self.arch.tsc_khz;
         if !self.arch.features.has(Features::TSC_DEADLINE) || !self.hw.has_timer() {
             return false;
         }
@@ -263,7 +260,7 @@ impl<L: Loaded> Run<'_, L> {
             return false;
         }
         if apic.model.set_tsc_deadline(value) == Effect::Timer {
-            self.hw.set_timer(apic.expires_tsc(&clock, tsc_khz));
+            self.hw.set_timer(apic.expires_tsc(&clock));
         }
         true
     }
@@ -271,14 +268,13 @@ impl<L: Loaded> Run<'_, L> {
     /// The timer may have gone off.
     pub(super) fn run_timer(&mut self) {
         let clock = clock(&mut self.hw);
-        let tsc_khz = self.arch.tsc_khz;
         let Some(apic) = self.arch.apic.as_deref_mut() else {
             return;
         };
         if let Delivered::Event(ApicEvent::Nmi) = apic.run_timer(&clock) {
             self.arch.events.queue_nmi();
         }
-        set_timer(&mut self.hw, apic, &clock, tsc_khz);
+        set_timer(&mut self.hw, apic, &clock);
     }
 
     /// The same, with interrupts off: returns if the processor delivers what has come of it, and there is
@@ -355,7 +351,9 @@ impl<L: Loaded> Run<'_, L> {
         if value & 0xc_8700 != 0 || (value >> 32) as u32 == X2APIC_BROADCAST {
             return false;
         }
-        let clock = GuestClock { tsc_offset: 0 };
+        let clock = GuestClock {
+            tsc: GuestTsc::host(1),
+        };
         match apic.model.write_msr(msr, value, &clock) {
             Ok(Effect::Send(message)) => {
                 let sender = apic.model.config().id;

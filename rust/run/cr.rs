@@ -2,6 +2,7 @@
 
 //! Exits by control and debug registers, and XSETBV. The checks are [`crate::x86::cr`]'s.
 
+use super::debug;
 use super::Next;
 use super::Run;
 use crate::abi;
@@ -155,16 +156,20 @@ impl<L: Loaded> Run<'_, L> {
         if crate::arch::cpl(&mut self.hw) != 0 {
             return self.raise(Fault::gp(0));
         }
-        let dr7 = self.hw.dr7();
-        if dr7.has(Dr7::GD) {
-            self.arch.events.raise(Exception {
+        if self.hw.dr7().has(Dr7::GD) {
+            let detected = Exception {
                 vector: Vector::DB,
                 error: None,
                 payload: Some(Dr6::BD.bits()),
                 insn_len: 0,
-            });
+            };
+            if self.is_for_debugger(Vector::DB) {
+                return Ok(self.leave_for_debugger(&detected));
+            }
+            self.arch.events.raise(detected);
             return Ok(Next::Guest);
         }
+        let mut guests = debug::breakpoints(&mut self.hw, self.arch);
         if write {
             let value = self.operand(gpr);
             let value = match cr::check_debug_write(register, value) {
@@ -173,22 +178,22 @@ impl<L: Loaded> Run<'_, L> {
             };
             match register {
                 DebugReg::Address(n) => {
-                    if let Some(place) = self.arch.dr.get_mut(usize::from(n)) {
+                    if let Some(place) = guests.addresses.get_mut(usize::from(n)) {
                         *place = value;
                     }
                 }
                 DebugReg::Status => self.arch.dr6 = value,
-                DebugReg::Control => {
-                    let dr7 = Dr7::new(value);
-                    self.arch.breakpoints_armed = dr7.any_enabled();
-                    self.hw.set_dr7(dr7);
-                }
+                DebugReg::Control => guests.control = Dr7::new(value),
             }
+            debug::set_breakpoints(&mut self.hw, self.arch, &guests);
         } else {
             let value = match register {
-                DebugReg::Address(n) => self.arch.dr.get(usize::from(n)).copied().unwrap_or(0),
+                DebugReg::Address(n) => {
+                    let address = guests.addresses.get(usize::from(n));
+                    address.copied().unwrap_or(0)
+                }
                 DebugReg::Status => self.arch.dr6,
-                DebugReg::Control => dr7.bits(),
+                DebugReg::Control => guests.control.bits(),
             };
             self.hw.set_gpr(gpr, value);
         }

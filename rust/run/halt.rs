@@ -58,6 +58,7 @@ impl<L: Loaded> Run<'_, L> {
         }
         self.sleep();
         self.take_apic_requests();
+        self.update_structures();
         if task::signal_pending() {
             self.page.set_exit_reason(abi::exit::INTR);
             self.shared.stats.signal_exits.bump();
@@ -69,10 +70,9 @@ impl<L: Loaded> Run<'_, L> {
     /// Waits for a request that wakes the vCPU, or a signal.
     pub(super) fn sleep(&mut self) {
         let clock = clock(&mut self.hw);
-        let tsc_khz = self.arch.tsc_khz;
         let by_hardware = self.hw.has_timer();
         if let Some(apic) = self.arch.apic.as_deref_mut().filter(|_| by_hardware) {
-            apic.arm_timer(&clock, tsc_khz);
+            apic.arm_timer(&clock);
         }
         if self.arch.mp_state != HALTED || !self.poll() {
             let begin = hrtimer::now();
@@ -150,7 +150,7 @@ impl<L: Loaded> Run<'_, L> {
             .arch
             .apic
             .as_deref_mut()
-            .filter(|apic| apic.virtualised)
+            .filter(|apic| apic.can_virtualise())
         else {
             return false;
         };

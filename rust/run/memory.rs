@@ -24,6 +24,7 @@ use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
 use crate::x86::emulate::Outcome;
 use crate::x86::paging::MemoryError;
+use crate::x86::paging::PageAccess;
 use crate::x86::paging::Paging;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr3;
@@ -268,6 +269,20 @@ impl x86::paging::GuestMemory for EmuMemory<'_> {
     }
 }
 
+/// Where a linear address leads, whoever might access it; none if nowhere. Changes nothing.
+pub(crate) fn probe(
+    hw: &mut impl Loaded,
+    arch: &Arch,
+    memory: &GuestMemory,
+    vcpu: &VcpuShared,
+    linear: u64,
+) -> Option<u64> {
+    let mut memory = EmuMemory::new(memory, vcpu, &arch.devices);
+    let paging = x86::emulate::Cpu::paging(&mut EmuCpu::new(hw, arch));
+    let found = paging.translate(&mut memory, linear, PageAccess::PROBE);
+    found.ok().map(|translation| translation.gpa)
+}
+
 impl<L: Loaded> Run<'_, L> {
     /// The guest reached what EPT does not map, or not so.
     pub(super) fn page_fault(
@@ -410,7 +425,8 @@ impl<L: Loaded> Run<'_, L> {
 
         match outcome {
             Outcome::Done(done) => {
-                if done.retired {
+                // Each iteration of a repeated instruction ends with a step.
+                if done.retired || done.single_step {
                     super::retire_emulated(&mut self.hw, done.single_step);
                 }
                 Ok(Next::Guest)

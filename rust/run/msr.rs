@@ -9,8 +9,10 @@ use super::Pending;
 use super::Run;
 use crate::arch::Arch;
 use crate::backend::Loaded;
+use crate::linux::msr as host_msr;
 use crate::msr_filter;
 use crate::system::Host;
+use crate::tlb::Request;
 use crate::x86::apic::Effect;
 use crate::x86::cpuid::features::Features;
 use crate::x86::cr;
@@ -183,8 +185,11 @@ pub(crate) fn read(
                 Err(MsrError::Unknown)
             }
         }
-        // Nothing of speculation control is offered yet.
-        Class::Switched if msr == Msr::SPEC_CTRL => Err(MsrError::Unknown),
+        Class::Switched
+            if msr == Msr::SPEC_CTRL && !by_host && !features.has(Features::SPEC_CTRL) =>
+        {
+            Err(MsrError::Unknown)
+        }
         Class::Time if msr == Msr::TSC_ADJUST => {
             if by_host || features.has(Features::TSC_ADJUST) {
                 Ok(arch.tsc_adjust)
@@ -234,7 +239,7 @@ pub(crate) fn write(
 ) -> Result<Effect, MsrError> {
     let host = around.host;
     match msr.class() {
-        Class::Paravirtual => super::pv::write_msr(arch, around, msr, value)?,
+        Class::Paravirtual => super::pv::write_msr(arch, around, msr, value, by_host)?,
         Class::Emulated if msr == Msr::APIC_BASE => return write_apic_base(arch, value, by_host),
         Class::Emulated if msr == Msr::MISC_ENABLE => {
             write_misc_enable(hw, arch, around, value, by_host)?;
@@ -247,21 +252,41 @@ pub(crate) fn write(
         Class::ControlStructure if msr == Msr::EFER => write_efer(hw, arch, host, value, by_host)?,
         Class::Time => {
             write_time(hw, arch, msr, value, by_host);
+            around.shared.request(Request::Clock);
             // A deadline is one of the guest's counter, which may have moved.
             return Ok(Effect::Timer);
         }
         Class::ControlStructure | Class::Switched => {
-            if msr == Msr::SPEC_CTRL {
-                return Err(MsrError::Unknown);
-            }
+            // What the processor has not got would be a fault of its own, whoever asks.
+            let features = if msr == Msr::SPEC_CTRL && by_host {
+                &host.supported
+            } else {
+                &arch.features
+            };
             let cr4 = hw.cr4();
-            let value = msr::check_value(msr, value, &arch.features, cr4, by_host)?;
+            let value = msr::check_value(msr, value, features, cr4, by_host)?;
             if msr != Msr::XSS && !hw.write_msr(msr, value) {
                 return Err(MsrError::Unknown);
             }
+            if msr == Msr::SPEC_CTRL {
+                // Who has written it once does so again.
+                let arch = &*arch;
+                hw.pass_msrs(|msr, access| !is_denied(arch, msr, access));
+            }
         }
         Class::LocalApic => return write_apic(hw, arch, msr, value, by_host),
-        Class::Command | Class::Unknown => return Err(MsrError::Unknown),
+        Class::Command => {
+            let features = if by_host {
+                &host.supported
+            } else {
+                &arch.features
+            };
+            let cr4 = hw.cr4();
+            if msr::check_value(msr, value, features, cr4, false)? != 0 {
+                hw.command(msr);
+            }
+        }
+        Class::Unknown => return Err(MsrError::Unknown),
     }
     Ok(Effect::None)
 }
@@ -353,16 +378,19 @@ fn write_time(hw: &mut impl Loaded, arch: &mut Arch, msr: Msr, value: u64, by_ho
     if msr == Msr::TSC_ADJUST {
         if !by_host {
             let moved = value.wrapping_sub(arch.tsc_adjust);
-            let offset = hw.tsc_offset().wrapping_add(moved);
-            hw.set_tsc_offset(offset);
+            let tsc = hw.tsc().moved(moved);
+            hw.set_tsc(tsc);
         }
         arch.tsc_adjust = value;
         return;
     }
-    let old = hw.tsc_offset();
-    hw.write_msr(Msr::TSC, value);
-    if !by_host {
-        let moved = hw.tsc_offset().wrapping_sub(old);
-        arch.tsc_adjust = arch.tsc_adjust.wrapping_add(moved);
+    if by_host {
+        arch.clock.write(hw, value);
+        return;
     }
+    let old = hw.tsc();
+    let new = old.saying(value, host_msr::rdtsc());
+    hw.set_tsc(new);
+    let moved = new.offset.wrapping_sub(old.offset);
+    arch.tsc_adjust = arch.tsc_adjust.wrapping_add(moved);
 }

@@ -21,6 +21,7 @@ use crate::x86::io::IoError;
 use crate::x86::io::StringIo;
 use crate::x86::io::Transfer;
 use crate::x86::regs::Gpr;
+use crate::x86::regs::Rflags;
 use crate::x86::segment::SegReg;
 use kernel::prelude::*;
 
@@ -117,10 +118,15 @@ impl<L: Loaded> Run<'_, L> {
             seg,
         };
         let mut buf = [0; CHUNK];
+        // A step ends after each iteration.
+        let room = match self.hw.rflags().has(Rflags::TF) {
+            true => access.size.into(),
+            false => CHUNK as u32,
+        };
         let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
         let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let begun = io
-            .prepare(&mut cpu, &mut memory, CHUNK as u32)
+            .prepare(&mut cpu, &mut memory, room)
             .and_then(|transfer| {
                 if let (Some(t), false) = (&transfer, access.input) {
                     t.gather(&mut memory, &mut buf)?;
@@ -234,6 +240,9 @@ impl<L: Loaded> Run<'_, L> {
     fn finish_string(&mut self, transfer: &Transfer, len: u8) {
         if transfer.finish(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch)) {
             super::skip(&mut self.hw, len);
+        } else {
+            let step = self.hw.rflags().has(Rflags::TF);
+            super::retire_emulated(&mut self.hw, step);
         }
     }
 }

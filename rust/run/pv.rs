@@ -40,6 +40,8 @@ pub(super) fn read_msr(arch: &Arch, msr: Msr) -> Result<u64, MsrError> {
         return Err(MsrError::Unknown);
     }
     match msr {
+        Msr::KVM_WALL_CLOCK | Msr::KVM_WALL_CLOCK_OLD => Ok(arch.clock.wall_clock()),
+        Msr::KVM_SYSTEM_TIME | Msr::KVM_SYSTEM_TIME_OLD => Ok(arch.clock.system_time()),
         Msr::KVM_STEAL_TIME => Ok(arch.pv.steal.msr()),
         Msr::KVM_PV_EOI_EN => Ok(arch.pv.eoi.msr()),
         Msr::KVM_POLL_CONTROL => Ok(arch.pv.host_polls.into()),
@@ -53,11 +55,20 @@ pub(super) fn write_msr(
     around: &Around<'_>,
     msr: Msr,
     value: u64,
+    by_host: bool,
 ) -> Result<(), MsrError> {
     if !arch.pv.has(feature_of(msr)) {
         return Err(MsrError::Unknown);
     }
     match msr {
+        Msr::KVM_WALL_CLOCK | Msr::KVM_WALL_CLOCK_OLD => {
+            arch.clock
+                .set_wall_clock(value, around.memory, around.shared);
+        }
+        Msr::KVM_SYSTEM_TIME | Msr::KVM_SYSTEM_TIME_OLD => {
+            let old = msr == Msr::KVM_SYSTEM_TIME_OLD;
+            arch.clock.set_system_time(value, old, by_host);
+        }
         Msr::KVM_STEAL_TIME => {
             if !task::delays_are_counted() || value & steal::RESERVED != 0 {
                 return Err(MsrError::Refused);
@@ -92,6 +103,7 @@ impl<L: Loaded> Run<'_, L> {
         if self.shared.take(Request::Structures) {
             self.update_steal_time();
         }
+        self.update_clock();
     }
 
     /// The vCPU has a CPU: the guest learns of it, and of how long it had none. Does what the guest could not wait for

@@ -7,7 +7,9 @@ use crate::abi::kvm_vcpu_events;
 use crate::apics::SharedApic;
 use crate::backend::Loaded;
 use crate::bindings as b;
+use crate::events::apply_payload;
 use crate::irq::Mode;
+use crate::run::debug;
 use crate::x86::event::EventsState;
 use crate::x86::event::Exception;
 use crate::x86::event::Interrupt;
@@ -46,12 +48,12 @@ impl<L: Loaded> Locked<'_, L> {
     pub(super) fn get_events(&mut self) -> kvm_vcpu_events {
         let masked = self.hw.nmi_blocked();
         self.arch.events.set_nmi_masked(masked);
-        // The ABI has no place for what goes into CR2 and DR6, so it goes there at once.
-        if let Some((vector, payload)) = self.arch.events.take_payload() {
-            match vector {
-                Vector::PF => self.hw.set_cr2(payload),
-                Vector::DB => self.arch.dr6 |= payload,
-                _ => {}
+        self.show_step();
+        let with_payload = self.shows(b::KVM_VCPUEVENT_VALID_PAYLOAD);
+        // Else the ABI has no place for what goes into CR2 and DR6, so it goes there at once.
+        if !with_payload {
+            if let Some((vector, payload)) = self.arch.events.take_payload() {
+                apply_payload(self.hw, vector, payload, &mut self.arch.dr6);
             }
         }
         let state = self.arch.events.state();
@@ -61,11 +63,15 @@ impl<L: Loaded> Locked<'_, L> {
         let hard = |e: &Exception| e.insn_len == 0;
         let pending = state.exception_pending.filter(hard);
         if let Some(e) = pending.or(state.exception_injected.filter(hard)) {
-            events.exception.injected = 1;
-            events.exception.pending = u8::from(pending.is_some());
+            let waits = pending.is_some();
+            // A VMM that does not know of the difference has it injected again.
+            events.exception.injected = u8::from(!waits || !with_payload);
+            events.exception.pending = u8::from(waits);
             events.exception.nr = e.vector.0;
             events.exception.has_error_code = u8::from(e.error.is_some());
             events.exception.error_code = e.error.unwrap_or(0);
+            events.exception_has_payload = u8::from(e.payload.is_some());
+            events.exception_payload = e.payload.unwrap_or(0);
         }
         if let Some(i) = state.interrupt_injected.filter(|i| !i.is_soft()) {
             events.interrupt.injected = 1;
@@ -84,17 +90,48 @@ impl<L: Loaded> Locked<'_, L> {
         events.flags = b::KVM_VCPUEVENT_VALID_NMI_PENDING
             | b::KVM_VCPUEVENT_VALID_SHADOW
             | b::KVM_VCPUEVENT_VALID_SMM;
+        if with_payload {
+            events.flags |= b::KVM_VCPUEVENT_VALID_PAYLOAD;
+        }
+        if self.shows(b::KVM_VCPUEVENT_VALID_TRIPLE_FAULT) {
+            events.triple_fault.pending = u8::from(state.triple_fault);
+            events.flags |= b::KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
+        }
         events
+    }
+
+    /// Whether the VMM knows of a field.
+    fn shows(&self, field: u32) -> bool {
+        self.around.apics.shows_event_field(field)
+    }
+
+    /// A step that is due is an exception that waits. Where it is a part of the shadow behind STI or MOV
+    /// SS, it comes back with that ([`debug::settle_step`]).
+    fn show_step(&mut self) {
+        let due = self.arch.events.takes_traps()
+            && !self.arch.debugger.takes_traps()
+            && self.hw.shadow() == Shadow::None
+            && self.hw.take_pending_step();
+        if due {
+            self.arch.events.raise(debug::STEP);
+        }
     }
 
     /// KVM_SET_VCPU_EVENTS: EINVAL for flags of capabilities that are absent, and for exceptions that
     /// are none.
     pub(super) fn set_events(&mut self, events: &kvm_vcpu_events) -> Result {
-        const KNOWN: u32 = b::KVM_VCPUEVENT_VALID_NMI_PENDING
+        const ALWAYS: u32 = b::KVM_VCPUEVENT_VALID_NMI_PENDING
             | b::KVM_VCPUEVENT_VALID_SIPI_VECTOR
             | b::KVM_VCPUEVENT_VALID_SHADOW
             | b::KVM_VCPUEVENT_VALID_SMM;
-        if events.flags & !KNOWN != 0 {
+        let enabled = [
+            b::KVM_VCPUEVENT_VALID_PAYLOAD,
+            b::KVM_VCPUEVENT_VALID_TRIPLE_FAULT,
+        ]
+        .into_iter()
+        .filter(|field| self.shows(*field))
+        .fold(ALWAYS, |known, field| known | field);
+        if events.flags & !enabled != 0 {
             return Err(EINVAL);
         }
         // There is no system-management mode to be in.
@@ -102,10 +139,13 @@ impl<L: Loaded> Locked<'_, L> {
         if events.flags & b::KVM_VCPUEVENT_VALID_SMM != 0 && smm != 0 {
             return Err(EINVAL);
         }
-        let exception = (events.exception.injected != 0).then(|| Exception {
+        let waits =
+            events.flags & b::KVM_VCPUEVENT_VALID_PAYLOAD != 0 && events.exception.pending != 0;
+        let exception = (waits || events.exception.injected != 0).then(|| Exception {
             vector: Vector(events.exception.nr),
             error: (events.exception.has_error_code != 0).then_some(events.exception.error_code),
-            payload: None,
+            payload: (waits && events.exception_has_payload != 0)
+                .then_some(events.exception_payload),
             insn_len: 0,
         });
         if exception.is_some_and(|e| e.vector.0 > 31 || e.vector == Vector::NMI) {
@@ -119,8 +159,8 @@ impl<L: Loaded> Locked<'_, L> {
             old.nmi_pending
         };
         let state = EventsState {
-            exception_pending: None,
-            exception_injected: exception,
+            exception_pending: exception.filter(|_| waits),
+            exception_injected: exception.filter(|_| !waits),
             interrupt_injected: (events.interrupt.injected != 0).then_some(Interrupt {
                 vector: events.interrupt.nr,
                 // INT n is two bytes long, but for prefixes that nobody writes.
@@ -129,7 +169,11 @@ impl<L: Loaded> Locked<'_, L> {
             nmi_injected: events.nmi.injected != 0,
             nmi_pending,
             nmi_masked: events.nmi.masked != 0,
-            triple_fault: old.triple_fault,
+            triple_fault: if events.flags & b::KVM_VCPUEVENT_VALID_TRIPLE_FAULT != 0 {
+                events.triple_fault.pending != 0
+            } else {
+                old.triple_fault
+            },
         };
         self.arch.events.set_state(&state).map_err(|_| EINVAL)?;
         self.hw.set_nmi_blocked(state.nmi_masked);
@@ -150,6 +194,7 @@ impl<L: Loaded> Locked<'_, L> {
                 } else {
                     Shadow::None
                 });
+            debug::settle_step(self.hw, self.arch);
         }
         Ok(())
     }

@@ -101,8 +101,7 @@ impl<L: Loaded> Locked<'_, L> {
         let mut buf = KVVec::from_elem(0u8, size, GFP_KERNEL_ACCOUNT)?;
         // x87 and SSE are part of the state even of a guest without XSAVE.
         let xfeatures = self.arch.features.xcr0 | Xcr0::X87 | Xcr0::SSE;
-        self.fpu
-            .copy_to(&mut buf, xfeatures.bits(), self.arch.pkru);
+        self.fpu.copy_to(&mut buf, xfeatures.bits(), self.arch.pkru);
         user::write_bytes(arg, &buf)
     }
 

@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! KVM_GET/SET_REGS, SREGS, DEBUGREGS, MP_STATE.
+//! KVM_GET/SET_REGS, SREGS, SREGS2, and KVM_TRANSLATE.
 
 use super::Locked;
-use crate::abi::kvm_debugregs;
 use crate::abi::kvm_dtable;
 use crate::abi::kvm_regs;
 use crate::abi::kvm_segment;
 use crate::abi::kvm_sregs;
+use crate::abi::kvm_sregs2;
+use crate::abi::kvm_translation;
 use crate::backend::Loaded;
 use crate::backend::TableReg;
+use crate::bindings as b;
 use crate::run::cr::load_pdptes;
+use crate::run::debug;
+use crate::run::memory;
 use crate::x86::cr;
-use crate::x86::cr::DebugReg;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
-use crate::x86::regs::Dr6;
-use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
 use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
@@ -103,7 +104,7 @@ impl<L: Loaded> Locked<'_, L> {
             r14: hw.gpr(Gpr::R14),
             r15: hw.gpr(Gpr::R15),
             rip: hw.rip(),
-            rflags: hw.rflags().bits(),
+            rflags: debug::shown_rflags(hw, self.arch).bits(),
         }
     }
 
@@ -131,15 +132,63 @@ impl<L: Loaded> Locked<'_, L> {
             hw.set_gpr(r, value);
         }
         hw.set_rip(regs.rip);
-        hw.set_rflags(Rflags::new(regs.rflags) | Rflags::FIXED);
+        let flags = Rflags::new(regs.rflags) | Rflags::FIXED;
+        let step = flags.has(Rflags::TF) || self.arch.debugger.steps();
+        hw.set_rflags(flags.with_if(Rflags::TF, step));
+        debug::settle_step(hw, self.arch);
         self.arch.events.drop_pending_exception();
     }
 
     /// KVM_GET_SREGS.
     pub(super) fn get_sregs(&mut self) -> kvm_sregs {
+        let now = self.system_registers();
+        let mut interrupt_bitmap = [0; 4];
+        if let Some(vector) = self.arch.events.interrupt_in_bitmap() {
+            if let Some(word) = interrupt_bitmap.get_mut(usize::from(vector / 64)) {
+                *word |= 1 << (vector % 64);
+            }
+        }
+        kvm_sregs {
+            cs: now.cs,
+            ds: now.ds,
+            es: now.es,
+            fs: now.fs,
+            gs: now.gs,
+            ss: now.ss,
+            tr: now.tr,
+            ldt: now.ldt,
+            gdt: now.gdt,
+            idt: now.idt,
+            cr0: now.cr0,
+            cr2: now.cr2,
+            cr3: now.cr3,
+            cr4: now.cr4,
+            cr8: now.cr8,
+            efer: now.efer,
+            apic_base: now.apic_base,
+            interrupt_bitmap,
+        }
+    }
+
+    /// KVM_GET_SREGS2: with the four entries of PAE paging, if that is on.
+    pub(super) fn get_sregs2(&mut self) -> kvm_sregs2 {
+        let mut sregs = self.system_registers();
+        if uses_pdptes(
+            Cr0::new(sregs.cr0),
+            Cr4::new(sregs.cr4),
+            Efer::new(sregs.efer),
+        ) {
+            sregs.pdptrs = self.hw.pdptes();
+            sregs.flags = b::KVM_SREGS2_FLAGS_PDPTRS_VALID.into();
+        }
+        sregs
+    }
+
+    /// What both have.
+    fn system_registers(&mut self) -> kvm_sregs2 {
         let hw = &mut *self.hw;
         let mut seg = |reg| segment_to_abi(&hw.segment(reg));
-        let mut sregs = kvm_sregs {
+        kvm_sregs2 {
             cs: seg(SegReg::Cs),
             ds: seg(SegReg::Ds),
             es: seg(SegReg::Es),
@@ -157,18 +206,57 @@ impl<L: Loaded> Locked<'_, L> {
             cr8: self.arch.cr8(),
             efer: hw.efer().bits(),
             apic_base: self.arch.apic_base(),
-            interrupt_bitmap: [0; 4],
-        };
-        if let Some(vector) = self.arch.events.interrupt_in_bitmap() {
-            if let Some(word) = sregs.interrupt_bitmap.get_mut(usize::from(vector / 64)) {
-                *word |= 1 << (vector % 64);
-            }
+            flags: 0,
+            pdptrs: [0; 4],
         }
-        sregs
     }
 
     /// KVM_SET_SREGS: EINVAL for a state that a processor of the vCPU's CPUID cannot be in.
     pub(super) fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result {
+        self.set_system_registers(&kvm_sregs2 {
+            cs: sregs.cs,
+            ds: sregs.ds,
+            es: sregs.es,
+            fs: sregs.fs,
+            gs: sregs.gs,
+            ss: sregs.ss,
+            tr: sregs.tr,
+            ldt: sregs.ldt,
+            gdt: sregs.gdt,
+            idt: sregs.idt,
+            cr0: sregs.cr0,
+            cr2: sregs.cr2,
+            cr3: sregs.cr3,
+            cr4: sregs.cr4,
+            cr8: sregs.cr8,
+            efer: sregs.efer,
+            apic_base: sregs.apic_base,
+            flags: 0,
+            pdptrs: [0; 4],
+        })?;
+        if let Some((n, word)) = (0u8..)
+            .zip(sregs.interrupt_bitmap)
+            .find(|(_, word)| *word != 0)
+        {
+            let vector = n * 64 + word.trailing_zeros() as u8;
+            self.arch.events.queue_interrupt(vector);
+        }
+        Ok(())
+    }
+
+    /// KVM_SET_SREGS2: the same, and EINVAL for flags that are none and for entries of PAE paging without
+    /// it. With them, memory is not asked.
+    pub(super) fn set_sregs2(&mut self, sregs: &kvm_sregs2) -> Result {
+        let valid = u64::from(b::KVM_SREGS2_FLAGS_PDPTRS_VALID);
+        let (cr0, cr4) = (Cr0::new(sregs.cr0), Cr4::new(sregs.cr4));
+        let given = sregs.flags & valid != 0;
+        if sregs.flags & !valid != 0 || (given && !uses_pdptes(cr0, cr4, Efer::new(sregs.efer))) {
+            return Err(EINVAL);
+        }
+        self.set_system_registers(sregs)
+    }
+
+    fn set_system_registers(&mut self, sregs: &kvm_sregs2) -> Result {
         let cs = segment_from_abi(SegReg::Cs, &sregs.cs);
         let (cr0, cr4) = (Cr0::new(sregs.cr0), Cr4::new(sregs.cr4));
         let efer = Efer::new(sregs.efer);
@@ -186,7 +274,9 @@ impl<L: Loaded> Locked<'_, L> {
         hw.set_cr4(cr4);
         hw.set_efer(efer);
         hw.set_cr0(cr0);
-        if cr0.has(Cr0::PG) && cr4.has(Cr4::PAE) && !efer.has(Efer::LMA) {
+        if sregs.flags & u64::from(b::KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0 {
+            hw.set_pdptes(&sregs.pdptrs);
+        } else if uses_pdptes(cr0, cr4, efer) {
             // As in KVM, entries that no processor would load leave the old ones: the entry fails.
             let _ = load_pdptes(hw, self.vm, sregs.cr3, &own);
         }
@@ -208,42 +298,28 @@ impl<L: Loaded> Locked<'_, L> {
         if sregs.cr8 <= 15 {
             self.set_cr8(sregs.cr8);
         }
-        if let Some((n, word)) = (0u8..)
-            .zip(sregs.interrupt_bitmap)
-            .find(|(_, word)| *word != 0)
-        {
-            let vector = n * 64 + word.trailing_zeros() as u8;
-            self.arch.events.queue_interrupt(vector);
-        }
         self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
         Ok(())
     }
 
-    /// KVM_GET_DEBUGREGS.
-    pub(super) fn get_debugregs(&mut self) -> kvm_debugregs {
-        kvm_debugregs {
-            db: self.arch.dr,
-            dr6: self.arch.dr6,
-            dr7: self.hw.dr7().bits(),
-            flags: 0,
-            reserved: [0; 9],
-        }
-    }
-
-    /// KVM_SET_DEBUGREGS: EINVAL for flags, and for upper halves that are not zero.
-    pub(super) fn set_debugregs(&mut self, regs: &kvm_debugregs) -> Result {
-        if regs.flags != 0 {
-            return Err(EINVAL);
-        }
-        let dr6 = cr::check_debug_write(DebugReg::Status, regs.dr6).map_err(|_| EINVAL)?;
-        let dr7 = cr::check_debug_write(DebugReg::Control, regs.dr7).map_err(|_| EINVAL)?;
-        self.arch.dr = regs.db;
-        self.arch.dr6 = dr6;
-        let dr7 = Dr7::new(dr7);
-        self.arch.breakpoints_armed = dr7.any_enabled();
-        self.hw.set_dr7(dr7);
-        Ok(())
+    /// KVM_TRANSLATE: where a linear address leads, whatever the rights, which are not told: as in KVM,
+    /// `writeable` is set and `usermode` is not. Nothing is marked accessed.
+    pub(super) fn translate(&mut self, translation: &mut kvm_translation) {
+        let gpa = memory::probe(
+            self.hw,
+            self.arch,
+            self.vm,
+            self.around.shared,
+            translation.linear_address,
+        );
+        translation.physical_address = gpa.unwrap_or(u64::MAX);
+        translation.valid = u8::from(gpa.is_some());
+        translation.writeable = 1;
+        translation.usermode = 0;
     }
 }
 
-const _: () = assert!(Dr6::RESET.bits() == 0xffff_0ff0);
+/// Whether PAE paging is on, which has four entries in the processor.
+fn uses_pdptes(cr0: Cr0, cr4: Cr4, efer: Efer) -> bool {
+    cr0.has(Cr0::PG) && cr4.has(Cr4::PAE) && !efer.has(Efer::LMA)
+}

@@ -14,6 +14,7 @@ use crate::backend::Backend;
 use crate::backend::FreeInstructions;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS2;
+use crate::bindings::KVM_CAP_EXCEPTION_PAYLOAD;
 use crate::bindings::KVM_CAP_EXIT_HYPERCALL;
 use crate::bindings::KVM_CAP_EXIT_ON_EMULATION_FAILURE;
 use crate::bindings::KVM_CAP_MSR_PLATFORM_INFO;
@@ -21,8 +22,11 @@ use crate::bindings::KVM_CAP_SPLIT_IRQCHIP;
 use crate::bindings::KVM_CAP_X2APIC_API;
 use crate::bindings::KVM_CAP_X86_APIC_BUS_CYCLES_NS;
 use crate::bindings::KVM_CAP_X86_DISABLE_EXITS;
+use crate::bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT;
 use crate::bindings::KVM_CAP_X86_USER_SPACE_MSR;
 use crate::bindings::KVM_PIT_SPEAKER_DUMMY;
+use crate::bindings::KVM_VCPUEVENT_VALID_PAYLOAD;
+use crate::bindings::KVM_VCPUEVENT_VALID_TRIPLE_FAULT;
 use crate::bindings::KVM_X86_DISABLE_EXITS_HLT;
 use crate::bindings::KVM_X86_DISABLE_EXITS_MWAIT;
 use crate::bindings::KVM_X86_DISABLE_EXITS_PAUSE;
@@ -167,6 +171,18 @@ impl<B: Backend> Vm<B> {
                 Ok(())
             }
             KVM_CAP_X86_DISABLE_EXITS => self.disable_exits(cap.args[0]),
+            KVM_CAP_EXCEPTION_PAYLOAD => {
+                let shown = cap.args[0] & 1 != 0;
+                self.apics
+                    .show_event_field(KVM_VCPUEVENT_VALID_PAYLOAD, shown);
+                Ok(())
+            }
+            KVM_CAP_X86_TRIPLE_FAULT_EVENT => {
+                let shown = cap.args[0] & 1 != 0;
+                self.apics
+                    .show_event_field(KVM_VCPUEVENT_VALID_TRIPLE_FAULT, shown);
+                Ok(())
+            }
             // It is never otherwise.
             KVM_CAP_EXIT_ON_EMULATION_FAILURE if cap.args[0] <= 1 => Ok(()),
             KVM_CAP_DISABLE_QUIRKS2 if cap.args[0] & !u64::from(QUIRKS) != 0 => Err(EINVAL),

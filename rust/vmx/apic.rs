@@ -26,6 +26,8 @@ pub(super) struct VmcsApic {
     threshold: u8,
     /// Interrupts are delivered by the processor.
     virtualised: bool,
+    /// But not for now.
+    inhibited: bool,
 }
 
 impl VmcsApic {
@@ -34,6 +36,7 @@ impl VmcsApic {
             pages,
             threshold: 0,
             virtualised,
+            inhibited: false,
         }
     }
 }
@@ -110,9 +113,37 @@ impl LoadedVcpu<'_> {
         }
         self.v.secondary = secondary;
         self.write(f::SECONDARY_CONTROLS, secondary.bits());
-        self.v.msr_bitmap.pass_x2apic(x2apic);
+        self.choose_msr_bitmap();
         // A translation that was cached meanwhile is one to plain memory (SDM vol. 3, 31.4.6.3).
         self.v.flush_memory = true;
+    }
+
+    /// Which MSRs the guest reaches without an exit.
+    fn choose_msr_bitmap(&mut self) {
+        let x2apic = self.v.secondary.has(SecondaryControls::X2APIC);
+        let inhibited = self.v.apic.as_ref().is_some_and(|apic| apic.inhibited);
+        self.v.msr_bitmap.pass_x2apic(x2apic && !inhibited);
+    }
+
+    /// Has the processor deliver no interrupts, and every access exit but those to the task priority.
+    pub(super) fn inhibit_virtual_apic(&mut self, inhibited: bool) {
+        let Some(apic) = self.v.apic.as_mut().filter(|apic| apic.virtualised) else {
+            return;
+        };
+        if core::mem::replace(&mut apic.inhibited, inhibited) == inhibited {
+            return;
+        }
+        let delivery = SecondaryControls::APIC_REGISTERS | SecondaryControls::INTERRUPT_DELIVERY;
+        self.v.secondary = self.v.secondary.with_if(delivery, !inhibited);
+        self.v.pin = self
+            .v
+            .pin
+            .with_if(PinControls::POSTED_INTERRUPTS, !inhibited);
+        // Whoever turns it on again brings the interrupt status up to date. Without, a threshold counts.
+        self.set_tpr_threshold(0);
+        self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
+        self.write(f::PIN_CONTROLS, self.v.pin.bits());
+        self.choose_msr_bitmap();
     }
 
     /// The highest vectors in service and requested; 0 for none.

@@ -57,6 +57,8 @@ pub(crate) struct VmxCaps {
     pub(crate) pml: bool,
     /// Loops of PAUSE can exit.
     pub(crate) pause_loop: bool,
+    /// A guest's time-stamp counter can run at a rate of its own.
+    pub(crate) tsc_scaling: bool,
     /// There is a TPR shadow.
     pub(crate) tpr_shadow: bool,
     /// The processor can deliver the APIC's interrupts and take posted ones, and is to.
@@ -169,6 +171,7 @@ impl VmxCaps {
                 | SecondaryControls::ENCLS
                 | SecondaryControls::PML
                 | SecondaryControls::PAUSE_LOOP
+                | SecondaryControls::TSC_SCALING
                 | APICV)
                 .with_if(
                     // IA32_XSS is not switched: a guest that saved by it would see the host's state.
@@ -221,7 +224,10 @@ impl VmxCaps {
             && pin.has(PinControls::POSTED_INTERRUPTS)
             && crate::parameters::apicv();
         let pause_loop = secondary.has(SecondaryControls::PAUSE_LOOP);
-        let secondary = secondary.without(APICV | SecondaryControls::PAUSE_LOOP);
+        let tsc_scaling =
+            secondary.has(SecondaryControls::TSC_SCALING) && crate::parameters::tsc_scaling();
+        let secondary = secondary
+            .without(APICV | SecondaryControls::PAUSE_LOOP | SecondaryControls::TSC_SCALING);
         let misc = msr::read_safe(MSR_VMX_MISC).map_err(|_| unsupported())?;
         let timer_shift = (pin.has(PinControls::PREEMPTION_TIMER)
             && crate::parameters::preemption_timer())
@@ -243,6 +249,7 @@ impl VmxCaps {
             ept_ad: has(21),
             pml,
             pause_loop,
+            tsc_scaling,
             tpr_shadow,
             apicv,
             timer_shift,

@@ -22,6 +22,7 @@ use crate::linux::irq::IrqsOff;
 use crate::linux::irq::PreemptOff;
 use crate::mmu::ept::Access;
 use crate::x86::apic::base::ApicMode;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Interrupt;
@@ -415,6 +416,10 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_idtr(self, value);
     }
 
+    fn pdptes(&mut self) -> [u64; 4] {
+        LoadedVcpu::pdptes(self)
+    }
+
     fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         LoadedVcpu::set_pdptes(self, pdptes);
     }
@@ -427,16 +432,22 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::write_msr(self, msr, value)
     }
 
+    #[inline]
+    fn tsc(&mut self) -> GuestTsc {
+        LoadedVcpu::tsc(self)
+    }
+
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
-        self.v.msr_bitmap.pass_allowed(allowed);
+        let switched = self.v.entry.switch_spec_ctrl != 0;
+        self.v.msr_bitmap.pass_allowed(allowed, switched);
     }
 
-    fn tsc_offset(&mut self) -> u64 {
-        LoadedVcpu::tsc_offset(self)
+    fn command(&mut self, msr: Msr) {
+        LoadedVcpu::command(msr);
     }
 
-    fn set_tsc_offset(&mut self, offset: u64) {
-        LoadedVcpu::set_tsc_offset(self, offset);
+    fn set_tsc(&mut self, tsc: GuestTsc) {
+        LoadedVcpu::set_tsc(self, tsc);
     }
 
     #[inline]
@@ -571,6 +582,10 @@ impl Loaded for LoadedVcpu<'_> {
         true
     }
 
+    fn intercept_int3(&mut self, on: bool) {
+        LoadedVcpu::intercept_int3(self, on);
+    }
+
     fn cs_base(&mut self) -> u64 {
         self.read(f::SegmentFields::of(SegReg::Cs).base)
     }
@@ -635,6 +650,10 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn raise_requested(&mut self, requested: u8) {
         LoadedVcpu::raise_requested(self, requested);
+    }
+
+    fn inhibit_virtual_apic(&mut self, inhibited: bool) {
+        LoadedVcpu::inhibit_virtual_apic(self, inhibited);
     }
 
     fn set_eoi_exits(&mut self, vectors: &[u64; 4]) {

@@ -77,6 +77,7 @@ fields! {
     EPT_POINTER: u64 = 0x201a;
     XSS_EXITING_BITMAP: u64 = 0x202c;
     ENCLS_EXITING_BITMAP: u64 = 0x202e;
+    TSC_MULTIPLIER: u64 = 0x2032;
     GUEST_PHYSICAL_ADDRESS: u64 = 0x2400;
     VMCS_LINK_POINTER: u64 = 0x2800;
     GUEST_DEBUGCTL: u64 = 0x2802;
@@ -283,6 +284,8 @@ bit_flags! {
         PML = 1 << 17;
         /// XSAVES and XRSTORS do not fault.
         XSAVES = 1 << 20;
+        /// RDTSC multiplies the counter, before it adds the TSC offset.
+        TSC_SCALING = 1 << 25;
         /// TPAUSE, UMONITOR and UMWAIT do not fault.
         USER_WAIT = 1 << 26;
     }

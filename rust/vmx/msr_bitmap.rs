@@ -36,11 +36,15 @@ impl MsrBitmap {
         Ok(Self(page))
     }
 
-    /// Lets the guest access what it can have and is allowed to, and nothing else of that.
-    pub(super) fn pass_allowed(&self, allowed: impl Fn(Msr, Access) -> bool) {
+    /// Lets the guest access what it can have and is allowed to, and nothing else of that. `spec_ctrl`: IA32_SPEC_CTRL is switched.
+    pub(super) fn pass_allowed(&self, allowed: impl Fn(Msr, Access) -> bool, spec_ctrl: bool) {
         for msr in BOTH {
             self.pass(msr, Access::Read, allowed(msr, Access::Read));
             self.pass(msr, Access::Write, allowed(msr, Access::Write));
+        }
+        for access in [Access::Read, Access::Write] {
+            let on = spec_ctrl && allowed(Msr::SPEC_CTRL, access);
+            self.pass(Msr::SPEC_CTRL, access, on);
         }
         for msr in READS {
             self.pass(msr, Access::Read, allowed(msr, Access::Read));

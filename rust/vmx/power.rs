@@ -52,4 +52,12 @@ impl PerCpuHold for VmxHold {
         // SAFETY: `acquire` took a reference on this CPU, and nobody has given it back.
         unsafe { bindings::rkvm_vmx_put_ref() };
     }
+
+    fn sleeps() {
+        crate::time::suspending();
+    }
+
+    fn woke() {
+        crate::time::resumed();
+    }
 }

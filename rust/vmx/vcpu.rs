@@ -26,6 +26,7 @@ use crate::backend::TableReg;
 use crate::bindings;
 use crate::linux::msr as host_msr;
 use crate::linux::preempt::Following;
+use crate::x86::clock::tsc::GuestTsc;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
@@ -54,6 +55,14 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::OSFXSR.bits()
     | Cr4::OSXMMEXCPT.bits()
     | Cr4::PGE.bits();
+
+/// Exceptions that exit. Machine checks are the host's. #DB and #AC could otherwise keep the processor
+/// delivering exceptions within exceptions for ever, with no interrupt window between. #UD may be another
+/// processor's instruction.
+const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1;
+
+/// INT3, in the bitmap of exceptions.
+const BREAKPOINT: u32 = 1 << 3;
 
 /// How many ticks lie between two executions of PAUSE in one loop, at most, and how many a loop may take.
 const PLE_GAP: u32 = 128;
@@ -93,7 +102,7 @@ pub(crate) struct VmxVcpu {
     pub(super) primary: PrimaryControls,
     pub(super) secondary: SecondaryControls,
     entry_controls: EntryControls,
-    tsc_offset: u64,
+    tsc: GuestTsc,
     pat: u64,
     /// IA32_CSTAR, which Intel's processors keep and never use.
     cstar: u64,
@@ -167,7 +176,7 @@ impl VmxVcpu {
             ),
             halts: free.hlt,
             entry_controls: vmx.caps.entry,
-            tsc_offset: 0,
+            tsc: GuestTsc::host(host_msr::tsc_khz()),
             pat: PAT_RESET,
             cstar: 0,
             host_cr3: 0,
@@ -223,10 +232,7 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
-        // Machine checks are the host's. #DB and #AC could otherwise keep the processor delivering
-        // exceptions within exceptions for ever, with no interrupt window between. #UD may be another
-        // processor's instruction.
-        self.write(f::EXCEPTION_BITMAP, 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1);
+        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS);
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -492,6 +498,15 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::GUEST_IDTR_LIMIT, u32::from(value.limit));
     }
 
+    pub(super) fn pdptes(&self) -> [u64; 4] {
+        [
+            self.read(f::GUEST_PDPTE0),
+            self.read(f::GUEST_PDPTE1),
+            self.read(f::GUEST_PDPTE2),
+            self.read(f::GUEST_PDPTE3),
+        ]
+    }
+
     pub(super) fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         self.write(f::GUEST_PDPTE0, pdptes[0]);
         self.write(f::GUEST_PDPTE1, pdptes[1]);
@@ -511,10 +526,11 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.follow.get().guest_msrs().lstar,
             Msr::SYSCALL_MASK => self.follow.get().guest_msrs().fmask,
             Msr::TSC_AUX => self.follow.get().guest_msrs().tsc_aux,
+            Msr::SPEC_CTRL => self.v.entry.spec_ctrl,
             Msr::PAT => self.v.pat,
             Msr::CSTAR => self.v.cstar,
             Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
-            Msr::TSC => host_msr::rdtsc().wrapping_add(self.v.tsc_offset),
+            Msr::TSC => self.v.tsc.at(host_msr::rdtsc()),
             _ => return None,
         })
     }
@@ -532,29 +548,59 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.change_msrs(|m| m.lstar = value),
             Msr::SYSCALL_MASK => self.change_msrs(|m| m.fmask = value),
             Msr::TSC_AUX => self.change_msrs(|m| m.tsc_aux = value),
+            Msr::SPEC_CTRL => {
+                self.v.entry.spec_ctrl = value;
+                // Until the guest first wants any of it, it runs with the host's.
+                if value != 0 {
+                    self.v.entry.switch_spec_ctrl = 1;
+                }
+            }
             Msr::PAT => {
                 self.v.pat = value;
                 self.write(f::GUEST_PAT, value);
             }
             Msr::CSTAR => self.v.cstar = value,
             Msr::DEBUGCTL => self.write(f::GUEST_DEBUGCTL, value),
-            Msr::TSC => self.set_tsc_offset(value.wrapping_sub(host_msr::rdtsc())),
             _ => return false,
         }
         true
+    }
+
+    /// IA32_PRED_CMD: no branch that the guest runs from here on is predicted by what ran before. IA32_FLUSH_CMD: nothing stays in
+    /// the L1 data cache.
+    pub(super) fn command(msr: Msr) {
+        if matches!(msr, Msr::PRED_CMD | Msr::FLUSH_CMD) {
+            // SAFETY: The caller has looked if this host has the MSR, whose bit 0 is a command without any effect that can be
+            // seen.
+            unsafe { host_msr::write(msr.0, 1) };
+        }
     }
 
     fn change_msrs(&mut self, change: impl FnOnce(&mut super::load::SwitchedMsrs)) {
         self.follow.get().set_guest_msrs(change);
     }
 
-    pub(super) fn tsc_offset(&self) -> u64 {
-        self.v.tsc_offset
+    #[inline]
+    pub(super) fn tsc(&self) -> GuestTsc {
+        self.v.tsc
     }
 
-    pub(super) fn set_tsc_offset(&mut self, offset: u64) {
-        self.v.tsc_offset = offset;
-        self.write(f::TSC_OFFSET, offset);
+    /// Sets the counter, whose scale is not another than the host's unless it can be.
+    pub(super) fn set_tsc(&mut self, tsc: GuestTsc) {
+        let scales = !tsc.scale.is_unity() && self.vmx.caps.tsc_scaling;
+        let secondary = self
+            .v
+            .secondary
+            .with_if(SecondaryControls::TSC_SCALING, scales);
+        if secondary != self.v.secondary {
+            self.v.secondary = secondary;
+            self.write(f::SECONDARY_CONTROLS, secondary.bits());
+        }
+        if scales {
+            self.write(f::TSC_MULTIPLIER, tsc.scale.multiplier());
+        }
+        self.write(f::TSC_OFFSET, tsc.offset);
+        self.v.tsc = tsc;
     }
 
     #[inline]
@@ -574,6 +620,15 @@ impl<'a> LoadedVcpu<'a> {
         if self.v.halts {
             self.write(f::GUEST_ACTIVITY, 0);
         }
+    }
+
+    /// Has the guest exit at INT3, or not.
+    pub(super) fn intercept_int3(&mut self, on: bool) {
+        let exits = self.read(f::EXCEPTION_BITMAP);
+        self.write(
+            f::EXCEPTION_BITMAP,
+            exits & !BREAKPOINT | if on { BREAKPOINT } else { 0 },
+        );
     }
 
     /// The guest's #UD does not exit any more.

@@ -277,6 +277,8 @@ pub struct PendingEvents {
     nmi_pending: u8,
     nmi_masked: bool,
     triple_fault: bool,
+    /// A debugger wants no interrupts and NMIs to come.
+    interrupts_held: bool,
 }
 
 impl PendingEvents {
@@ -292,7 +294,13 @@ impl PendingEvents {
             nmi_pending: 0,
             nmi_masked: false,
             triple_fault: false,
+            interrupts_held: false,
         }
+    }
+
+    /// Has interrupts and NMIs wait, whatever the guest says, or not any more.
+    pub fn hold_interrupts(&mut self, held: bool) {
+        self.interrupts_held = held;
     }
 
     /// Raises an exception. If one is on its way already, the two combine.
@@ -417,6 +425,9 @@ impl PendingEvents {
     pub fn select(&mut self, gate: Gate, source: &mut impl InterruptSource) -> Selection {
         let mut selection = Selection::default();
         for row in &PRIORITIES {
+            if self.interrupts_held && matches!(row.class, Class::Nmi | Class::Interrupt) {
+                continue;
+            }
             if selection.inject.is_none() && !self.held(gate).has_any(row.held_by) {
                 selection.inject = self.take(row.class, source);
             }

@@ -24,6 +24,7 @@
 //! | [`line`] | interrupt lines with several sources, and what comes of driving one |
 //! | [`ioapic`] | [`Ioapic`](ioapic::Ioapic): pins to [`Message`](ioapic::entry::Message)s for the local APICs |
 //! | [`pic`] | [`Pic`](pic::Pic): the pair of 8259A controllers |
+//! | [`clock`] | the guest's time-stamp counter ([`GuestTsc`](clock::tsc::GuestTsc)), and kvmclock ([`VmClock`](clock::vm::VmClock)) |
 //! | [`pit`] | [`Pit`](pit::Pit): the 8254 timer, the speaker's port, ticks that a guest is late for |
 //!
 //! `apic`, `line`, `ioapic`, `pic` and `pit` are for an interrupt controller in the kernel (KVM_CREATE_IRQCHIP,
@@ -55,6 +56,7 @@
 
 pub mod apic;
 pub mod bits;
+pub mod clock;
 pub mod cpuid;
 pub mod cr;
 pub mod decode;

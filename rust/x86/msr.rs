@@ -300,6 +300,10 @@ impl Msr {
 /// The MSRs that make up the state of a vCPU and that a VMM saves and restores, before [`Msr::is_listed`]. APIC_BASE and EFER are in
 /// `struct kvm_sregs`; they and the MTRRs can be read and written by number as well, and are not listed, as in KVM.
 pub const SAVED: &[Msr] = &[
+    Msr::KVM_WALL_CLOCK_OLD,
+    Msr::KVM_SYSTEM_TIME_OLD,
+    Msr::KVM_WALL_CLOCK,
+    Msr::KVM_SYSTEM_TIME,
     Msr::SYSENTER_CS,
     Msr::SYSENTER_ESP,
     Msr::SYSENTER_EIP,
@@ -314,11 +318,18 @@ pub const SAVED: &[Msr] = &[
     Msr::SPEC_CTRL,
     Msr::XSS,
     Msr::DEBUGCTL,
+    Msr::LAST_BRANCH_FROM,
+    Msr::LAST_BRANCH_TO,
+    Msr::LAST_INT_FROM,
+    Msr::LAST_INT_TO,
+    Msr::FEAT_CTL,
     Msr::TSC_ADJUST,
     Msr::TSC_DEADLINE,
     Msr::ARCH_CAPABILITIES,
     Msr::MISC_ENABLE,
     Msr::MCG_STATUS,
+    Msr::MCG_CTL,
+    Msr::MCG_EXT_CTL,
     Msr::PLATFORM_INFO,
     Msr::MISC_FEATURES_ENABLES,
     Msr::POWER_CTL,
@@ -384,14 +395,18 @@ pub fn check_value(
         }
         Msr::SPEC_CTRL => {
             need(Features::SPEC_CTRL)?;
-            // IBRS, STIBP, SSBD.
-            only(7)
+            only(features.spec_ctrl_allowed())
         }
         Msr::PRED_CMD => {
-            need(Features::SPEC_CTRL)?;
+            need(Features::IBRS)?;
+            // IBPB.
             only(1)
         }
-        Msr::FLUSH_CMD => Err(MsrError::Unknown),
+        Msr::FLUSH_CMD => {
+            need(Features::FLUSH_L1D)?;
+            // The L1 data cache.
+            only(1)
+        }
         Msr::XSS => {
             need(Features::XSAVES)?;
             // No supervisor state is supported.

@@ -48,6 +48,9 @@ kernel_key() {
 	key "kernel-$1" scripts/lib/kernel.sh "$fragments"
 }
 
+# Taken from the build root.
+qemu_key() { KEY_EXTRA=$(root_key) key qemu scripts/lib/qemu.sh; }
+
 guest_key() { KEY_EXTRA=$DEBIAN_SUITE key guest scripts/lib/guest.sh; }
 
 kselftests_key() {
@@ -64,6 +67,6 @@ testbed_env() {
 	RKVM_ENV="RKVM_BOCHS=$CACHE/$(bochs_key) RKVM_KERNEL_PLAIN=$CACHE/$(kernel_key plain)"
 	RKVM_ENV+=" RKVM_KERNEL_DEBUG=$CACHE/$(kernel_key debug) RKVM_GUEST=$CACHE/$(guest_key)"
 	RKVM_ENV+=" RKVM_BOCHS_DEBUG=$CACHE/$(bochs_key bochs-debug)"
-	RKVM_ENV+=" RKVM_KSELFTESTS=$CACHE/$(kselftests_key)"
+	RKVM_ENV+=" RKVM_KSELFTESTS=$CACHE/$(kselftests_key) RKVM_QEMU=$CACHE/$(qemu_key)"
 	export RKVM_ENV
 }

@@ -14,6 +14,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CMDLINE = "console=ttyS0,115200 panic=-1"
 
 
+def modules(kernel):
+    """The modules that lie beside KERNEL, as copies for an initramfs."""
+    directory = os.path.join(os.path.dirname(kernel), "modules")
+    # The test kernel has what a guest needs built in; its modules are the machine's.
+    if os.path.basename(kernel) != "vmlinuz" or not os.path.isdir(directory):
+        return {}
+    return {"modules/" + name: os.path.join(directory, name) for name in os.listdir(directory)}
+
+
 class Guest:
     """A Linux kernel, an initramfs of ours, and the line by which its init reports."""
 
@@ -34,12 +43,7 @@ class Guest:
         if os.path.exists(target):
             os.unlink(target)
         os.symlink(self.kernel, target)
-        copies = {}
-        modules = os.path.join(os.path.dirname(self.kernel), "modules")
-        # The test kernel has what a guest needs built in; its modules are the machine's.
-        if os.path.basename(self.kernel) == "vmlinuz" and os.path.isdir(modules):
-            for name in os.listdir(modules):
-                copies["modules/" + name] = os.path.join(modules, name)
+        copies = modules(self.kernel)
         for name in os.listdir(programs) if programs else ():
             copies["bin/" + name] = os.path.join(programs, name)
         with open(os.path.join(directory, "initramfs"), "wb") as f:
@@ -61,3 +65,17 @@ def run(directory, device, cpus, irqchip, stress=0, network=""):
     """The shell command that boots the guest in DIRECTORY and judges it, disks and all."""
     return shlex.join(["sh", f"{directory}/run", directory, device, str(cpus), irqchip,
                        secrets.token_hex(8), str(stress or ""), *NETWORKS[network]])
+
+
+def stage_qemu(directory, programs=None, run=""):
+    """Put Debian's kernel into DIRECTORY, and an initramfs with a shell and the files in the
+    directory PROGRAMS; the shell is to do what RUN says, or to ask the console."""
+    kernel = os.environ["RKVM_GUEST"] + "/vmlinuz"
+    os.makedirs(directory, exist_ok=True)
+    shutil.copy(kernel, directory)
+    copies = modules(kernel)
+    for name in os.listdir(programs) if programs else ():
+        copies["bin/" + name] = os.path.join(programs, name)
+    with open(os.path.join(directory, "initramfs"), "wb") as f:
+        f.write(initramfs.with_busybox(os.path.join(HERE, "qemu-init"),
+                                       {"etc/run": run + "\n"} if run else {}, copies))

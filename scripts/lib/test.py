@@ -6,7 +6,7 @@ Usage: test.py TREE [PATTERN]
 A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
 JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine,
 guest/KERNEL/DEVICE for Linux in the sample VMM, smp-Ncpu/DEVICE/KERNEL-IRQCHIP-CPUS for the same on
-more processors and with disks, and kselftests/PROGRAM ARGUMENTS for the kernel's own KVM selftests
+more processors and with disks, qemu-Ncpu/DEVICE/qemu/TEST for QEMU, and kselftests/PROGRAM ARGUMENTS for the kernel's own KVM selftests
 on rkvm (kselftests-2cpu with two CPUs). PATTERN is a regular
 expression searched in it. testbed/TEST is about the testbed itself. Every job adds JOB/machine: its kernel complained of
 nothing and powered off. RKVM_NOT_BUILT names what did not build.
@@ -35,6 +35,8 @@ CRATES = {"x86": "rust/x86", "vmm": "samples/rkvm-vmm", "selftests": "selftests"
 DEVICES = {"kvm": "/dev/kvm", "rkvm": "/dev/rkvm"}
 # Binaries of the selftests that are not tests.
 NOT_TESTS = {"bench"}
+# What needs a job of its own, for what it needs on the disk.
+QEMU = "qemu"
 # Tests of our module's own life make no sense elsewhere.
 RKVM_ONLY = {"module"}
 # Programs that have boots of their own: they take long, and do to the machine's memory what other
@@ -352,6 +354,37 @@ def smp_job(suite, work, cpus, kernels):
     return job
 
 
+# QEMU's tests, by the number of the machine's CPUs; with make qemu-full, all on each.
+QEMU_TESTS = {
+    1: ["microvm_split_1", "q35_kernel_4", "pc_off_1", "disk_pc", "savevm", "migrate_ring",
+        "gdb_boot_sector"],
+    2: ["migrate_across", "gdb_linux"],
+}
+
+
+def qemu_job(suite, work, cpus, tests):
+    """A boot in which QEMU runs guests on both devices."""
+    full = bool(os.environ.get("RKVM_QEMU_FULL"))
+    # Documentation/testing.rst says why kvm-intel does without APIC virtualisation.
+    job = Job(suite, f"qemu-{cpus}cpu", cpus=cpus, timeout=7200 if full else 1500,
+              insmod=("kvm-intel enable_apicv=0", "rkvm"))
+    if not tests:
+        return job
+    directory = os.path.join(work, job.name)
+    guests.stage_qemu(directory, os.path.join(suite.tree, "build/bin/guest"))
+    job.data += [os.environ["RKVM_QEMU"] + ":opt/qemu", f"{directory}:guest",
+                 os.path.join(suite.tree, "build/bin/selftests", QEMU)]
+    for test in tests if full else QEMU_TESTS[cpus]:
+        for device, path in DEVICES.items():
+            prefix = f"{job.name}/{device}/{QEMU}"
+            if suite.wants(f"{prefix}/{test}"):
+                job.add(shlex.join(["./" + QEMU, "--device", path, test]),
+                        tap.Program(suite.report, prefix, [test]))
+    if job.steps:
+        job.check("unload", "rmmod rkvm")
+    return job
+
+
 def kernel_selftests(suite, name, cpus, groups):
     """A boot with the kernel's own tests of GROUPS which both KVM and rkvm are known to pass."""
     job = Job(suite, name, cpus=cpus, memory=kselftests.MEMORY, timeout=1800,
@@ -398,6 +431,7 @@ def testbed_tests(suite):
 def jobs(suite, work):
     """All boots, the longest first."""
     programs = selftest_programs(suite)
+    qemu_tests = programs.pop(QEMU, [])
     test_kernel = os.environ["RKVM_KERNEL_PLAIN"] + "/bzImage"
     debian = os.environ["RKVM_GUEST"] + "/vmlinuz"
     out = []
@@ -420,6 +454,7 @@ def jobs(suite, work):
         selftests(suite, job, chosen, devices, slow)
         life_cycle(job)
         out.append(job)
+    out += [qemu_job(suite, work, cpus, qemu_tests) for cpus in QEMU_TESTS]
     out += [
         kernel_selftests(suite, "kselftests", 1, ("memory", "x86")),
         kernel_selftests(suite, "kselftests-2cpu", 2, ("x86",)),

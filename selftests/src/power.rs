@@ -63,13 +63,16 @@ pub struct Busy<'a> {
 }
 
 impl Busy<'_> {
+    /// How many vCPUs it has.
+    pub const VCPUS: usize = 3;
+
     /// Runs the guest while `host` does something.
     ///
     /// # Errors
     ///
     /// That of `host`; a skip where there are no APICs in the kernel.
     pub fn run(env: &Env, host: impl FnOnce(&Busy<'_>) -> Outcome) -> Outcome {
-        let g = Guest::new(env, Chip::Full, 3)?;
+        let g = Guest::new(env, Chip::Full, Self::VCPUS)?;
         g.mem.write_bytes(usize_of(apic::OWN_CODE), spins());
         g.mem.write_bytes(usize_of(apic::OWN_CODE + 0x100), halts());
         for id in [SPINS, TICKS, WAITS] {
@@ -105,12 +108,14 @@ impl Busy<'_> {
     ///
     /// A failure that says which did not.
     pub fn goes_on(&self, when: &str) -> Outcome {
-        let before: Vec<u64> = (0..3).map(|id| self.turns(id)).collect();
+        let before: Vec<u64> = (0..Self::VCPUS).map(|id| self.turns(id)).collect();
         self.event.signal()?;
         let mut stuck = Vec::new();
         for _ in 0..patient(3000) {
-            stuck = (0..3).filter(|&id| self.turns(id) == before[id]).collect();
-            if let Some(id) = (0..3).find(|&id| self.threads.done(id)) {
+            stuck = (0..Self::VCPUS)
+                .filter(|&id| self.turns(id) == before[id])
+                .collect();
+            if let Some(id) = (0..Self::VCPUS).find(|&id| self.threads.done(id)) {
                 fail!("{when}: the time-stamp counter of vCPU {id} went backwards");
             }
             if stuck.is_empty() {

@@ -148,6 +148,7 @@ ioctls! {
     KVM_GET_MP_STATE: READ, 0x98, size::<kb::kvm_mp_state>();
     KVM_SET_MP_STATE: WRITE, 0x99, size::<kb::kvm_mp_state>();
     KVM_NMI: 0, 0x9a, 0;
+    KVM_SET_GUEST_DEBUG: WRITE, 0x9b, size::<kb::kvm_guest_debug>();
     KVM_GET_VCPU_EVENTS: READ, 0x9f, size::<kb::kvm_vcpu_events>();
     KVM_SET_VCPU_EVENTS: WRITE, 0xa0, size::<kb::kvm_vcpu_events>();
     KVM_GET_PIT2: READ, 0x9f, size::<kb::kvm_pit_state2>();

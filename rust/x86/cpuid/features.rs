@@ -8,6 +8,7 @@ use super::super::regs::Efer;
 use super::super::regs::Xcr0;
 use super::words::Ext1Ecx;
 use super::words::Ext1Edx;
+use super::words::Ext8Ebx;
 use super::words::Leaf1Ecx;
 use super::words::Leaf1Edx;
 use super::words::Leaf7Ebx;
@@ -63,7 +64,7 @@ bit_flags! {
         XSAVES = 1 << 20;
         /// IA32_ARCH_CAPABILITIES.
         ARCH_CAPABILITIES = 1 << 21;
-        /// IA32_SPEC_CTRL and IA32_PRED_CMD.
+        /// IA32_SPEC_CTRL.
         SPEC_CTRL = 1 << 22;
         /// IA32_PERF_CAPABILITIES.
         PDCM = 1 << 23;
@@ -81,6 +82,14 @@ bit_flags! {
         SVM = 1 << 29;
         /// AMD: EFER.FFXSR.
         FXSR_OPT = 1 << 30;
+        /// STIBP, in IA32_SPEC_CTRL.
+        STIBP = 1 << 31;
+        /// SSBD, in IA32_SPEC_CTRL.
+        SSBD = 1 << 32;
+        /// IA32_FLUSH_CMD.
+        FLUSH_L1D = 1 << 33;
+        /// IBRS and IBPB, in IA32_SPEC_CTRL and IA32_PRED_CMD.
+        IBRS = 1 << 34;
     }
 }
 
@@ -119,6 +128,7 @@ impl GuestFeatures {
         let l7d = Leaf7Edx::new(l7.edx);
         let e1 = leaf(0x8000_0001, 0);
         let (e1c, e1d) = (Ext1Ecx::new(e1.ecx), Ext1Edx::new(e1.edx));
+        let e8b = Ext8Ebx::new(leaf(0x8000_0008, 0).ebx);
         let d0 = leaf(0xd, 0);
         let d1 = LeafDs1Eax::new(leaf(0xd, 1).eax);
 
@@ -144,7 +154,23 @@ impl GuestFeatures {
             .with_if(Features::LA57, l7c.has(Leaf7Ecx::LA57))
             .with_if(Features::UMIP, l7c.has(Leaf7Ecx::UMIP))
             .with_if(Features::RDPID, l7c.has(Leaf7Ecx::RDPID))
-            .with_if(Features::SPEC_CTRL, l7d.has_any(Leaf7Edx::SPECULATION))
+            .with_if(
+                Features::SPEC_CTRL,
+                l7d.has_any(Leaf7Edx::SPECULATION) || e8b.has_any(Ext8Ebx::SPECULATION),
+            )
+            .with_if(
+                Features::IBRS,
+                l7d.has(Leaf7Edx::SPEC_CTRL) || e8b.has_any(Ext8Ebx::IBRS | Ext8Ebx::IBPB),
+            )
+            .with_if(
+                Features::STIBP,
+                l7d.has(Leaf7Edx::STIBP) || e8b.has(Ext8Ebx::STIBP),
+            )
+            .with_if(
+                Features::SSBD,
+                l7d.has(Leaf7Edx::SSBD) || e8b.has(Ext8Ebx::SSBD),
+            )
+            .with_if(Features::FLUSH_L1D, l7d.has(Leaf7Edx::FLUSH_L1D))
             .with_if(
                 Features::ARCH_CAPABILITIES,
                 l7d.has(Leaf7Edx::ARCH_CAPABILITIES),
@@ -217,6 +243,22 @@ impl GuestFeatures {
             .with_if(Cr4::UMIP, self.has(Features::UMIP))
             .with_if(Cr4::VMXE, self.has(Features::VMX))
             .with_if(Cr4::PCIDE, self.has(Features::PCID))
+    }
+
+    /// The bits of IA32_SPEC_CTRL that there are. Where there is IBRS, STIBP may be set, whatever it does.
+    #[must_use]
+    pub const fn spec_ctrl_allowed(&self) -> u64 {
+        let mut allowed = 0;
+        if self.has(Features::IBRS) {
+            allowed |= 1 << 0 | 1 << 1;
+        }
+        if self.has(Features::STIBP) {
+            allowed |= 1 << 1;
+        }
+        if self.has(Features::SSBD) {
+            allowed |= 1 << 2;
+        }
+        allowed
     }
 
     /// The bits of EFER that the guest may set, and LMA.

@@ -37,11 +37,13 @@ pub struct Policy {
     pub rdtscp: bool,
     /// XSAVES can be enabled in the guest, with an empty IA32_XSS.
     pub xsaves: bool,
+    /// String instructions are fast: IA32_MISC_ENABLE says so, whatever CPUID does.
+    pub fast_strings: bool,
     /// PKRU is switched.
     pub pku: bool,
     /// UMIP works in the guest.
     pub umip: bool,
-    /// IA32_SPEC_CTRL and IA32_PRED_CMD are virtualized.
+    /// IA32_SPEC_CTRL, IA32_PRED_CMD and IA32_FLUSH_CMD are virtualized.
     pub spec_ctrl: bool,
     /// IA32_ARCH_CAPABILITIES is reported to guests.
     pub arch_capabilities: bool,
@@ -107,7 +109,6 @@ impl Policy {
             | Leaf7Ebx::FDP_EXCPTN_ONLY
             | Leaf7Ebx::SMEP
             | Leaf7Ebx::BMI2
-            | Leaf7Ebx::ERMS
             | Leaf7Ebx::ZERO_FCS_FDS
             | Leaf7Ebx::RDSEED
             | Leaf7Ebx::ADX
@@ -122,6 +123,7 @@ impl Policy {
             mask |= Leaf7Ebx::AVX512;
         }
         mask.with_if(Leaf7Ebx::INVPCID, self.invpcid)
+            .with_if(Leaf7Ebx::ERMS, self.fast_strings)
     }
 
     fn leaf7_ecx(&self) -> Leaf7Ecx {
@@ -142,9 +144,10 @@ impl Policy {
     }
 
     fn leaf7_edx(&self) -> Leaf7Edx {
+        // No AMX, CET and PCONFIG. RTM_ALWAYS_ABORT and TSX_FORCE_ABORT are about TSX, which there is not.
         (Leaf7Edx::FSRM | Leaf7Edx::MD_CLEAR | Leaf7Edx::SERIALIZE)
             .with_if(Leaf7Edx::AVX512, self.xcr0.has(Xcr0::AVX512))
-            .with_if(Leaf7Edx::SPECULATION, self.spec_ctrl)
+            .with_if(Leaf7Edx::SPECULATION | Leaf7Edx::FLUSH_L1D, self.spec_ctrl)
             .with_if(Leaf7Edx::ARCH_CAPABILITIES, self.arch_capabilities)
     }
 
@@ -413,6 +416,8 @@ fn extended(
             let raw = host(leaf, 0);
             let physical = raw.eax & 0xff;
             let linear = ((raw.eax >> 8) & 0xff).max(48);
+            let speculation = Leaf7Edx::new(host(7, 0).edx & policy.leaf7_edx().bits());
+            let speculation = Ext8Ebx::of_leaf7(speculation);
             // How many of the physical bits can be mapped; zero says all.
             let mappable = if policy.mappable_bits == 0 {
                 0
@@ -421,7 +426,7 @@ fn extended(
             };
             CpuidRegs {
                 eax: physical | (linear << 8) | (mappable << 16),
-                ebx: raw.ebx & Ext8Ebx::NAMED.bits(),
+                ebx: raw.ebx & Ext8Ebx::OWN.bits() | speculation.bits(),
                 ecx: 0,
                 edx: 0,
             }

@@ -250,6 +250,8 @@ bit_flags! {
         SPEC_CTRL = 1 << 26;
         /// STIBP.
         STIBP = 1 << 27;
+        /// IA32_FLUSH_CMD.
+        FLUSH_L1D = 1 << 28;
         /// IA32_ARCH_CAPABILITIES.
         ARCH_CAPABILITIES = 1 << 29;
         /// SSBD.
@@ -391,11 +393,42 @@ bit_flags! {
 }
 
 bit_flags! {
-    /// Leaf 0x80000008, EBX: all of AMD.
+    /// Leaf 0x80000008, EBX: all of AMD, and some that Intel has taken over.
     pub struct Ext8Ebx(u32) {
         /// CLZERO.
         CLZERO = 1 << 0;
         /// XSAVE keeps error pointers.
         XSAVEERPTR = 1 << 2;
+        /// WBNOINVD.
+        WBNOINVD = 1 << 9;
+        /// IBPB, in IA32_PRED_CMD.
+        IBPB = 1 << 12;
+        /// IBRS, in IA32_SPEC_CTRL.
+        IBRS = 1 << 14;
+        /// STIBP, in IA32_SPEC_CTRL.
+        STIBP = 1 << 15;
+        /// SSBD, in IA32_SPEC_CTRL.
+        SSBD = 1 << 24;
+    }
+}
+
+impl Ext8Ebx {
+    /// What is reported if the host has it here.
+    pub const OWN: Self =
+        Self::new(Self::CLZERO.bits() | Self::XSAVEERPTR.bits() | Self::WBNOINVD.bits());
+    /// The features that live in IA32_SPEC_CTRL and IA32_PRED_CMD.
+    pub const SPECULATION: Self =
+        Self::new(Self::IBPB.bits() | Self::IBRS.bits() | Self::STIBP.bits() | Self::SSBD.bits());
+
+    /// AMD's names for what Intel's leaf 7 has, for guests that know those alone.
+    #[must_use]
+    pub const fn of_leaf7(edx: Leaf7Edx) -> Self {
+        Self::empty()
+            .with_if(
+                Self::new(Self::IBPB.bits() | Self::IBRS.bits()),
+                edx.has(Leaf7Edx::SPEC_CTRL),
+            )
+            .with_if(Self::STIBP, edx.has(Leaf7Edx::STIBP))
+            .with_if(Self::SSBD, edx.has(Leaf7Edx::SSBD))
     }
 }

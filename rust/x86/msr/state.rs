@@ -165,6 +165,13 @@ impl MsrState {
         self.misc_enable & MISC_ENABLE_MWAIT != 0
     }
 
+    /// Takes back what was set of a VMM's own accord: the MSRs that say what the processor can do are all zero then.
+    pub fn clear_feature_msrs(&mut self) {
+        self.ucode_rev = 0;
+        self.arch_capabilities = 0;
+        self.platform_info = 0;
+    }
+
     /// Sets what IA32_ARCH_CAPABILITIES tells guests that have it.
     pub fn set_arch_capabilities(&mut self, value: u64) {
         self.arch_capabilities = value;

@@ -58,6 +58,7 @@ const FULL: Policy = Policy {
     invpcid: true,
     rdtscp: true,
     xsaves: true,
+    fast_strings: true,
     pku: true,
     umip: true,
     spec_ctrl: true,

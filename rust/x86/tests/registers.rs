@@ -392,6 +392,8 @@ fn msr_values() {
     );
     assert_eq!(check(Msr::SPEC_CTRL, 7, &plain), Ok(7));
     assert_eq!(check(Msr::SPEC_CTRL, 8, &plain), Err(MsrError::Refused));
+    assert_eq!(check(Msr::FLUSH_CMD, 1, &plain), Ok(1));
+    assert_eq!(check(Msr::FLUSH_CMD, 3, &plain), Err(MsrError::Refused));
     assert_eq!(check(Msr::PRED_CMD, 1, &plain), Ok(1));
     assert_eq!(check(Msr::PRED_CMD, 2, &plain), Err(MsrError::Refused));
     assert_eq!(check(Msr::XSS, 0, &plain), Ok(0));

@@ -5,7 +5,9 @@
 
 use selftests::guest::{at, usize_of};
 use selftests::host::{cpus, gettid, interrupting_handler, kick, patient, pin, sleep_ms};
+use selftests::irq::wait_for;
 use selftests::machine::{decode, Machine, Mode};
+use selftests::power::Busy;
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -153,6 +155,99 @@ fn created_meanwhile(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// A guest that computes, one that halts with its timer, one that an irqfd wakes, whose threads are all
+/// on the processor that goes: they go on elsewhere.
+fn busy(env: &Env) -> Outcome {
+    let (cpu, path) = other_cpu()?;
+    let _online = Online(path.clone());
+    pin(0, 0)?;
+    Busy::run(env, |guest| {
+        guest.goes_on("at first")?;
+        for _ in 0..env.fewer(10) {
+            for id in 0..Busy::VCPUS {
+                guest.threads.pin(id, cpu)?;
+            }
+            guest.goes_on("on the processor that is to go")?;
+            switch(&path, false)?;
+            guest.goes_on("after it went")?;
+            switch(&path, true)?;
+        }
+        Ok(())
+    })
+}
+
+/// More guests that compute than there are processors: when theirs goes, some wait for their turn there
+/// and never get it.
+fn crowd(env: &Env) -> Outcome {
+    const GUESTS: usize = 6;
+    let (cpu, path) = other_cpu()?;
+    let _online = Online(path.clone());
+    interrupting_handler(SIG)?;
+    pin(0, 0)?;
+    let machines: Vec<Machine> = (0..GUESTS)
+        .map(|_| Ok(Machine::new(env, Mode::Protected, count())?))
+        .collect::<Result<_, Verdict>>()?;
+    let tids: Vec<AtomicI32> = (0..GUESTS).map(|_| AtomicI32::new(0)).collect();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| -> Outcome {
+        let runners: Vec<_> = machines
+            .iter()
+            .zip(&tids)
+            .map(|(m, tid)| {
+                let done = &done;
+                scope.spawn(move || -> Outcome {
+                    tid.store(gettid(), Ordering::SeqCst);
+                    while !done.load(Ordering::SeqCst) {
+                        match m.vcpu.run() {
+                            Err(e) if e.errno == libc::EINTR => {}
+                            Err(e) => return Err(e.into()),
+                            Ok(_) => fail!("exit {:x?}\n{}", decode(&m.vcpu), m.describe()),
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let body = || -> Outcome {
+            wait_for("all threads", || {
+                tids.iter().all(|tid| tid.load(Ordering::SeqCst) != 0)
+            })?;
+            for _ in 0..env.fewer(10) {
+                for tid in &tids {
+                    let _ = pin(tid.load(Ordering::SeqCst), cpu);
+                }
+                sleep_ms(5);
+                switch(&path, false)?;
+                for (i, m) in machines.iter().enumerate() {
+                    let before = m.mem.read::<u32>(usize_of(at::DATA));
+                    wait_for(&format!("guest {i} after its processor went"), || {
+                        m.mem.read::<u32>(usize_of(at::DATA)) != before
+                    })?;
+                }
+                switch(&path, true)?;
+            }
+            Ok(())
+        };
+        let r = body();
+        done.store(true, Ordering::SeqCst);
+        let mut failed = r;
+        for (runner, tid) in runners.into_iter().zip(&tids) {
+            while !runner.is_finished() {
+                kick(tid.load(Ordering::SeqCst), SIG);
+                sleep_ms(1);
+            }
+            let ran = runner
+                .join()
+                .unwrap_or(Err(Verdict::Fail("a thread panicked".into())));
+            failed = failed.and(ran);
+        }
+        failed
+    })
+}
+
 fn main() -> ExitCode {
-    selftests::tap::main("hotplug", tests![idle, running, created_meanwhile])
+    selftests::tap::main(
+        "hotplug",
+        tests![idle, running, created_meanwhile, busy => 40, crowd => 40],
+    )
 }
