@@ -16,6 +16,7 @@ use super::Run;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
 use crate::bus::Space;
+use crate::x86::event::Shadow;
 use crate::x86::insn::Size;
 use crate::x86::io::IoError;
 use crate::x86::io::StringIo;
@@ -242,7 +243,7 @@ impl<L: Loaded> Run<'_, L> {
             super::skip(&mut self.hw, len);
         } else {
             let step = self.hw.rflags().has(Rflags::TF);
-            super::retire_emulated(&mut self.hw, step);
+            super::retire_emulated(&mut self.hw, step, Shadow::None);
         }
     }
 }
