@@ -191,16 +191,23 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     }
 
     fn paging(&mut self) -> Paging {
-        *self.paging.get_or_insert_with(|| Paging {
-            cr0: self.hw.cr0(),
-            cr3: Cr3::new(self.hw.cr3()),
-            cr4: self.hw.cr4(),
-            efer: self.hw.efer(),
-            rflags: self.hw.rflags(),
-            pkru: self.pkru,
-            maxphyaddr: self.maxphyaddr,
-            gbpages: self.gbpages,
-        })
+        *self
+            .paging
+            .get_or_insert_with(|| paging_of(self.hw, self.maxphyaddr, self.gbpages, self.pkru))
+    }
+}
+
+/// The state that decides how the guest's addresses are translated.
+fn paging_of(hw: &mut impl Loaded, maxphyaddr: u8, gbpages: bool, pkru: u32) -> Paging {
+    Paging {
+        cr0: hw.cr0(),
+        cr3: Cr3::new(hw.cr3()),
+        cr4: hw.cr4(),
+        efer: hw.efer(),
+        rflags: hw.rflags(),
+        pkru,
+        maxphyaddr,
+        gbpages,
     }
 }
 
@@ -278,7 +285,8 @@ pub(crate) fn probe(
     linear: u64,
 ) -> Option<u64> {
     let mut memory = EmuMemory::new(memory, vcpu, &arch.devices);
-    let paging = x86::emulate::Cpu::paging(&mut EmuCpu::new(hw, arch));
+    let gbpages = arch.features.has(Features::GBPAGES);
+    let paging = paging_of(hw, arch.features.maxphyaddr, gbpages, arch.pkru);
     let found = paging.translate(&mut memory, linear, PageAccess::PROBE);
     found.ok().map(|translation| translation.gpa)
 }
