@@ -495,7 +495,8 @@ fn astray(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
     let at = offset(insn, &m, cpu).wrapping_add(base);
     // What is above is the test's own; what is around the code is for code.
     let canonical = at < 1 << 47 || at >= (1u64 << 47).wrapping_neg();
-    !(canonical && at >= 1 << 31) && !(CODE - 0x2000..CODE + 0x3000).contains(&at)
+    let own = canonical && at >= 1 << 31;
+    !own && !(CODE - 0x2000..CODE + 0x3000).contains(&at)
 }
 
 fn same(cpu: &TestCpu, real: &State, flags: Rflags, setup: &Setup, what: &dyn Fn() -> String) {
