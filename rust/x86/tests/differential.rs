@@ -379,6 +379,12 @@ fn compare(random: &mut Random, memory: &mut TestMemory, setup: &Setup) -> Came 
     unsafe { native::run(&mut real, setup.ds) };
     let what = || format!("{:?} {bytes:02x?} {insn:?}\n{before:x?}", setup.mode);
     let agreed = match outcome {
+        // The emulator has no page tables here, and a flush reads nothing.
+        Outcome::Done(_)
+            if real.vector == Vector::PF.0 && insn.is_some_and(|insn| insn.op == Op::Flush) =>
+        {
+            "went astray"
+        }
         Outcome::Done(done) => {
             assert!(done.single_step);
             let state = (real.vector, real.error, real.cr2);
@@ -391,7 +397,7 @@ fn compare(random: &mut Random, memory: &mut TestMemory, setup: &Setup) -> Came 
         }
         // AMD's have one bit of MXCSR more.
         Outcome::Fault(fault)
-            if fault.vector == Vector::GP && real.vector == 1 && real.mxcsr & 1 << 17 != 0 =>
+            if fault.vector == Vector::GP && real.vector == 1 && real.mxcsr & (1 << 17) != 0 =>
         {
             "had MXCSR.MM"
         }
@@ -467,7 +473,7 @@ fn astray(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
         let miss = match random.below(4) {
             0 => DATA + DATA_LEN as u64 - random.below(40),
             1 => DATA - random.below(40),
-            2 if insn.address_size == 8 => random.next() | 1 << 62,
+            2 if insn.address_size == 8 => random.next() | (1 << 62),
             _ => 0x20_0000 + random.below(0x1000_0000),
         };
         let base = if cpu.mode().is_64bit() {
@@ -495,7 +501,8 @@ fn astray(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
     let at = offset(insn, &m, cpu).wrapping_add(base);
     // What is above is the test's own; what is around the code is for code.
     let canonical = at < 1 << 47 || at >= (1u64 << 47).wrapping_neg();
-    !(canonical && at >= 1 << 31) && !(CODE - 0x2000..CODE + 0x3000).contains(&at)
+    let own = canonical && at >= 1 << 31;
+    !own && !(CODE - 0x2000..CODE + 0x3000).contains(&at)
 }
 
 fn same(cpu: &TestCpu, real: &State, flags: Rflags, setup: &Setup, what: &dyn Fn() -> String) {
@@ -634,7 +641,6 @@ fn the_processor_agrees_in_64_bit_code() {
         "Return",
         "String(Cmps)",
         "String(Movs)",
-        "Flush",
         "Invalid",
     ];
     for kind in kinds {

@@ -160,8 +160,8 @@ pub fn bytes(random: &mut Random, mode: CpuMode) -> Vec<u8> {
         [.., 0x0f, 0xc7] => *modrm = *modrm & 0x87 | 8,
         // ENTER: a frame that the data has room for.
         [.., 0xc8] => *second &= 0xf,
-        [0xc4, .., 0xf3] => *modrm = *modrm & 0xc7 | 8 << random.below(2),
-        [0xc4, .., 0xae] | [.., 0x0f, 0xae] => *modrm = *modrm & 0x8f | 0x10,
+        [0xc4, .., 0xf3] => *modrm = *modrm & 0xc7 | (8 << random.below(2)),
+        [0xc4, .., 0xae] | [.., 0x0f, 0xae] if *second & 1 != 0 => *modrm = *modrm & 0x8f | 0x10,
         _ => {}
     }
     b.extend(noise);

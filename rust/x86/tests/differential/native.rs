@@ -127,7 +127,7 @@ unsafe fn enter(context: &mut libc::ucontext_t, s: &State) {
     gregs[libc::REG_RIP as usize] = s.rip as i64;
     gregs[libc::REG_EFL as usize] = (s.rflags | 0x100) as i64;
     let selectors = gregs[libc::REG_CSGSFS as usize] as u64;
-    let selectors = selectors & 0x0000_ffff_ffff_0000 | u64::from(s.cs) | u64::from(s.ss) << 48;
+    let selectors = selectors & 0x0000_ffff_ffff_0000 | u64::from(s.cs) | (u64::from(s.ss) << 48);
     gregs[libc::REG_CSGSFS as usize] = selectors as i64;
     let fpu = context.uc_mcontext.fpregs.cast::<u8>();
     // SAFETY: The offsets are inside, as the caller says.
@@ -306,7 +306,7 @@ pub fn segment(entry: u16, base: u32, limit: u32, code: bool) -> Option<u16> {
             std::mem::size_of::<UserDesc>(),
         )
     };
-    (got == 0).then_some(entry << 3 | 7)
+    (got == 0).then_some((entry << 3) | 7)
 }
 
 /// Maps memory where the test wants it.
