@@ -39,7 +39,7 @@ const OVERFLOW: u64 = 1 << 62;
 const UNCORRECTED: u64 = 1 << 61;
 /// MCi_STATUS: the processor's state is lost, an exception was raised for it, software has to act. Without any of them an
 /// uncorrected error needs nobody to do anything (UCNA), and comes with the interrupt for corrected ones.
-const NEEDS_ACTION: u64 = 1 << 57 | 1 << 56 | 1 << 55;
+const NEEDS_ACTION: u64 = (1 << 57) | (1 << 56) | (1 << 55);
 
 /// MCi_CTL2: corrected errors interrupt.
 const CTL2_CMCI: u64 = 1 << 30;
@@ -329,9 +329,10 @@ impl MachineChecks {
                 let bank = self.bank_mut(bank).ok_or(MsrError::Refused)?;
                 let (ok, place) = match register {
                     // As above, but some guests leave out bit 10, or bit 0, for errata of processors that never had VMX.
-                    BankRegister::Ctl => {
-                        (value == 0 || value | 1 << 10 | 1 == u64::MAX, &mut bank.ctl)
-                    }
+                    BankRegister::Ctl => (
+                        value == 0 || value | (1 << 10) | 1 == u64::MAX,
+                        &mut bank.ctl,
+                    ),
                     BankRegister::Status => (host || value == 0, &mut bank.status),
                     BankRegister::Addr => (true, &mut bank.addr),
                     BankRegister::Misc => (true, &mut bank.misc),

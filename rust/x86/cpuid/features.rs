@@ -250,7 +250,7 @@ impl GuestFeatures {
     pub const fn spec_ctrl_allowed(&self) -> u64 {
         let mut allowed = 0;
         if self.has(Features::IBRS) {
-            allowed |= 1 << 0 | 1 << 1;
+            allowed |= (1 << 0) | (1 << 1);
         }
         if self.has(Features::STIBP) {
             allowed |= 1 << 1;

@@ -417,6 +417,7 @@ fn extended(
             let physical = raw.eax & 0xff;
             let linear = ((raw.eax >> 8) & 0xff).max(48);
             let speculation = Leaf7Edx::new(host(7, 0).edx & policy.leaf7_edx().bits());
+            // Not AMD's SSB_NO: IA32_ARCH_CAPABILITIES says that here.
             let speculation = Ext8Ebx::of_leaf7(speculation);
             // How many of the physical bits can be mapped; zero says all.
             let mappable = if policy.mappable_bits == 0 {

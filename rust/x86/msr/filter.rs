@@ -61,7 +61,7 @@ impl<S: Deref<Target = [u64]>> Range<S> {
         }
         let bit = msr.0.wrapping_sub(self.base);
         let word = self.bits.get((bit / 64) as usize).copied().unwrap_or(0);
-        Some(word >> (bit % 64) & 1 != 0)
+        Some((word >> (bit % 64)) & 1 != 0)
     }
 }
 

@@ -33,7 +33,7 @@ fn set_up(cap: u64) -> MachineChecks {
 fn what_a_vmm_may_set_up() {
     let mut m = MachineChecks::new();
     assert_eq!(m.read(Msr::MCG_CAP, false), Ok(32));
-    for bad in [0, CTL_P, 33, 0xff, 10 | 1 << 9, 10 | 1 << 63] {
+    for bad in [0, CTL_P, 33, 0xff, 10 | (1 << 9), 10 | (1 << 63)] {
         assert_eq!(m.set_up(bad), Err(Invalid), "{bad:x}");
     }
     assert_eq!(m, MachineChecks::new());
@@ -67,7 +67,7 @@ fn what_a_guest_may_write() {
     let mut m = set_up(4 | CTL_P | CMCI_P);
     assert_eq!(m.write(Msr::MCG_CTL, 1, false), Err(MsrError::Refused));
     assert_eq!(m.write(Msr::MCG_CTL, 0, false), Ok(()));
-    assert_eq!(m.write(Msr(0x283), 1 << 30 | 0x7fff, false), Ok(()));
+    assert_eq!(m.write(Msr(0x283), (1 << 30) | 0x7fff, false), Ok(()));
     assert_eq!(m.write(Msr(0x283), 1 << 29, false), Err(MsrError::Refused));
     assert_eq!(m.write(Msr(0x284), 0, true), Err(MsrError::Refused));
 }

@@ -557,7 +557,7 @@ fn protection_keys(env: &Env) -> Outcome {
     m.vm.set_memory(1, 0, 0x20_0000, 1 << 21, memory.addr() as u64)?;
     m.mem.write(
         usize_of(at::PD + 8),
-        0x20_0000 | pte::P | pte::W | pte::U | pte::PS | 1 << 59,
+        0x20_0000 | pte::P | pte::W | pte::U | pte::PS | (1 << 59),
     );
     m.expect_hlt()?;
     ensure_eq!(pkru(), before, "PKRU of the host");

@@ -78,7 +78,7 @@ fn capabilities(env: &Env) -> Outcome {
     ensure_eq!(banks, 32, "banks");
     let g = MsrGuest::new(env)?;
     ensure_eq!(g.read(MCG_CAP)?, Access::Done(32), "MCG_CAP to begin with");
-    for bad in [0u64, 33, 0xff, CTL_P, 10 | 1 << 9, 10 | 1 << 63] {
+    for bad in [0u64, 33, 0xff, CTL_P, 10 | (1 << 9), 10 | (1 << 63)] {
         expect_errno(set_up(&g, bad), libc::EINVAL, "KVM_X86_SETUP_MCE")?;
     }
     expect_errno(
@@ -115,7 +115,7 @@ fn registers(env: &Env) -> Outcome {
     if caps & CMCI_P != 0 {
         ensure_eq!(g.read(0x283)?, Access::Done(0), "MC3_CTL2");
         ensure_eq!(g.write(0x283, 1 << 29)?, Access::Refused, "a reserved bit");
-        let on = 1 << 30 | 1;
+        let on = (1 << 30) | 1;
         ensure_eq!(g.write(0x283, on)?, Access::Done(on), "MC3_CTL2");
         ensure_eq!(g.write(0x284, 0)?, Access::Refused, "MC4_CTL2 of four");
     }
