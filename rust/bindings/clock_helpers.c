@@ -71,5 +71,6 @@ void rkvm_host_time_unwatch(void)
 	pvclock_gtod_unregister_notifier(&timekeeping_watch);
 	irq_work_sync(&tell_irq_work);
 	cancel_work_sync(&tell_work);
+	/* Nobody looks at it any more; pairs with the cmpxchg() of the next watcher. */
 	smp_store_release(&watcher, NULL);
 }
