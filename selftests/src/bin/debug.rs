@@ -47,7 +47,7 @@ fn control(m: &Machine, control: u32) -> Result<(), sys::Error> {
 fn breakpoint(m: &Machine, n: usize, address: u64, kind: u64) -> Result<(), sys::Error> {
     let mut registers = [0; 8];
     registers[n] = address;
-    registers[7] = DR7 | 2 << (2 * n) | kind << (16 + 4 * n);
+    registers[7] = DR7 | (2 << (2 * n)) | (kind << (16 + 4 * n));
     set(m, HW, registers)
 }
 
@@ -100,7 +100,7 @@ fn capabilities(env: &Env) -> Outcome {
     // Unknown bits are ignored, as are all without the first.
     control(
         &m,
-        !0 & !(kb::KVM_GUESTDBG_INJECT_BP | kb::KVM_GUESTDBG_INJECT_DB),
+        !(kb::KVM_GUESTDBG_INJECT_BP | kb::KVM_GUESTDBG_INJECT_DB),
     )?;
     control(&m, STEP & !ENABLE)?;
     ensure_eq!(m.vcpu.regs()?.rflags & TF, 0, "TF");
@@ -172,7 +172,7 @@ fn hardware_breakpoints(env: &Env) -> Outcome {
             let debug = stop(&m)?;
             ensure_eq!(
                 (debug.exception, debug.pc, debug.dr6, debug.dr7),
-                (DB, at::CODE + 1, DR6 | 1 << n, DR7 | 2 << (2 * n)),
+                (DB, at::CODE + 1, DR6 | (1 << n), DR7 | (2 << (2 * n))),
                 "an instruction, with DR{n}"
             );
         }
@@ -188,7 +188,7 @@ fn hardware_breakpoints(env: &Env) -> Outcome {
                 let debug = stop(&m)?;
                 ensure_eq!(
                     (debug.exception, debug.pc, debug.dr6),
-                    (DB, at::CODE + at, DR6 | 1 << n),
+                    (DB, at::CODE + at, DR6 | (1 << n)),
                     "data, with DR{n}"
                 );
             }
@@ -249,12 +249,12 @@ fn guests_own_registers(env: &Env) -> Outcome {
 fn general_detect(env: &Env) -> Outcome {
     guest_code!(code, ".code64", "nop", "mov rax, dr0", "hlt");
     let m = machine(env, code())?;
-    set(&m, HW, [0, 0, 0, 0, 0, 0, 0, DR7 | 1 << 13])?;
+    set(&m, HW, [0, 0, 0, 0, 0, 0, 0, DR7 | (1 << 13)])?;
     for _ in 0..2 {
         let debug = stop(&m)?;
         ensure_eq!(
             (debug.exception, debug.pc, debug.dr6, debug.dr7),
-            (DB, at::CODE + 1, DR6 | BD, DR7 | 1 << 13),
+            (DB, at::CODE + 1, DR6 | BD, DR7 | (1 << 13)),
             "an access"
         );
     }

@@ -429,7 +429,7 @@ guest_code!(stepped, ".code64",
 
 /// What a device answers to the `n`th access of a kind.
 fn answer(kind: u64, n: u64) -> u64 {
-    let mut rng = Rng::new(kind << 48 | n);
+    let mut rng = Rng::new((kind << 48) | n);
     rng.number();
     rng.number()
 }
@@ -648,6 +648,8 @@ impl Journey {
         })
     }
 
+    /// What goes along. Nobody holds it while another process, or this one, is in a function that has it.
+    #[allow(clippy::mut_from_ref)]
     fn luggage(&self) -> &mut Luggage {
         // SAFETY: The mapping has room for it, any bytes make one, and one process at a time has it.
         unsafe { &mut *((self.memory.addr() + at::SIZE) as *mut Luggage) }
@@ -1148,7 +1150,7 @@ const UNUSED_MSRS: [(u32, u64); 5] = [
 const UNUSED_DR: [u64; 4] = [0x1111, 0x2222_2222_2222, 0x3333, 0x4444];
 
 /// Both devices, this one first; or this one only.
-fn devices<'a>(env: &'a Env, both: bool) -> Result<Vec<&'a str>, Verdict> {
+fn devices(env: &Env, both: bool) -> Result<Vec<&str>, Verdict> {
     let mut devices = vec![env.device.as_str()];
     if both {
         let other = if env.device == "/dev/kvm" {
@@ -1168,12 +1170,12 @@ fn travel(env: &Env, chips: Chips, vcpus: usize, flags: u64, both: bool) -> Outc
     let devices = devices(env, both)?;
     let kvm = env.open()?;
     let cpuid = snapshot::common_cpuid(&kvm, &Kvm::open(devices[devices.len() - 1])?)?;
-    let has_avx = cpuid.find(1, 0).is_some_and(|e| e.ecx & 1 << 28 != 0)
+    let has_avx = cpuid.find(1, 0).is_some_and(|e| e.ecx & (1 << 28) != 0)
         && cpuid.find(0xd, 0).is_some_and(|e| e.eax & 7 == 7);
     let flags = flags | if has_avx { flag::AVX } else { 0 };
     let turns = env.fewer(20);
     let journey = Journey::new(chips, vcpus, flags, turns, cpuid)?;
-    let mut rng = Rng::new(env.seed ^ flags ^ (vcpus as u64) << 8);
+    let mut rng = Rng::new(env.seed ^ flags ^ ((vcpus as u64) << 8));
     journey.travel(&devices, &mut rng)
 }
 

@@ -300,7 +300,7 @@ fn attributes(env: &Env) -> Outcome {
     let Some(leaf) = leaf.find(0xd, 0) else {
         skip!("no XSAVE");
     };
-    let announced = u64::from(leaf.edx) << 32 | u64::from(leaf.eax);
+    let announced = (u64::from(leaf.edx) << 32) | u64::from(leaf.eax);
     ensure_eq!(
         announced & !value.load(Ordering::Relaxed),
         0,
@@ -422,7 +422,7 @@ fn random_state(env: &Env) -> Outcome {
                 }
                 _ => {
                     let mut r = m.vcpu.regs()?;
-                    r.rflags = rng.number() & 0x3f_7fd7 | 2;
+                    r.rflags = (rng.number() & 0x3f_7fd7) | 2;
                     if rng.below(3) == 0 {
                         r.rip = rng.number();
                     }
