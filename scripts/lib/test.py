@@ -371,9 +371,8 @@ def smp_job(suite, work, cpus, kernels):
 
 # QEMU's tests, by the number of the machine's CPUs; with make qemu-full, all on each.
 QEMU_TESTS = {
-    1: ["microvm_split_1", "q35_kernel_4", "pc_off_1", "disk_pc", "savevm", "migrate_ring",
-        "gdb_boot_sector"],
-    2: ["migrate_across", "gdb_linux"],
+    1: ["microvm_split_1", "q35_kernel_4", "disk_pc", "savevm", "gdb_boot_sector"],
+    2: ["migrate_across"],
 }
 
 
