@@ -17,6 +17,8 @@ use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::clock::tsc::GuestTsc;
+use crate::x86::emulate::Cause;
+pub(crate) use crate::x86::emulate::TableReg;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
@@ -34,15 +36,6 @@ use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
 use kernel::prelude::*;
 use kernel::sync::Arc;
-
-/// A descriptor-table register.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct TableReg {
-    /// Linear address.
-    pub(crate) base: u64,
-    /// Limit in bytes.
-    pub(crate) limit: u16,
-}
 
 /// A port access, as an exit describes it.
 #[derive(Clone, Copy)]
@@ -129,8 +122,11 @@ pub(crate) enum Exit {
     },
     /// An instruction that the guest does not have: #UD.
     Undefined,
-    /// A hardware task switch.
-    TaskSwitch,
+    /// A hardware task switch, to the task with this selector. What a task gate has to push is not told.
+    TaskSwitch {
+        selector: u16,
+        cause: Cause,
+    },
     /// The processor refused the guest's state, with the exit reason (bit 31 is set), or the entry
     /// altogether, with the number of the VM-instruction error.
     EntryFailed(u64),
@@ -249,6 +245,9 @@ pub(crate) trait Loaded {
     fn tsc(&mut self) -> GuestTsc;
     /// Sets it. Its scale is the host's own, unless [`Features::tsc_scaling`].
     fn set_tsc(&mut self, tsc: GuestTsc);
+    /// What the host's counter said when the guest last left a CPU. None the first time, from which on it is
+    /// noted.
+    fn left_at(&mut self) -> Option<u64>;
     /// Lets the guest access the MSRs that the hardware can hold for it without an exit, those that are allowed.
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool);
 

@@ -17,6 +17,7 @@ pub(crate) mod msr;
 mod port;
 mod pv;
 mod spin;
+mod system;
 
 use crate::abi;
 use crate::apics::Apics;
@@ -431,7 +432,8 @@ impl<L: Loaded> Run<'_, L> {
             }
             Exit::Port(access) => {
                 self.shared.stats.io_exits.bump();
-                self.port_access(access)
+                let len = self.hw.instruction_len();
+                self.port_access(access, len)
             }
             Exit::PageFault {
                 gpa,
@@ -460,7 +462,10 @@ impl<L: Loaded> Run<'_, L> {
             }
             Exit::Rdmsr => self.rdmsr(),
             Exit::Wrmsr => self.wrmsr(),
-            Exit::Cr(access) => self.cr_access(access),
+            Exit::Cr(access) => {
+                let len = self.hw.instruction_len();
+                self.cr_access(access, len)
+            }
             Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
             Exit::Xsetbv => self.xsetbv(),
             Exit::Exception(exception) if self.is_for_debugger(exception.vector) => {
@@ -495,11 +500,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.page.set_exit_reason(abi::exit::SHUTDOWN);
                 Ok(Next::User)
             }
-            Exit::TaskSwitch => {
-                let raw = self.hw.raw_exit();
-                self.page.set_emulation_error(&[], &raw);
-                Ok(Next::User)
-            }
+            Exit::TaskSwitch { selector, cause } => self.task_switch(selector, cause),
             Exit::EntryFailed(reason) => {
                 self.page.set_entry_failure(reason, self.shared.cpu());
                 Ok(Next::User)
@@ -603,13 +604,13 @@ fn retire(hw: &mut impl Loaded) {
     if flags.has(Rflags::RF) {
         hw.set_rflags(flags.without(Rflags::RF));
     }
-    retire_emulated(hw, flags.has(Rflags::TF));
+    retire_emulated(hw, flags.has(Rflags::TF), Shadow::None);
 }
 
 /// The same for an instruction that was emulated: the emulator has cleared RF, and may have changed TF.
 #[inline]
-fn retire_emulated(hw: &mut impl Loaded, step: bool) {
-    hw.set_shadow(Shadow::None);
+fn retire_emulated(hw: &mut impl Loaded, step: bool, shadow: Shadow) {
+    hw.set_shadow(shadow);
     if step {
         hw.set_pending_step();
     }

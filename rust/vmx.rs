@@ -13,6 +13,7 @@ mod fields;
 mod load;
 mod msr_bitmap;
 mod power;
+mod spec_ctrl;
 mod vcpu;
 mod vmcs;
 mod write_log;

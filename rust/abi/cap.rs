@@ -31,6 +31,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_VCPU_EVENTS
         | b::KVM_CAP_DEBUGREGS
         | b::KVM_CAP_SET_GUEST_DEBUG
+        | b::KVM_CAP_X86_ROBUST_SINGLESTEP
         | b::KVM_CAP_SREGS2
         | b::KVM_CAP_EXCEPTION_PAYLOAD
         | b::KVM_CAP_X86_TRIPLE_FAULT_EVENT

@@ -252,6 +252,7 @@ u64 rkvm_get_debugctl(void) { return get_debugctlmsr(); }
 void rkvm_set_debugctl(u64 value) { update_debugctlmsr(value); }
 u64 rkvm_xgetbv(void) { return xgetbv(XCR_XFEATURE_ENABLED_MASK); }
 void rkvm_xsetbv(u64 value) { xsetbv(XCR_XFEATURE_ENABLED_MASK, value); }
+u64 rkvm_host_spec_ctrl(void) { return spec_ctrl_current(); }
 u32 rkvm_rdpkru(void) { return rdpkru(); }
 void rkvm_wrpkru(u32 value) { wrpkru(value); }
 bool rkvm_host_osxsave(void) { return boot_cpu_has(X86_FEATURE_OSXSAVE); }

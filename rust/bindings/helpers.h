@@ -144,6 +144,8 @@ void rkvm_clear_dr7(void);
 
 u64 rkvm_get_debugctl(void);
 void rkvm_set_debugctl(u64 value);
+/* What IA32_SPEC_CTRL is for this thread, preemption off. */
+u64 rkvm_host_spec_ctrl(void);
 /* Of a CPU whose CR4.PKE is set. */
 u32 rkvm_rdpkru(void);
 void rkvm_wrpkru(u32 value);

@@ -2,6 +2,7 @@
 
 //! A guest's FPU state, which the kernel switches like a task's own while the guest runs.
 
+use super::irq::IrqsOff;
 use crate::bindings;
 use kernel::error::to_result;
 use kernel::prelude::*;
@@ -128,6 +129,142 @@ impl Swapped<'_> {
     pub(crate) fn load(&self) {
         // SAFETY: Interrupts are off in every caller, as the function asserts in debug kernels.
         unsafe { bindings::rkvm_fpu_load() };
+    }
+}
+
+/// One instruction per register, chosen by number: the assembler knows no registers by number.
+macro_rules! by_number {
+    ($n:expr, $before:literal, $register:literal, $after:literal, $at:expr, [$($number:literal)*]) => {
+        match $n {
+            $($number => core::arch::asm!(
+                concat!($before, $register, $number, $after), in(reg) $at, options(nostack, preserves_flags)
+            ),)*
+            _ => {}
+        }
+    };
+    (16, $n:expr, $before:literal, $register:literal, $after:literal, $at:expr) => {
+        by_number!($n, $before, $register, $after, $at, [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15])
+    };
+    (8, $n:expr, $before:literal, $register:literal, $after:literal, $at:expr) => {
+        by_number!($n, $before, $register, $after, $at, [0 1 2 3 4 5 6 7])
+    };
+}
+
+/// The guest's registers, for the emulator. A register that does not exist reads as zero and is not written.
+impl Swapped<'_> {
+    /// Calls `f` while the guest's registers are the processor's.
+    fn with_registers<R>(&self, f: impl FnOnce() -> R) -> R {
+        // No softirq uses the FPU in between.
+        let _irqs = IrqsOff::new();
+        self.load();
+        f()
+    }
+
+    /// An XMM register, its lower half first.
+    pub(crate) fn xmm(&self, n: u8) -> [u64; 2] {
+        let mut value = [0u64; 2];
+        // SAFETY: Writes the sixteen bytes of `value`.
+        self.with_registers(|| unsafe {
+            by_number!(16, n, "movdqu [{}], ", "xmm", "", value.as_mut_ptr())
+        });
+        value
+    }
+
+    /// Sets an XMM register. What is above it stays.
+    pub(crate) fn set_xmm(&self, n: u8, value: [u64; 2]) {
+        // SAFETY: Reads the sixteen bytes of `value`; the register is the guest's, as the kernel's code has none.
+        self.with_registers(|| unsafe {
+            by_number!(16, n, "movdqu ", "xmm", ", [{}]", value.as_ptr())
+        });
+    }
+
+    /// A YMM register, its lowest part first. The guest has AVX in XCR0, which it can only if the host has.
+    pub(crate) fn ymm(&self, n: u8) -> [u64; 4] {
+        let mut value = [0u64; 4];
+        // SAFETY: Writes the 32 bytes of `value`.
+        self.with_registers(|| unsafe {
+            by_number!(16, n, "vmovdqu [{}], ", "ymm", "", value.as_mut_ptr())
+        });
+        value
+    }
+
+    /// Sets a YMM register, and clears what is above it. The guest has AVX in XCR0.
+    pub(crate) fn set_ymm(&self, n: u8, value: [u64; 4]) {
+        // SAFETY: Reads the 32 bytes of `value`; the register is the guest's.
+        self.with_registers(|| unsafe {
+            by_number!(16, n, "vmovdqu ", "ymm", ", [{}]", value.as_ptr())
+        });
+    }
+
+    /// An MMX register, after which the x87 is in MMX state. No x87 exception is pending.
+    pub(crate) fn mmx(&self, n: u8) -> u64 {
+        let mut value = 0u64;
+        // SAFETY: Writes the eight bytes of `value`.
+        self.with_registers(|| unsafe {
+            by_number!(8, n, "movq [{}], ", "mm", "", &raw mut value)
+        });
+        value
+    }
+
+    /// Sets an MMX register, after which the x87 is in MMX state. No x87 exception is pending.
+    pub(crate) fn set_mmx(&self, n: u8, value: u64) {
+        // SAFETY: Reads the eight bytes of `value`; the register is the guest's.
+        self.with_registers(|| unsafe {
+            by_number!(8, n, "movq ", "mm", ", [{}]", &raw const value)
+        });
+    }
+
+    /// MXCSR.
+    pub(crate) fn mxcsr(&self) -> u32 {
+        let mut value = 0u32;
+        // SAFETY: Writes the four bytes of `value`.
+        self.with_registers(|| unsafe {
+            core::arch::asm!("stmxcsr [{}]", in(reg) &raw mut value, options(nostack, preserves_flags))
+        });
+        value
+    }
+
+    /// Sets MXCSR, of which no bit above the sixteenth is set.
+    pub(crate) fn set_mxcsr(&self, value: u32) {
+        let value = value & 0xffff;
+        // SAFETY: Reads the four bytes of `value`, where all processors with VMX know all bits.
+        self.with_registers(|| unsafe {
+            core::arch::asm!("ldmxcsr [{}]", in(reg) &raw const value, options(nostack, preserves_flags))
+        });
+    }
+
+    /// The x87's control word.
+    pub(crate) fn control(&self) -> u16 {
+        let mut value = 0u16;
+        // SAFETY: Writes the two bytes of `value`, and waits for no exception.
+        self.with_registers(|| unsafe {
+            core::arch::asm!("fnstcw [{}]", in(reg) &raw mut value, options(nostack, preserves_flags))
+        });
+        value
+    }
+
+    /// Sets the x87's control word. No x87 exception is pending.
+    pub(crate) fn set_control(&self, value: u16) {
+        // SAFETY: Reads the two bytes of `value`. What this unmasks is raised by the next instruction of the x87, which is the guest's.
+        self.with_registers(|| unsafe {
+            core::arch::asm!("fldcw [{}]", in(reg) &raw const value, options(nostack, preserves_flags))
+        });
+    }
+
+    /// The x87's status word.
+    pub(crate) fn status(&self) -> u16 {
+        let mut value = 0u16;
+        // SAFETY: Writes the two bytes of `value`, and waits for no exception.
+        self.with_registers(|| unsafe {
+            core::arch::asm!("fnstsw [{}]", in(reg) &raw mut value, options(nostack, preserves_flags))
+        });
+        value
+    }
+
+    /// Resets the x87.
+    pub(crate) fn init_x87(&self) {
+        // SAFETY: The state is the guest's; no exception is waited for.
+        self.with_registers(|| unsafe { core::arch::asm!("fninit", options(nomem, nostack)) });
     }
 }
 

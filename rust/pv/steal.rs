@@ -188,6 +188,11 @@ impl<'a> Watch<'a> {
         }
     }
 
+    /// The guest cannot be told: where it wants to be, there is no memory now.
+    pub(crate) fn forget_place(&self) {
+        self.set_running(Place::NONE);
+    }
+
     /// Whether the guest has been told that the vCPU has no CPU.
     pub(crate) fn has_told(&self) -> bool {
         self.following

@@ -11,6 +11,7 @@ use crate::irq::Irqs;
 use crate::irq::Mode;
 use crate::lapic::GuestClock;
 use crate::lapic::LocalApic;
+use crate::linux::msr as host_msr;
 use crate::mem::GuestMemory;
 use crate::system::Host;
 use crate::tlb::Request;
@@ -19,7 +20,6 @@ use crate::x86::apic::base::ApicMode;
 use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::apic::events::ApicEvent;
 use crate::x86::apic::message::X2APIC_BROADCAST;
-use crate::x86::apic::timer::Clock;
 use crate::x86::apic::view::Delivered;
 use crate::x86::apic::Effect;
 use crate::x86::apic::Eoi;
@@ -249,18 +249,21 @@ impl<L: Loaded> Run<'_, L> {
 
     /// A deadline that is still to come.
     fn deadline_at_once(&mut self, value: u64) -> bool {
-        let clock = clock(&mut self.hw);
         if !self.arch.features.has(Features::TSC_DEADLINE) || !self.hw.has_timer() {
             return false;
         }
         let Some(apic) = self.arch.apic.as_deref_mut() else {
             return false;
         };
-        if value != 0 && value <= clock.tsc() {
+        let (tsc, now) = (self.hw.tsc(), host_msr::rdtsc());
+        let ticks = value.saturating_sub(tsc.at(now));
+        if value != 0 && ticks == 0 {
             return false;
         }
         if apic.model.set_tsc_deadline(value) == Effect::Timer {
-            self.hw.set_timer(apic.expires_tsc(&clock));
+            // In this mode, and with nothing but this to wait for.
+            let expiry = now.saturating_add(tsc.scale.host_ticks(ticks));
+            self.hw.set_timer((value != 0).then_some(expiry));
         }
         true
     }

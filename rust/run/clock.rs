@@ -4,6 +4,7 @@
 
 use super::Run;
 use crate::backend::Loaded;
+use crate::linux::clock;
 use crate::tlb::Request;
 use crate::x86::apic::Effect;
 
@@ -12,6 +13,13 @@ impl<L: Loaded> Run<'_, L> {
     #[cold]
     #[inline(never)]
     pub(super) fn moved(&mut self) {
+        if !clock::tsc_is_stable() {
+            self.arch.clock.cross_cpus(&mut self.hw);
+            // A deadline was one of the other CPU's counter.
+            if self.arch.apic.is_some() {
+                self.shared.request(Request::Timer);
+            }
+        }
         if self.arch.clock.moved() {
             self.shared.request(Request::Clock);
         }

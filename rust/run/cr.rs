@@ -24,8 +24,8 @@ use crate::x86::segment::SegReg;
 use kernel::prelude::*;
 
 impl<L: Loaded> Run<'_, L> {
-    /// MOV to and from CR0, CR3, CR4 and CR8, CLTS, LMSW.
-    pub(super) fn cr_access(&mut self, access: CrAccess) -> Result<Next> {
+    /// MOV to and from CR0, CR3, CR4 and CR8, CLTS, LMSW: an instruction of `len` bytes.
+    pub(super) fn cr_access(&mut self, access: CrAccess, len: u8) -> Result<Next> {
         let done = match access {
             CrAccess::Write { cr, gpr } => {
                 let value = self.operand(gpr);
@@ -33,7 +33,7 @@ impl<L: Loaded> Run<'_, L> {
                     0 => self.write_cr0(Cr0::new(value)),
                     3 => self.write_cr3(value),
                     4 => self.write_cr4(Cr4::new(value)),
-                    8 => return self.write_cr8(value),
+                    8 => return self.write_cr8(value, len),
                     _ => Err(Fault::UD),
                 }
             }
@@ -57,7 +57,7 @@ impl<L: Loaded> Run<'_, L> {
         };
         match done {
             Ok(()) => {
-                self.skip();
+                super::skip(&mut self.hw, len);
                 Ok(Next::Guest)
             }
             Err(fault) => self.raise(fault),
@@ -119,12 +119,12 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Without a local APIC in the kernel, the VMM's wants to know when the task priority sinks: it may hold an interrupt back.
-    fn write_cr8(&mut self, value: u64) -> Result<Next> {
+    fn write_cr8(&mut self, value: u64, len: u8) -> Result<Next> {
         let new = match cr::check_cr8(value) {
             Ok(new) => new,
             Err(fault) => return self.raise(fault),
         };
-        self.skip();
+        super::skip(&mut self.hw, len);
         if let Some(apic) = self.arch.apic.as_deref_mut() {
             let effect = apic.model.set_cr8(new);
             self.apply(effect);

@@ -198,7 +198,7 @@ impl<L: Loaded> Run<'_, L> {
         /// They differ in their last bytes: one write will do, and others may execute it meanwhile.
         const VMCALL_LAST: u8 = 0xc1;
         let at = super::LinearRip::of(&mut self.hw).0;
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let (paging, cpl, mask) = (cpu.paging(), cpu.cpl(), cpu.mode().linear_mask());
         let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
         let mut last = at;

@@ -11,6 +11,7 @@ use crate::arch::Arch;
 use crate::backend::Loaded;
 use crate::bus::Space;
 use crate::lapic::LocalApic;
+use crate::linux::fpu::Swapped;
 use crate::mem::access::MemError;
 use crate::mem::devices::DeviceFrames;
 use crate::mem::fault::Fault as MemFault;
@@ -22,6 +23,8 @@ use crate::x86::apic::base::DEFAULT_ADDRESS;
 use crate::x86::cpuid::features::Features;
 use crate::x86::emulate::Hint;
 use crate::x86::emulate::Outcome;
+use crate::x86::emulate::TableReg;
+use crate::x86::msr::Msr;
 use crate::x86::paging::MemoryError;
 use crate::x86::paging::PageAccess;
 use crate::x86::paging::Paging;
@@ -48,6 +51,8 @@ pub(crate) struct PendingMmio {
 /// The vCPU as the emulator sees it.
 pub(super) struct EmuCpu<'a, L: Loaded> {
     hw: &'a mut L,
+    fpu: &'a Swapped<'a>,
+    xcr0: u64,
     maxphyaddr: u8,
     gbpages: bool,
     pkru: u32,
@@ -58,15 +63,71 @@ pub(super) struct EmuCpu<'a, L: Loaded> {
 }
 
 impl<'a, L: Loaded> EmuCpu<'a, L> {
-    pub(super) fn new(hw: &'a mut L, arch: &Arch) -> Self {
+    pub(super) fn new(hw: &'a mut L, fpu: &'a Swapped<'a>, arch: &Arch) -> Self {
         Self {
             hw,
+            fpu,
+            xcr0: arch.xcr0,
             maxphyaddr: arch.features.maxphyaddr,
             gbpages: arch.features.has(Features::GBPAGES),
             pkru: arch.pkru,
             mode: None,
             paging: None,
         }
+    }
+}
+
+impl<L: Loaded> x86::emulate::Fpu for EmuCpu<'_, L> {
+    fn xcr0(&mut self) -> u64 {
+        self.xcr0
+    }
+
+    fn xmm(&mut self, n: u8) -> [u64; 2] {
+        self.fpu.xmm(n)
+    }
+
+    fn set_xmm(&mut self, n: u8, value: [u64; 2]) {
+        self.fpu.set_xmm(n, value);
+    }
+
+    fn ymm(&mut self, n: u8) -> [u64; 4] {
+        self.fpu.ymm(n)
+    }
+
+    fn set_ymm(&mut self, n: u8, value: [u64; 4]) {
+        self.fpu.set_ymm(n, value);
+    }
+
+    fn mmx(&mut self, n: u8) -> u64 {
+        self.fpu.mmx(n)
+    }
+
+    fn set_mmx(&mut self, n: u8, value: u64) {
+        self.fpu.set_mmx(n, value);
+    }
+
+    fn mxcsr(&mut self) -> u32 {
+        self.fpu.mxcsr()
+    }
+
+    fn set_mxcsr(&mut self, value: u32) {
+        self.fpu.set_mxcsr(value);
+    }
+
+    fn fpu_control(&mut self) -> u16 {
+        self.fpu.control()
+    }
+
+    fn set_fpu_control(&mut self, value: u16) {
+        self.fpu.set_control(value);
+    }
+
+    fn fpu_status(&mut self) -> u16 {
+        self.fpu.status()
+    }
+
+    fn fpu_init(&mut self) {
+        self.fpu.init_x87();
     }
 }
 
@@ -119,6 +180,47 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
         crate::arch::cpl(self.hw)
     }
 
+    fn set_segment(&mut self, reg: SegReg, value: &Segment) {
+        self.hw.set_segment(reg, value);
+    }
+
+    fn set_cr3(&mut self, value: Cr3) {
+        self.hw.set_cr3(value.bits());
+    }
+
+    fn task_switched(&mut self) {
+        let cr0 = self.hw.cr0();
+        self.hw.set_cr0(cr0.with(Cr0::TS));
+    }
+
+    fn gdtr(&mut self) -> TableReg {
+        self.hw.gdtr()
+    }
+
+    fn set_gdtr(&mut self, value: TableReg) {
+        self.hw.set_gdtr(value);
+    }
+
+    fn idtr(&mut self) -> TableReg {
+        self.hw.idtr()
+    }
+
+    fn set_idtr(&mut self, value: TableReg) {
+        self.hw.set_idtr(value);
+    }
+
+    fn msr(&mut self, msr: Msr) -> Option<u64> {
+        self.hw.read_msr(msr)
+    }
+
+    fn set_msr(&mut self, msr: Msr, value: u64) {
+        self.hw.write_msr(msr, value);
+    }
+
+    fn unblock_nmi(&mut self) {
+        self.hw.set_nmi_blocked(false);
+    }
+
     fn maxphyaddr(&mut self) -> u8 {
         self.maxphyaddr
     }
@@ -132,16 +234,23 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     }
 
     fn paging(&mut self) -> Paging {
-        *self.paging.get_or_insert_with(|| Paging {
-            cr0: self.hw.cr0(),
-            cr3: Cr3::new(self.hw.cr3()),
-            cr4: self.hw.cr4(),
-            efer: self.hw.efer(),
-            rflags: self.hw.rflags(),
-            pkru: self.pkru,
-            maxphyaddr: self.maxphyaddr,
-            gbpages: self.gbpages,
-        })
+        *self
+            .paging
+            .get_or_insert_with(|| paging_of(self.hw, self.maxphyaddr, self.gbpages, self.pkru))
+    }
+}
+
+/// The state that decides how the guest's addresses are translated.
+fn paging_of(hw: &mut impl Loaded, maxphyaddr: u8, gbpages: bool, pkru: u32) -> Paging {
+    Paging {
+        cr0: hw.cr0(),
+        cr3: Cr3::new(hw.cr3()),
+        cr4: hw.cr4(),
+        efer: hw.efer(),
+        rflags: hw.rflags(),
+        pkru,
+        maxphyaddr,
+        gbpages,
     }
 }
 
@@ -219,7 +328,8 @@ pub(crate) fn probe(
     linear: u64,
 ) -> Option<u64> {
     let mut memory = EmuMemory::new(memory, vcpu, &arch.devices);
-    let paging = x86::emulate::Cpu::paging(&mut EmuCpu::new(hw, arch));
+    let gbpages = arch.features.has(Features::GBPAGES);
+    let paging = paging_of(hw, arch.features.maxphyaddr, gbpages, arch.pkru);
     let found = paging.translate(&mut memory, linear, PageAccess::PROBE);
     found.ok().map(|translation| translation.gpa)
 }
@@ -347,7 +457,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Goes on with the instruction until the VMM is needed or it is done.
     fn step_emulator(&mut self) -> Result<Next> {
         let outcome = loop {
-            let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+            let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
             let arch = &mut *self.arch;
             let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
             match arch.emulator.step(&mut cpu, &mut memory) {
@@ -368,7 +478,7 @@ impl<L: Loaded> Run<'_, L> {
             Outcome::Done(done) => {
                 // Each iteration of a repeated instruction ends with a step.
                 if done.retired || done.single_step {
-                    super::retire_emulated(&mut self.hw, done.single_step);
+                    super::retire_emulated(&mut self.hw, done.single_step, done.shadow);
                 }
                 Ok(Next::Guest)
             }
@@ -381,13 +491,8 @@ impl<L: Loaded> Run<'_, L> {
                 self.leave_for_mmio(false)
             }
             Outcome::Fault(fault) => self.raise(fault),
-            Outcome::Unhandled => {
-                self.shared.stats.insn_emulation_fail.bump();
-                let raw = self.hw.raw_exit();
-                self.page
-                    .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
-                Ok(Next::User)
-            }
+            Outcome::Service { service, len } => self.serve(service, len),
+            Outcome::Unhandled => self.not_emulated(),
             Outcome::Host(at) => {
                 if self.arch.emulator.in_progress() {
                     // If the VMM mends it, the device is not to be read a second time.
@@ -396,6 +501,15 @@ impl<L: Loaded> Run<'_, L> {
                 Err(self.unbacked(at))
             }
         }
+    }
+
+    /// Tells the VMM that the instruction is none that is emulated.
+    pub(super) fn not_emulated(&mut self) -> Result<Next> {
+        self.shared.stats.insn_emulation_fail.bump();
+        let raw = self.hw.raw_exit();
+        self.page
+            .set_emulation_error(self.arch.emulator.insn_bytes(), &raw);
+        Ok(Next::User)
     }
 
     /// Offers a device write to the devices in the kernel; returns if one took it.

@@ -16,6 +16,7 @@ use super::Run;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
 use crate::bus::Space;
+use crate::x86::event::Shadow;
 use crate::x86::insn::Size;
 use crate::x86::io::IoError;
 use crate::x86::io::StringIo;
@@ -41,9 +42,8 @@ pub(crate) struct PendingPort {
 }
 
 impl<L: Loaded> Run<'_, L> {
-    /// The guest executed an I/O instruction.
-    pub(super) fn port_access(&mut self, access: PortAccess) -> Result<Next> {
-        let len = self.hw.instruction_len();
+    /// The guest executed an I/O instruction of `len` bytes.
+    pub(super) fn port_access(&mut self, access: PortAccess, len: u8) -> Result<Next> {
         if access.string {
             return self.string_access(access, len);
         }
@@ -124,7 +124,7 @@ impl<L: Loaded> Run<'_, L> {
             false => CHUNK as u32,
         };
         let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);
-        let mut cpu = EmuCpu::new(&mut self.hw, self.arch);
+        let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let begun = io
             .prepare(&mut cpu, &mut memory, room)
             .and_then(|transfer| {
@@ -214,7 +214,8 @@ impl<L: Loaded> Run<'_, L> {
 
         // The VMM may have lowered RCX meanwhile: elements that the guest does not ask for any more
         // must not be written, nor counted below zero.
-        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, self.arch)) else {
+        let Some(transfer) = transfer.limited(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch))
+        else {
             super::skip(&mut self.hw, pending.len);
             return Ok(Next::Guest);
         };
@@ -238,11 +239,11 @@ impl<L: Loaded> Run<'_, L> {
     /// Goes past the elements of a string instruction of `len` bytes, and past it if there are no
     /// more. Else the guest executes it again, for the rest.
     fn finish_string(&mut self, transfer: &Transfer, len: u8) {
-        if transfer.finish(&mut EmuCpu::new(&mut self.hw, self.arch)) {
+        if transfer.finish(&mut EmuCpu::new(&mut self.hw, &self.fpu, self.arch)) {
             super::skip(&mut self.hw, len);
         } else {
             let step = self.hw.rflags().has(Rflags::TF);
-            super::retire_emulated(&mut self.hw, step);
+            super::retire_emulated(&mut self.hw, step, Shadow::None);
         }
     }
 }

@@ -117,20 +117,19 @@ impl<L: Loaded> Run<'_, L> {
         };
         self.watch.start();
         // KVM's rule: there it is kept only where memory is.
-        let Some(place) = structure.place(self.memory) else {
+        let place = structure.place(self.memory);
+        let taken = place.and_then(|place| {
+            let was = take_byte(structure, self.memory, steal::PREEMPTED, self.shared);
+            Some((place.offset(steal::PREEMPTED), was.ok()?))
+        });
+        let Some((byte, was)) = taken else {
+            self.watch.forget_place();
             return;
         };
-        let byte = place.offset(steal::PREEMPTED);
-        match take_byte(structure, self.memory, steal::PREEMPTED, self.shared) {
-            Ok(was) => {
-                self.watch.set_running(byte);
-                if flushes && was & steal::FLUSH_TLB != 0 {
-                    self.hw.flush_guest_tlb();
-                    self.shared.stats.tlb_flush.bump();
-                }
-            }
-            // The guest was told before, and goes on in the belief.
-            Err(_) => return,
+        self.watch.set_running(byte);
+        if flushes && was & steal::FLUSH_TLB != 0 {
+            self.hw.flush_guest_tlb();
+            self.shared.stats.tlb_flush.bump();
         }
         // Memory that has gone away gets nothing; the guest does not see a difference.
         let _ = add_steal_time(structure, self.memory, waited, self.shared);

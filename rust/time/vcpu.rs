@@ -171,6 +171,21 @@ impl VcpuClock {
         Ok(())
     }
 
+    /// The vCPU has come to another CPU, whose counter has nothing to do with the last one's: the guest's goes
+    /// by the time, and not back. (Counters that stop while a CPU is idle, which KVM reckons with on one and
+    /// the same CPU, are not those of processors that have what VMX must have here.)
+    pub(crate) fn cross_cpus(&self, hw: &mut impl Loaded) {
+        let (left_at, tsc) = (hw.left_at(), hw.tsc());
+        let now = crate::linux::clock::now();
+        let ideal = self.member.ideal(now.ns, self.khz);
+        let value = match left_at.map(|left_at| tsc.at(left_at)) {
+            // Its rate was higher than it says.
+            Some(said) if said.wrapping_sub(ideal) as i64 > 0 => said,
+            _ => ideal,
+        };
+        hw.set_tsc(tsc.saying(value, now.tsc));
+    }
+
     /// Sets the counter forward to where it should be, if that is how it goes: returns if it has moved.
     pub(crate) fn catch_up(&mut self, hw: &mut impl Loaded) -> bool {
         if !self.catches_up {

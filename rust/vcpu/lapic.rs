@@ -161,14 +161,32 @@ impl<L: Loaded> Locked<'_, L> {
     pub(super) fn get_mp_state(&mut self) -> u32 {
         // A SIPI that has come counts, though the vCPU has not run since.
         halt::accept_events(self.hw, self.arch, &self.around);
-        self.arch.mp_state
+        let woken = self.take_unhalt();
+        match self.arch.mp_state {
+            b::KVM_MP_STATE_HALTED | b::KVM_MP_STATE_AP_RESET_HOLD if woken => {
+                b::KVM_MP_STATE_RUNNABLE
+            }
+            state => state,
+        }
+    }
+
+    /// Whether another vCPU has woken this one, which has not run since.
+    fn take_unhalt(&mut self) -> bool {
+        if self.around.shared.take(Request::Unhalt) {
+            self.arch.pv.unhalted = true;
+        }
+        self.arch.pv.unhalted
     }
 
     /// KVM_SET_MP_STATE: EINVAL for what is none, and without a local APIC in the kernel for all but
     /// RUNNABLE.
     pub(super) fn set_mp_state(&mut self, mp_state: u32) -> Result {
         match mp_state {
-            b::KVM_MP_STATE_RUNNABLE => self.arch.mp_state = mp_state,
+            b::KVM_MP_STATE_RUNNABLE => {
+                self.take_unhalt();
+                self.arch.pv.unhalted = false;
+                self.arch.mp_state = mp_state;
+            }
             b::KVM_MP_STATE_UNINITIALIZED
             | b::KVM_MP_STATE_HALTED
             | b::KVM_MP_STATE_AP_RESET_HOLD

@@ -19,9 +19,6 @@
 
 static_assert(offsetof(struct rkvm_vmx_entry, gpr) == RKVM_ENTRY_GPR(0));
 static_assert(offsetof(struct rkvm_vmx_entry, host_rsp) == RKVM_ENTRY_HOST_RSP);
-static_assert(offsetof(struct rkvm_vmx_entry, spec_ctrl) == RKVM_ENTRY_SPEC_CTRL);
-static_assert(offsetof(struct rkvm_vmx_entry, switch_spec_ctrl) ==
-	      RKVM_ENTRY_SWITCH_SPEC_CTRL);
 
 static __always_inline unsigned long vmread(unsigned long field)
 {

@@ -43,22 +43,6 @@ SYM_FUNC_START(rkvm_vmx_switch)
 	mov	%rsp, RKVM_ENTRY_HOST_RSP(%rdi)
 .Lhost_rsp_current:
 
-	/*
-	 * A guest with an IA32_SPEC_CTRL of its own gets it as late as this:
-	 * no RET and no indirect branch of the host's comes after it.
-	 */
-	cmpl	$0, RKVM_ENTRY_SWITCH_SPEC_CTRL(%rdi)
-	je	.Lspec_ctrl_loaded
-	mov	RKVM_ENTRY_SPEC_CTRL(%rdi), %rax
-	mov	PER_CPU_VAR(x86_spec_ctrl_current), %rdx
-	cmp	%rax, %rdx
-	je	.Lspec_ctrl_loaded
-	mov	$MSR_IA32_SPEC_CTRL, %ecx
-	mov	%rax, %rdx
-	shr	$32, %rdx
-	wrmsr
-.Lspec_ctrl_loaded:
-
 	/* The flag must outlive the registers: MOV below leaves ZF alone. */
 	test	$RKVM_ENTER_RESUME, %esi
 
@@ -132,14 +116,6 @@ SYM_INNER_LABEL_ALIGN(rkvm_vmx_exit_point, SYM_L_GLOBAL)
 	mov	%r14, RKVM_ENTRY_GPR(14)(%rdi)
 	mov	%r15, RKVM_ENTRY_GPR(15)(%rdi)
 
-	/* It writes the MSR without an exit, so what is there now is its own. */
-	cmpl	$0, RKVM_ENTRY_SWITCH_SPEC_CTRL(%rdi)
-	je	.Lspec_ctrl_saved
-	mov	$MSR_IA32_SPEC_CTRL, %ecx
-	rdmsr
-	mov	%eax, RKVM_ENTRY_SPEC_CTRL(%rdi)
-	mov	%edx, RKVM_ENTRY_SPEC_CTRL + 4(%rdi)
-.Lspec_ctrl_saved:
 	xor	%ebx, %ebx
 
 .Lscrub:
@@ -167,26 +143,17 @@ SYM_INNER_LABEL_ALIGN(rkvm_vmx_exit_point, SYM_L_GLOBAL)
 			   X86_FEATURE_RSB_VMEXIT_LITE
 
 	/*
-	 * A guest that has never written IA32_SPEC_CTRL runs with the host's.
-	 * Legacy IBRS must nevertheless be written again after a move to a
-	 * more privileged predictor mode.
+	 * The guest runs with the host's SPEC_CTRL: it is offered none of its
+	 * own. Legacy IBRS must nevertheless be written again after a move to
+	 * a more privileged predictor mode.
 	 */
-	mov	PER_CPU_VAR(x86_spec_ctrl_current), %rdx
-	ALTERNATIVE "", "jmp .Lspec_ctrl_write", X86_FEATURE_KERNEL_IBRS
-	mov	(%rsp), %rdi
-	cmpl	$0, RKVM_ENTRY_SWITCH_SPEC_CTRL(%rdi)
-	je	.Lspec_ctrl_hosts
-	cmp	RKVM_ENTRY_SPEC_CTRL(%rdi), %rdx
-	je	.Lspec_ctrl_hosts
-.Lspec_ctrl_write:
+	ALTERNATIVE "jmp .Librs_done", "", X86_FEATURE_KERNEL_IBRS
 	mov	$MSR_IA32_SPEC_CTRL, %ecx
+	mov	PER_CPU_VAR(x86_spec_ctrl_current), %rdx
 	mov	%edx, %eax
 	shr	$32, %rdx
 	wrmsr
-.Lspec_ctrl_hosts:
-	/* No speculation past the write on the strength of those branches. */
-	ALTERNATIVE "", "lfence", X86_FEATURE_MSR_SPEC_CTRL
-	xor	%edi, %edi
+.Librs_done:
 	CLEAR_BRANCH_HISTORY_VMEXIT
 
 	mov	%ebx, %eax

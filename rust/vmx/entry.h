@@ -9,8 +9,6 @@
 /* Byte offsets into struct rkvm_vmx_entry; enter.c asserts that they agree. */
 #define RKVM_ENTRY_GPR(n)	((n) * 8)
 #define RKVM_ENTRY_HOST_RSP	136
-#define RKVM_ENTRY_SPEC_CTRL	144
-#define RKVM_ENTRY_SWITCH_SPEC_CTRL	152
 
 /* Flags of rkvm_vmx_enter(). */
 #define RKVM_ENTER_RESUME	1
@@ -24,8 +22,6 @@
  *	 place is unused, the VMCS holds it
  * @cr2: the guest's CR2, which no VMCS field holds
  * @host_rsp: the value last written to the VMCS field HOST_RSP
- * @spec_ctrl: the guest's IA32_SPEC_CTRL, if it is switched
- * @switch_spec_ctrl: not 0 if it is: the guest has written it
  * @exit_reason: the VM-exit reason field, as read after the exit
  * @intr_info: the VM-exit interruption information, read if the exit was by
  *	       an exception, an NMI or an external interrupt
@@ -34,11 +30,8 @@ struct rkvm_vmx_entry {
 	u64 gpr[16];
 	u64 cr2;
 	u64 host_rsp;
-	u64 spec_ctrl;
-	u32 switch_spec_ctrl;
 	u32 exit_reason;
 	u32 intr_info;
-	u32 reserved;
 };
 
 /*

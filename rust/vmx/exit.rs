@@ -23,6 +23,7 @@ use crate::linux::irq::PreemptOff;
 use crate::mmu::ept::Access;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::clock::tsc::GuestTsc;
+use crate::x86::emulate::Cause;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Interrupt;
@@ -113,6 +114,24 @@ impl CrQualification {
             1 => CrAccess::Read { cr, gpr },
             2 => CrAccess::Clts,
             _ => CrAccess::Lmsw((self.0 >> 16) as u16),
+        }
+    }
+}
+
+/// The exit qualification of a task switch.
+#[derive(Clone, Copy)]
+struct TaskSwitchQualification(u64);
+
+impl TaskSwitchQualification {
+    fn decode(self) -> Exit {
+        Exit::TaskSwitch {
+            selector: self.0 as u16,
+            cause: match (self.0 >> 30) & 3 {
+                0 => Cause::Call,
+                1 => Cause::Return,
+                2 => Cause::Jump,
+                _ => Cause::Gate(None),
+            },
         }
     }
 }
@@ -213,7 +232,9 @@ impl LoadedVcpu<'_> {
             reason::TRIPLE_FAULT => Exit::TripleFault,
             reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
             reason::NMI_WINDOW => Exit::NmiWindow,
-            reason::TASK_SWITCH => Exit::TaskSwitch,
+            reason::TASK_SWITCH => {
+                TaskSwitchQualification(self.read(f::EXIT_QUALIFICATION)).decode()
+            }
             reason::CPUID => Exit::Cpuid,
             reason::HLT => Exit::Hlt,
             reason::INVD => Exit::Invd,
@@ -438,7 +459,7 @@ impl Loaded for LoadedVcpu<'_> {
     }
 
     fn pass_msrs(&mut self, allowed: impl Fn(Msr, MsrAccess) -> bool) {
-        let switched = self.v.entry.switch_spec_ctrl != 0;
+        let switched = self.v.spec_ctrl.is_switched();
         self.v.msr_bitmap.pass_allowed(allowed, switched);
     }
 
@@ -448,6 +469,10 @@ impl Loaded for LoadedVcpu<'_> {
 
     fn set_tsc(&mut self, tsc: GuestTsc) {
         LoadedVcpu::set_tsc(self, tsc);
+    }
+
+    fn left_at(&mut self) -> Option<u64> {
+        self.follow.get().left_at()
     }
 
     #[inline]
@@ -672,6 +697,7 @@ impl Loaded for LoadedVcpu<'_> {
     #[inline]
     fn prepare(&mut self, preempt: &PreemptOff) {
         self.follow.get().prepare(preempt);
+        self.refresh_spec_ctrl(preempt);
     }
 
     #[inline]

@@ -94,6 +94,8 @@ struct State {
     /// Values last written to the VMCS's host-state fields.
     vmcs_fs_base: u64,
     vmcs_gs_base: u64,
+    /// What the time-stamp counter said when the guest last left a CPU, once somebody wants to know.
+    left_at: Option<u64>,
 }
 
 /// A VMCS and the state that goes on and off a CPU with it.
@@ -123,6 +125,7 @@ impl Loadable {
                 segments: bindings::rkvm_host_segments::default(),
                 vmcs_fs_base: 0,
                 vmcs_gs_base: 0,
+                left_at: None,
             }),
         }
     }
@@ -189,6 +192,21 @@ impl Loadable {
             bindings::rkvm_host_segments_restore(&s.segments);
         }
         s.guest_msrs_loaded = false;
+        if let Some(left_at) = &mut s.left_at {
+            *left_at = msr::rdtsc();
+        }
+    }
+
+    /// What the time-stamp counter said when the guest last left a CPU. None the first time, from which on
+    /// it is noted.
+    pub(crate) fn left_at(&self) -> Option<u64> {
+        self.with(&PreemptOff::new(), |s| match s.left_at {
+            None => {
+                s.left_at = Some(0);
+                None
+            }
+            left_at => left_at.filter(|left_at| *left_at != 0),
+        })
     }
 
     /// The guest's MSRs, as they are now.

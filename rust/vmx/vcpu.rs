@@ -16,6 +16,7 @@ use super::fields::SecondaryControls;
 use super::fields::SegmentFields;
 use super::load::Loadable;
 use super::msr_bitmap::MsrBitmap;
+use super::spec_ctrl::SpecCtrl;
 use super::vmcs::vmread;
 use super::vmcs::vmwrite;
 use super::write_log::WriteLog;
@@ -113,6 +114,8 @@ pub(crate) struct VmxVcpu {
     /// The TLB is flushed before the next entry.
     pub(super) flush_memory: bool,
     pub(super) flush_guest: bool,
+    /// The guest's IA32_SPEC_CTRL.
+    pub(super) spec_ctrl: SpecCtrl,
     /// Which MSRs the guest accesses without an exit.
     pub(super) msr_bitmap: MsrBitmap,
     /// The APIC, if it is in the kernel.
@@ -185,6 +188,7 @@ impl VmxVcpu {
             vpid,
             flush_memory: true,
             flush_guest: true,
+            spec_ctrl: SpecCtrl::new(),
             msr_bitmap: MsrBitmap::new()?,
             apic: apic.map(|pages| VmcsApic::new(pages, vmx.caps.apicv)),
             deadline: None,
@@ -526,7 +530,7 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.follow.get().guest_msrs().lstar,
             Msr::SYSCALL_MASK => self.follow.get().guest_msrs().fmask,
             Msr::TSC_AUX => self.follow.get().guest_msrs().tsc_aux,
-            Msr::SPEC_CTRL => self.v.entry.spec_ctrl,
+            Msr::SPEC_CTRL => self.v.spec_ctrl.value(),
             Msr::PAT => self.v.pat,
             Msr::CSTAR => self.v.cstar,
             Msr::DEBUGCTL => self.read(f::GUEST_DEBUGCTL),
@@ -548,13 +552,7 @@ impl<'a> LoadedVcpu<'a> {
             Msr::LSTAR => self.change_msrs(|m| m.lstar = value),
             Msr::SYSCALL_MASK => self.change_msrs(|m| m.fmask = value),
             Msr::TSC_AUX => self.change_msrs(|m| m.tsc_aux = value),
-            Msr::SPEC_CTRL => {
-                self.v.entry.spec_ctrl = value;
-                // Until the guest first wants any of it, it runs with the host's.
-                if value != 0 {
-                    self.v.entry.switch_spec_ctrl = 1;
-                }
-            }
+            Msr::SPEC_CTRL => return self.set_spec_ctrl(value).is_ok(),
             Msr::PAT => {
                 self.v.pat = value;
                 self.write(f::GUEST_PAT, value);

@@ -5,7 +5,7 @@
 //! It has no state and touches no memory, so that a caller with too few bytes asks again with more.
 //!
 //! Prefixes are taken here. Then a table says what the opcode means: [`one_byte`], [`two_byte`] after 0F, [`three_byte`]
-//! after 0F 38 and 0F 3A. A table is a `match` whose arms are [`row::Row`]s: what the instruction does ([`Op`](
+//! after 0F 38 and 0F 3A, [`vector`] for those of them that move vectors, [`vex`] for those that only VEX has. A table is a `match` whose arms are [`row::Row`]s: what the instruction does ([`Op`](
 //! super::insn::Op)), where its operands are ([`row::Form`]), how wide they are ([`row::Width`]) and what it demands. An arm may look
 //! at prefixes, the mode and, without taking it, the ModRM byte. [`operands`] then takes the bytes that the form asks for.
 //!
@@ -15,10 +15,14 @@
 mod one_byte;
 mod operands;
 mod row;
+mod system;
 mod three_byte;
 mod two_byte;
+mod vector;
+mod vex;
 
 use self::row::Row;
+use self::vex::Vex;
 use super::insn::DecodeError;
 use super::insn::Insn;
 use super::insn::Operand;
@@ -64,6 +68,8 @@ struct Decoder<'a> {
     address_size: u8,
     /// The last byte of the opcode.
     opcode: u8,
+    /// The VEX prefix.
+    vex: Option<Vex>,
 }
 
 impl<'a> Decoder<'a> {
@@ -79,6 +85,7 @@ impl<'a> Decoder<'a> {
             seg: None,
             address_size: mode.address_size(),
             opcode: 0,
+            vex: None,
         }
     }
 
@@ -127,6 +134,11 @@ impl<'a> Decoder<'a> {
         Ok((self.peek()? >> 3) & 7)
     }
 
+    /// For the tables: whether the ModRM byte that follows, a part of the opcode, is this.
+    fn modrm_is(&self, byte: u8) -> Result<bool, DecodeError> {
+        Ok(self.peek()? == byte)
+    }
+
     /// For the tables: whether the ModRM byte that follows selects memory.
     fn memory(&self) -> Result<bool, DecodeError> {
         Ok(self.peek()? >> 6 != 3)
@@ -134,6 +146,9 @@ impl<'a> Decoder<'a> {
 
     /// For the tables: the prefix that is a part of the opcode.
     fn prefix(&self) -> Prefix {
+        if let Some(vex) = self.vex {
+            return vex.prefix;
+        }
         match (self.rep, self.operand_override) {
             (Rep::Repne, _) => Prefix::F2,
             (Rep::Repe, _) => Prefix::F3,
@@ -145,6 +160,11 @@ impl<'a> Decoder<'a> {
     /// For the tables: whether there is a REX.W.
     fn rex_w(&self) -> bool {
         self.rex & REX_W != 0
+    }
+
+    /// For the tables: whether there is a REX.B.
+    fn rex_b(&self) -> bool {
+        self.rex & REX_B != 0
     }
 
     /// Takes the prefixes and the first byte of the opcode.
@@ -190,6 +210,9 @@ impl<'a> Decoder<'a> {
     /// Takes the rest of the opcode and finds its row.
     fn row(&mut self) -> Result<Row, DecodeError> {
         self.opcode = self.prefixes()?;
+        if self.vex_follows()? {
+            return self.vex_row();
+        }
         if self.opcode != 0x0f {
             return one_byte::row(self, self.opcode);
         }
@@ -198,6 +221,10 @@ impl<'a> Decoder<'a> {
             0x38 => {
                 self.opcode = self.byte()?;
                 three_byte::row_38(self, self.opcode)
+            }
+            0x3a => {
+                self.opcode = self.byte()?;
+                three_byte::row_3a(self, self.opcode)
             }
             opcode => two_byte::row(self, opcode),
         }
@@ -221,6 +248,7 @@ impl<'a> Decoder<'a> {
             dst: operands.dst,
             src: operands.src,
             src2: operands.src2,
+            element: operands.element,
             string_seg: self.seg.unwrap_or(SegReg::Ds),
         })
     }

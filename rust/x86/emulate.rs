@@ -20,14 +20,29 @@
 
 mod access;
 mod alu;
+mod arith;
 mod exec;
+mod fpu;
+mod integer;
+mod stack;
 mod string;
+mod system;
+mod vector;
 
 use self::access::Run;
 use self::access::Stop;
+pub use self::fpu::Fpu;
+pub use self::system::interrupt::Event;
+pub use self::system::task::Cause;
+pub use self::system::task::TaskSwitch;
+use self::system::System;
+use super::event::Shadow;
 use super::exception::Fault;
 use super::insn::Insn;
+use super::insn::Size;
 use super::insn::MAX_INSN_LEN;
+use super::io::StringIo;
+use super::msr::Msr;
 use super::paging::GuestMemory;
 use super::paging::Paging;
 use super::paging::PAGE_OFFSET;
@@ -41,10 +56,19 @@ use super::segment::CpuMode;
 use super::segment::SegReg;
 use super::segment::Segment;
 
+/// A descriptor-table register.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TableReg {
+    /// Linear address.
+    pub base: u64,
+    /// Limit in bytes.
+    pub limit: u16,
+}
+
 /// The state of the processor whose instruction is emulated.
 ///
 /// All methods take `&mut self`: a backend reads its control structure when first asked.
-pub trait Cpu {
+pub trait Cpu: Fpu {
     /// The value of a general register.
     fn gpr(&mut self, r: Gpr) -> u64;
     /// Sets a general register.
@@ -69,6 +93,26 @@ pub trait Cpu {
     fn efer(&mut self) -> Efer;
     /// The current privilege level. VMX: the DPL of SS (SDM vol. 3, 26.4.1), but 0 in real and 3 in virtual-8086 mode.
     fn cpl(&mut self) -> u8;
+    /// Sets a segment register. SS brings the privilege level.
+    fn set_segment(&mut self, reg: SegReg, value: &Segment);
+    /// Sets CR3; whoever asked for a task switch sees to the rest of it.
+    fn set_cr3(&mut self, value: Cr3);
+    /// A switch of tasks sets CR0.TS.
+    fn task_switched(&mut self);
+    /// GDTR.
+    fn gdtr(&mut self) -> TableReg;
+    /// Sets GDTR.
+    fn set_gdtr(&mut self, value: TableReg);
+    /// IDTR.
+    fn idtr(&mut self) -> TableReg;
+    /// Sets IDTR.
+    fn set_idtr(&mut self, value: TableReg);
+    /// An MSR that system calls or SWAPGS use. None if it cannot be had.
+    fn msr(&mut self, msr: Msr) -> Option<u64>;
+    /// Sets one of them, which could be read.
+    fn set_msr(&mut self, msr: Msr, value: u64);
+    /// NMIs are taken again.
+    fn unblock_nmi(&mut self);
     /// The width of physical addresses that the guest's CPUID reports.
     fn maxphyaddr(&mut self) -> u8;
     /// Whether the guest's CPUID reports 1 GiB pages.
@@ -107,8 +151,84 @@ pub struct Completion {
     /// Whether RIP is past the instruction. If not, a repeated string instruction has iterations left, or another
     /// processor kept changing what a locked instruction was to change: the guest tries again.
     pub retired: bool,
-    /// Whether RFLAGS.TF was set: a single-step #DB is due. The interrupt shadow, if any, has ended as well.
+    /// Whether RFLAGS.TF was set: a single-step #DB is due.
     pub single_step: bool,
+    /// What holds events back after the instruction; what did before has ended.
+    pub shadow: Shadow,
+}
+
+/// What an instruction does that is neither memory nor a register of the emulator's. Whether the program may was checked as far as the
+/// processor checks before it exits by the instruction; values were not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// MOV to a control register.
+    WriteControl {
+        /// Its number.
+        number: u8,
+        /// The source.
+        from: Gpr,
+    },
+    /// MOV from a control register.
+    ReadControl {
+        /// Its number.
+        number: u8,
+        /// The destination.
+        to: Gpr,
+    },
+    /// CLTS.
+    ClearTaskSwitched,
+    /// LMSW with its operand.
+    LoadMsw(u16),
+    /// MOV to a debug register.
+    WriteDebug {
+        /// Its number.
+        number: u8,
+        /// The source.
+        from: Gpr,
+    },
+    /// MOV from a debug register.
+    ReadDebug {
+        /// Its number.
+        number: u8,
+        /// The destination.
+        to: Gpr,
+    },
+    /// INVLPG at a linear address.
+    InvalidatePage(u64),
+    /// HLT.
+    Halt,
+    /// INVD.
+    InvalidateCaches,
+    /// WBINVD.
+    WriteBackCaches,
+    /// RDMSR.
+    ReadMsr,
+    /// WRMSR.
+    WriteMsr,
+    /// RDTSC.
+    ReadTsc,
+    /// RDPMC.
+    ReadCounter,
+    /// CPUID.
+    Identify,
+    /// XSETBV.
+    WriteXcr,
+    /// IN or OUT, with the accumulator.
+    Port {
+        /// Which port.
+        port: u16,
+        /// One, two or four bytes.
+        size: Size,
+        /// IN.
+        input: bool,
+    },
+    /// INS or OUTS.
+    PortString {
+        /// Which port.
+        port: u16,
+        /// The rest of it.
+        io: StringIo,
+    },
 }
 
 /// What came of a step.
@@ -132,8 +252,17 @@ pub enum Outcome<E> {
         /// How many bytes.
         len: u8,
     },
-    /// The instruction faults: inject this. No register has changed.
+    /// The instruction faults: inject this. No register has changed, but for a task switch, whose new task it is that faults if TR has
+    /// changed.
     Fault(Fault),
+    /// The instruction is for the caller to carry out, as it would after an exit of the processor by that instruction. Nothing has
+    /// changed, RIP is still at it.
+    Service {
+        /// What is to be done.
+        service: Service,
+        /// How long the instruction is.
+        len: u8,
+    },
     /// The instruction is not one that is emulated; [`Emulator::insn_bytes`] tells which it was.
     Unhandled,
     /// The host could not reach guest memory. What devices have answered is kept, if anything: the instruction is in
@@ -335,14 +464,75 @@ impl Emulator {
                 match stop {
                     Stop::Fault(fault) => Outcome::Fault(fault),
                     Stop::Host(e) => Outcome::Host(e),
+                    Stop::Service { service, len } => Outcome::Service { service, len },
                     Stop::Retry => Outcome::Done(Completion {
                         retired: false,
                         single_step: false,
+                        shadow: Shadow::None,
                     }),
                     // The second was handled above.
                     Stop::Unhandled | Stop::Mmio { .. } => Outcome::Unhandled,
                 }
             }
+        }
+    }
+
+    /// Switches tasks, as an exit asks for. The outcome is as that of a step: [`Outcome::Done`] in the new task, or
+    /// [`Outcome::Fault`] in the old one, or in the new one if TR has changed. The rest is for the caller:
+    /// with PAE paging, the four entries that CR3 leads to, and the local breakpoints of DR7, which are the old task's.
+    pub fn switch_task<C: Cpu, M: GuestMemory>(
+        &mut self,
+        cpu: &mut C,
+        memory: &mut M,
+        switch: &TaskSwitch,
+    ) -> Outcome<M::Error> {
+        self.outside(cpu, memory, |system| system.exited_switch(switch))
+    }
+
+    /// Delivers an event as the processor would between two instructions: through the IDT or the table of real mode. RIP is what is
+    /// returned to.
+    pub fn deliver<C: Cpu, M: GuestMemory>(
+        &mut self,
+        cpu: &mut C,
+        memory: &mut M,
+        event: Event,
+    ) -> Outcome<M::Error> {
+        self.outside(cpu, memory, |system| system.deliver_event(event))
+    }
+
+    /// Does what no instruction asks for. It reads and writes no devices.
+    fn outside<C: Cpu, M: GuestMemory>(
+        &mut self,
+        cpu: &mut C,
+        memory: &mut M,
+        act: impl Fn(&mut System<'_, '_, C, M>) -> Result<(), Stop<M::Error>>,
+    ) -> Outcome<M::Error> {
+        self.abort();
+        let mut left = MAX_ITERATIONS;
+        let result = loop {
+            let mut run = Run::new(cpu, memory, self);
+            match act(&mut System::new(&mut run)) {
+                Err(Stop::Retry) if left > 0 => left = left.saturating_sub(1),
+                other => break other,
+            }
+        };
+        let met_device = self.writes.len > 0;
+        self.abort();
+        match result {
+            Ok(()) if met_device => Outcome::Unhandled,
+            Ok(()) => Outcome::Done(Completion {
+                retired: true,
+                single_step: false,
+                shadow: Shadow::None,
+            }),
+            Err(Stop::Fault(fault)) => Outcome::Fault(fault),
+            Err(Stop::Host(e)) => Outcome::Host(e),
+            Err(Stop::Retry) => Outcome::Done(Completion {
+                retired: false,
+                single_step: false,
+                shadow: Shadow::None,
+            }),
+            Err(Stop::Unhandled | Stop::Mmio { .. } | Stop::Service { .. }) => Outcome::Unhandled,
         }
     }
 
@@ -398,6 +588,7 @@ impl Emulator {
                 return Ok(Completion {
                     retired,
                     single_step,
+                    shadow: run.shadow,
                 });
             }
             run.rewind();

@@ -125,6 +125,28 @@ impl Fault {
         }
     }
 
+    /// #TS with an error code.
+    #[inline]
+    #[must_use]
+    pub const fn ts(error: u32) -> Self {
+        Self {
+            vector: Vector::TS,
+            error: Some(error),
+            cr2: None,
+        }
+    }
+
+    /// #NP with an error code.
+    #[inline]
+    #[must_use]
+    pub const fn np(error: u32) -> Self {
+        Self {
+            vector: Vector::NP,
+            error: Some(error),
+            cr2: None,
+        }
+    }
+
     /// #SS with an error code.
     #[inline]
     #[must_use]

@@ -2,6 +2,9 @@
 
 //! What the decoder hands to the emulator: an instruction, taken apart.
 
+pub mod system;
+
+use self::system::SystemOp;
 use super::regs::Gpr;
 use super::segment::SegReg;
 
@@ -106,6 +109,82 @@ pub enum Operand {
     Imm(u64),
     /// A segment register.
     Seg(SegReg),
+    /// An XMM or YMM register, by number.
+    Xmm(u8),
+    /// An MMX register, by number.
+    Mmx(u8),
+}
+
+/// Which instruction set's rules hold for an instruction on vectors, and how many bytes one has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VectorSet {
+    /// MMX: eight bytes, in the registers of the x87.
+    Mmx,
+    /// SSE: sixteen bytes, and what the register has above them stays.
+    Sse,
+    /// AVX with 128 bits: what the register has above them is cleared.
+    Avx128,
+    /// AVX with 256 bits.
+    Avx256,
+}
+
+impl VectorSet {
+    /// The bytes of a vector.
+    #[inline]
+    #[must_use]
+    pub const fn bytes(self) -> u8 {
+        match self {
+            Self::Mmx => 8,
+            Self::Sse | Self::Avx128 => 16,
+            Self::Avx256 => 32,
+        }
+    }
+}
+
+/// The moves of vectors and their parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VectorOp {
+    /// All of a vector.
+    Move {
+        /// Memory has to be aligned to its size.
+        aligned: bool,
+    },
+    /// The lowest bytes, as many as the operand size; in a vector register, the others are cleared.
+    Low,
+    /// The same, and the others are those of `src2`, or stay.
+    Merge,
+    /// Eight bytes, the upper ones of the lower sixteen or the lower ones; the others are those of `src2`, or stay.
+    Half {
+        /// The upper ones.
+        high: bool,
+    },
+    /// An operand of this many bytes, over and over.
+    Broadcast(u8),
+    /// An element is replaced, the others are those of `src2`, or stay.
+    Insert,
+    /// An element.
+    Extract,
+    /// Sixteen bytes are replaced, the others are those of `src2`.
+    Insert128,
+    /// Sixteen bytes.
+    Extract128,
+    /// The bytes of `dst` whose top bit is set in `src`, to memory at rDI.
+    MaskStore,
+}
+
+/// What touches the x87's control and status, but none of its numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum X87Op {
+    /// FLDCW.
+    LoadControl,
+    /// FNSTCW.
+    StoreControl,
+    /// FNSTSW.
+    StoreStatus,
+    /// FNINIT.
+    Init,
+    /// FWAIT.
+    Wait,
 }
 
 /// The repeat prefixes.
@@ -165,6 +244,10 @@ pub enum ShiftOp {
     Rol,
     /// Rotate right.
     Ror,
+    /// Rotate left through CF.
+    Rcl,
+    /// Rotate right through CF.
+    Rcr,
     /// Shift left.
     Shl,
     /// Shift right, filling with zeroes.
@@ -199,6 +282,95 @@ pub enum StringOp {
     Lods,
     /// The accumulator against memory.
     Scas,
+}
+
+/// The flags that instructions of one byte change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlagOp {
+    /// CF is inverted.
+    Cmc,
+    /// CF is cleared.
+    Clc,
+    /// CF is set.
+    Stc,
+    /// DF is cleared.
+    Cld,
+    /// DF is set.
+    Std,
+}
+
+/// The branches that count in RCX.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoopOp {
+    /// Count down, and branch unless it is zero or ZF is set.
+    Loopne,
+    /// Count down, and branch unless it is zero or ZF is clear.
+    Loope,
+    /// Count down, and branch unless it is zero.
+    Loop,
+    /// Branch if the count is zero.
+    Jcxz,
+}
+
+/// Arithmetic of decimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BcdOp {
+    /// Adjust AL after an addition of packed digits.
+    Daa,
+    /// Adjust AL after a subtraction of packed digits.
+    Das,
+    /// Adjust AX after an addition of unpacked digits.
+    Aaa,
+    /// Adjust AX after a subtraction of unpacked digits.
+    Aas,
+    /// Divide AL by the constant: AH is the quotient, AL the remainder.
+    Aam,
+    /// `AL = AL + AH * constant`, AH is cleared.
+    Aad,
+}
+
+/// What is searched or counted in the bits of a number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScanOp {
+    /// The lowest bit set.
+    Bsf,
+    /// The highest bit set.
+    Bsr,
+    /// The zeroes below.
+    Tzcnt,
+    /// The zeroes above.
+    Lzcnt,
+    /// The bits set.
+    Popcnt,
+}
+
+/// The bit manipulation of BMI1 and BMI2: `dst` of `src` and `src2`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BmiOp {
+    /// `!src & src2`.
+    Andn,
+    /// The bits of `src` from where `src2` says, as many as it says.
+    Bextr,
+    /// `src` without the bits from that of number `src2`.
+    Bzhi,
+    /// The low bits of `src` at the places that `src2` has.
+    Pdep,
+    /// The bits of `src` that `src2` has, at the bottom.
+    Pext,
+    /// `src` rotated right.
+    Rorx,
+    /// `src` shifted right, filling with the sign.
+    Sarx,
+    /// `src` shifted left.
+    Shlx,
+    /// `src` shifted right, filling with zeroes.
+    Shrx,
+    /// `src` without its lowest bit.
+    Blsr,
+    /// The bits of `src` up to its lowest.
+    Blsmsk,
+    /// The lowest bit of `src`.
+    Blsi,
 }
 
 /// What an instruction does.
@@ -236,10 +408,59 @@ pub enum Op {
     CmpXchg,
     /// CMPXCHG8B.
     CmpXchg8b,
+    /// CMPXCHG16B.
+    CmpXchg16b,
     /// `dst = dst + src`, and `src` becomes the old `dst`.
     Xadd,
-    /// `dst = dst * src`, signed and cut.
+    /// `dst = dst * src`, signed and cut; with a third operand, `dst = src * src2`.
     Imul,
+    /// `rDX:rAX = rAX * src`.
+    Mul {
+        /// As signed numbers.
+        signed: bool,
+    },
+    /// rAX and rDX are the quotient and the remainder of `rDX:rAX / src`.
+    Div {
+        /// As signed numbers.
+        signed: bool,
+    },
+    /// `dst` shifted by `src2`, with the bits of `src` moving in.
+    DoubleShift {
+        /// Up, not down.
+        left: bool,
+    },
+    /// `dst` with the order of its bytes reversed.
+    ByteSwap,
+    /// `dst` is a property of the bits of `src`.
+    Scan(ScanOp),
+    /// `dst` is the CRC-32C of itself and `src`, which has this size.
+    Crc32(Size),
+    /// `dst = dst + src + CF`, changing CF alone.
+    Adcx,
+    /// `dst = dst + src + OF`, changing OF alone.
+    Adox,
+    /// BMI1 and BMI2.
+    Bmi(BmiOp),
+    /// `dst:src = rDX * src2`, without flags.
+    Mulx,
+    /// rDX is the sign of rAX.
+    SignToRdx,
+    /// AL is a byte of the table at rBX.
+    Xlat,
+    /// AH to flags.
+    Sahf,
+    /// Flags to AH.
+    Lahf,
+    /// A flag changes.
+    Flag(FlagOp),
+    /// AL is the sign of CF.
+    Salc,
+    /// Decimal digits.
+    Bcd(BcdOp),
+    /// #BR unless `dst` is in the bounds at `src`.
+    Bound,
+    /// The privilege level of `dst` is raised to that of `src`.
+    Arpl,
     /// `dst = src` if the condition of this number holds.
     Cmov(u8),
     /// `dst = 1` if the condition of this number holds, else 0.
@@ -248,8 +469,42 @@ pub enum Op {
     Push,
     /// Pop to `dst`.
     Pop,
+    /// Push the general registers.
+    PushAll,
+    /// Pop the general registers, but for rSP.
+    PopAll,
+    /// Push RFLAGS.
+    PushFlags,
+    /// Pop RFLAGS.
+    PopFlags,
+    /// Make a stack frame of `src` bytes, at the nesting level `src2`.
+    Enter,
+    /// Drop the stack frame.
+    Leave,
+    /// Push RIP and branch: relative if `src` is a constant.
+    Call,
+    /// Branch: relative if `src` is a constant.
+    Jump,
+    /// Branch if the condition of this number holds.
+    Branch(u8),
+    /// Branch by RCX.
+    Loop(LoopOp),
+    /// Pop RIP, and drop `src` bytes.
+    Return,
     /// A string instruction.
     String(StringOp),
+    /// What works on segments, tables, privilege or the machine.
+    System(SystemOp),
+    /// Vectors.
+    Vector(VectorOp, VectorSet),
+    /// LDMXCSR.
+    LoadMxcsr(VectorSet),
+    /// STMXCSR.
+    StoreMxcsr(VectorSet),
+    /// The x87.
+    X87(X87Op),
+    /// Nothing: hints, fences and what is reserved for such.
+    Nop,
     /// A cache-line flush or write-back: the address is checked, nothing else is done.
     Flush,
 }
@@ -277,6 +532,8 @@ pub struct Insn {
     pub src: Operand,
     /// The third operand.
     pub src2: Operand,
+    /// Which element, for instructions on vectors.
+    pub element: u8,
     /// For string instructions, the segment of the source.
     pub string_seg: SegReg,
 }

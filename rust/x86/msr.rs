@@ -252,8 +252,8 @@ impl Msr {
             Self::KVM_WALL_CLOCK_OLD | Self::KVM_SYSTEM_TIME_OLD => Class::Paravirtual,
             Self(0x4b56_4d00..=0x4b56_4d08) => Class::Paravirtual,
             Self::PRED_CMD | Self::FLUSH_CMD => Class::Command,
-            _ if mce::is_machine_check(self) => Class::MachineCheck,
             _ if state::is_emulated(self) => Class::Emulated,
+            _ if mce::is_machine_check(self) => Class::MachineCheck,
             _ => Class::Unknown,
         }
     }

@@ -363,6 +363,8 @@ bit_flags! {
     pub struct Dr7(u64) {
         /// The four local and four global breakpoint enables.
         ENABLES = 0xff;
+        /// What a task switch clears: the local enables, and `LE`.
+        LOCAL = 0x155;
         /// Exact local breakpoints.
         LE = 1 << 8;
         /// Exact global breakpoints.

@@ -7,7 +7,7 @@ use crate::guest::{at, usize_of};
 use crate::machine::{set_special_pages, Exit, Machine, Mode};
 use crate::mem::Mapping;
 use crate::sys::{self, Error};
-use crate::vm::Vm;
+use crate::vm::{Cpuid, Vm};
 use crate::{fail, guest_code, Env, Verdict};
 use kvm_bindings as kb;
 use std::cell::Cell;
@@ -55,6 +55,15 @@ impl MsrGuest {
         Self::prepared(env, |_| Ok(()))
     }
 
+    /// As [`MsrGuest::new`]; `change` changes the CPUID.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answered.
+    pub fn with_cpuid(env: &Env, change: impl FnOnce(&mut Cpuid)) -> Result<Self, Error> {
+        Self::made(env, |_| Ok(()), change)
+    }
+
     /// As [`MsrGuest::new`]; `prepare` gets the VM before it has vCPUs.
     ///
     /// # Errors
@@ -64,6 +73,14 @@ impl MsrGuest {
         env: &Env,
         prepare: impl FnOnce(&Vm) -> Result<(), Error>,
     ) -> Result<Self, Error> {
+        Self::made(env, prepare, |_| ())
+    }
+
+    fn made(
+        env: &Env,
+        prepare: impl FnOnce(&Vm) -> Result<(), Error>,
+        change: impl FnOnce(&mut Cpuid),
+    ) -> Result<Self, Error> {
         let mem = Mapping::new(at::SIZE, false)?;
         let kvm = env.open()?;
         let vm = kvm.create_vm()?;
@@ -71,7 +88,9 @@ impl MsrGuest {
         vm.set_memory(0, 0, 0, mem.len() as u64, mem.addr() as u64)?;
         prepare(&vm)?;
         let vcpu = vm.create_vcpu(0)?;
-        vcpu.set_cpuid(&*kvm.supported_cpuid()?)?;
+        let mut cpuid = kvm.supported_cpuid()?;
+        change(&mut cpuid);
+        vcpu.set_cpuid(&cpuid)?;
         let m = Machine { vcpu, vm, kvm, mem };
         m.start(Mode::Long, do_rdmsr())?;
         m.mem.write_bytes(usize_of(WRITER), do_wrmsr());

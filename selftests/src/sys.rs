@@ -124,6 +124,9 @@ ioctls! {
     KVM_IRQFD: WRITE, 0x76, size::<kb::kvm_irqfd>();
     KVM_CREATE_PIT2: WRITE, 0x77, size::<kb::kvm_pit_config>();
     KVM_IOEVENTFD: WRITE, 0x79, size::<kb::kvm_ioeventfd>();
+    KVM_SET_CLOCK: WRITE, 0x7b, size::<kb::kvm_clock_data>();
+    KVM_GET_CLOCK: READ, 0x7c, size::<kb::kvm_clock_data>();
+    KVM_KVMCLOCK_CTRL: 0, 0xad, 0;
     KVM_RUN: 0, 0x80, 0;
     KVM_GET_REGS: READ, 0x81, size::<kb::kvm_regs>();
     KVM_SET_REGS: WRITE, 0x82, size::<kb::kvm_regs>();
@@ -170,6 +173,8 @@ ioctls! {
     KVM_X86_SET_MSR_FILTER: WRITE, 0xc6, size::<kb::kvm_msr_filter>();
     KVM_RESET_DIRTY_RINGS: 0, 0xc7, 0;
     KVM_GET_STATS_FD: 0, 0xce, 0;
+    KVM_GET_SREGS2: READ, 0xcc, size::<kb::kvm_sregs2>();
+    KVM_SET_SREGS2: WRITE, 0xcd, size::<kb::kvm_sregs2>();
     KVM_PRE_FAULT_MEMORY: READ | WRITE, 0xd5, size::<crate::vm::PreFault>();
 }
 

@@ -88,6 +88,13 @@ impl Scale {
         if self.is_unity() {
             return host;
         }
+        self.multiply(host)
+    }
+
+    // Out of the way of those that do not.
+    #[cold]
+    #[inline(never)]
+    const fn multiply(self, host: u64) -> u64 {
         ((host as u128 * self.multiplier as u128) >> FRACTION) as u64
     }
 
@@ -99,16 +106,24 @@ impl Scale {
         if self.is_unity() {
             return guest;
         }
+        self.divide(guest)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn divide(self, guest: u64) -> u64 {
         mul_div(guest, self.host_khz, self.guest_khz).saturating_add(1)
     }
 
     /// How many nanoseconds so many ticks of the guest's take.
+    #[inline(never)]
     #[must_use]
     pub fn guest_ticks_to_ns(self, ticks: u64) -> u64 {
         mul_div(ticks, NS_PER_MS as u32, self.guest_khz)
     }
 
     /// How many ticks of the host's so many nanoseconds take.
+    #[inline(never)]
     #[must_use]
     pub fn ns_to_host_ticks(self, ns: u64) -> u64 {
         mul_div(ns, self.host_khz, NS_PER_MS as u32)

@@ -3,14 +3,19 @@
 //! The opcodes of one byte (SDM vol. 2, table A-2).
 
 use super::super::insn::AluOp;
+use super::super::insn::BcdOp;
 use super::super::insn::DecodeError;
+use super::super::insn::FlagOp;
+use super::super::insn::LoopOp;
 use super::super::insn::Op;
 use super::super::insn::ShiftOp;
 use super::super::insn::Size;
 use super::super::insn::StringOp;
+use super::super::insn::X87Op;
 use super::row::Form;
 use super::row::Row;
 use super::row::Width;
+use super::system;
 use super::Decoder;
 
 /// The row of an opcode. 0F, prefixes and VEX do not come here.
@@ -21,13 +26,25 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
             let op = AluOp::from_number(opcode >> 3);
             six_forms(Op::Alu(op), opcode).lockable_if(op != AluOp::Cmp && opcode & 7 < 2)
         }
-        // PUSH and POP of segments and the decimal adjustments, gone from 64-bit mode.
+        0x07 | 0x17 | 0x1f => return system::one_byte(d, opcode),
+        // Gone from 64-bit mode: PUSH and POP of segments, the decimal adjustments.
+        0x06 | 0x0e | 0x16 | 0x1e => {
+            return d.legacy(Ok(Row::new(Op::Push, Form::SegSource, Width::Stack)))
+        }
+        0x27 => return d.legacy(Ok(bcd(BcdOp::Daa))),
+        0x2f => return d.legacy(Ok(bcd(BcdOp::Das))),
+        0x37 => return d.legacy(Ok(bcd(BcdOp::Aaa))),
+        0x3f => return d.legacy(Ok(bcd(BcdOp::Aas))),
         0x00..=0x3f => return d.legacy(Err(DecodeError::Unsupported)),
         // In 64-bit mode these are REX prefixes.
         0x40..=0x47 => Row::new(Op::Inc, Form::Low, Width::Full),
         0x48..=0x4f => Row::new(Op::Dec, Form::Low, Width::Full),
         0x50..=0x57 => Row::new(Op::Push, Form::LowSource, Width::Stack),
         0x58..=0x5f => Row::new(Op::Pop, Form::Low, Width::Stack),
+        0x60 => return d.legacy(Ok(Row::new(Op::PushAll, Form::None, Width::Full))),
+        0x61 => return d.legacy(Ok(Row::new(Op::PopAll, Form::None, Width::Full))),
+        // With a register it is EVEX, as in 64-bit mode.
+        0x62 if !d.long() && d.memory()? => Row::new(Op::Bound, Form::RegRm, Width::Full),
         0x63 if d.long() => {
             // With a 16-bit operand size the source has 16 bits too: nothing is extended.
             let from = match d.full_size() {
@@ -36,8 +53,13 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
             };
             Row::new(Op::MovSx(from), Form::RegRmOf(from), Width::Full)
         }
+        0x63 if d.mode.is_8086() => return Err(DecodeError::Invalid),
+        0x63 => Row::new(Op::Arpl, Form::RmReg, Width::Fixed(Size::Word)),
         0x68 => Row::new(Op::Push, Form::Imm, Width::Stack),
+        0x69 => Row::new(Op::Imul, Form::RegRmImm, Width::Full),
         0x6a => Row::new(Op::Push, Form::Imm8, Width::Stack),
+        0x6b => Row::new(Op::Imul, Form::RegRmImm8, Width::Full),
+        0x70..=0x7f => Row::new(Op::Branch(opcode & 15), Form::Near8, Width::Near),
         0x80..=0x83 => return group1(d, opcode),
         0x84 | 0x85 => Row::new(Op::Test, Form::RmReg, width),
         0x86 | 0x87 => Row::new(Op::Xchg, Form::RmReg, width).lockable(),
@@ -49,6 +71,22 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         0x8d => Row::new(Op::Lea, Form::RegRm, Width::Full).memory(),
         // The other extensions are XOP, of AMD.
         0x8f if d.ext()? == 0 => Row::new(Op::Pop, Form::Rm, Width::Stack),
+        0x90 if !d.rex_b() => Row::new(Op::Nop, Form::None, Width::Full),
+        0x90..=0x97 => Row::new(Op::Xchg, Form::LowAcc, Width::Full),
+        0x98 => {
+            let half = match d.full_size() {
+                Size::Byte | Size::Word => Size::Byte,
+                Size::Dword => Size::Word,
+                Size::Qword => Size::Dword,
+            };
+            Row::new(Op::MovSx(half), Form::AccAcc, Width::Full)
+        }
+        0x99 => Row::new(Op::SignToRdx, Form::None, Width::Full),
+        0x9b => Row::new(Op::X87(X87Op::Wait), Form::None, Width::Byte),
+        0x9c => Row::new(Op::PushFlags, Form::None, Width::Stack),
+        0x9d => Row::new(Op::PopFlags, Form::None, Width::Stack),
+        0x9e => Row::new(Op::Sahf, Form::None, Width::Byte),
+        0x9f => Row::new(Op::Lahf, Form::None, Width::Byte),
         0xa0 | 0xa1 => Row::new(Op::Mov, Form::AccOffset, width),
         0xa2 | 0xa3 => Row::new(Op::Mov, Form::OffsetAcc, width),
         0xa4 | 0xa5 => Row::new(Op::String(StringOp::Movs), Form::None, width),
@@ -61,14 +99,35 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         // The one instruction with eight bytes of immediate.
         0xb8..=0xbf => Row::new(Op::Mov, Form::LowImm, Width::Full),
         0xc0 | 0xc1 => return group2(d, opcode, Form::RmCount),
+        0xc2 => Row::new(Op::Return, Form::Imm16, Width::Near),
+        0xc3 => Row::new(Op::Return, Form::None, Width::Near),
         // The other extensions are XABORT and XBEGIN, or nothing.
         0xc6 | 0xc7 if d.ext()? == 0 => Row::new(Op::Mov, Form::RmImm, width),
+        0xc8 => Row::new(Op::Enter, Form::Imm16Count, Width::Stack),
+        0xc9 => Row::new(Op::Leave, Form::None, Width::Stack),
         0xd0 | 0xd1 => return group2(d, opcode, Form::RmOne),
         0xd2 | 0xd3 => return group2(d, opcode, Form::RmCl),
+        0xd4 => return d.legacy(Ok(Row::new(Op::Bcd(BcdOp::Aam), Form::Count, Width::Byte))),
+        0xd5 => return d.legacy(Ok(Row::new(Op::Bcd(BcdOp::Aad), Form::Count, Width::Byte))),
+        0xd6 => return d.legacy(Ok(Row::new(Op::Salc, Form::None, Width::Byte))),
+        0xd7 => Row::new(Op::Xlat, Form::None, Width::Byte),
+        0xd9 | 0xdb | 0xdd | 0xdf => return x87(d, opcode),
+        0xe0 => Row::new(Op::Loop(LoopOp::Loopne), Form::Near8, Width::Near),
+        0xe1 => Row::new(Op::Loop(LoopOp::Loope), Form::Near8, Width::Near),
+        0xe2 => Row::new(Op::Loop(LoopOp::Loop), Form::Near8, Width::Near),
+        0xe3 => Row::new(Op::Loop(LoopOp::Jcxz), Form::Near8, Width::Near),
+        0xe8 => Row::new(Op::Call, Form::Near, Width::Near),
+        0xe9 => Row::new(Op::Jump, Form::Near, Width::Near),
+        0xeb => Row::new(Op::Jump, Form::Near8, Width::Near),
+        0xf5 => flag(FlagOp::Cmc),
         0xf6 | 0xf7 => return group3(d, opcode),
+        0xf8 => flag(FlagOp::Clc),
+        0xf9 => flag(FlagOp::Stc),
+        0xfc => flag(FlagOp::Cld),
+        0xfd => flag(FlagOp::Std),
         0xfe => return group4(d),
         0xff => return group5(d),
-        _ => return Err(DecodeError::Unsupported),
+        _ => return system::one_byte(d, opcode),
     })
 }
 
@@ -80,6 +139,27 @@ fn six_forms(op: Op, opcode: u8) -> Row {
         _ => Form::AccImm,
     };
     Row::new(op, form, Width::of(opcode))
+}
+
+const fn bcd(op: BcdOp) -> Row {
+    Row::new(Op::Bcd(op), Form::None, Width::Byte)
+}
+
+/// The x87's instructions that move none of its numbers.
+fn x87(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
+    let row = |op, form| Row::new(Op::X87(op), form, Width::Fixed(Size::Word));
+    Ok(match (opcode, d.memory()?, d.ext()?, d.peek()?) {
+        (0xd9, true, 5, _) => row(X87Op::LoadControl, Form::Source),
+        (0xd9, true, 7, _) => row(X87Op::StoreControl, Form::Rm),
+        (0xdb, false, _, 0xe3) => row(X87Op::Init, Form::Source),
+        (0xdd, true, 7, _) => row(X87Op::StoreStatus, Form::Rm),
+        (0xdf, false, _, 0xe0) => row(X87Op::StoreStatus, Form::AccModRm),
+        _ => return Err(DecodeError::Unsupported),
+    })
+}
+
+const fn flag(op: FlagOp) -> Row {
+    Row::new(Op::Flag(op), Form::None, Width::Byte)
 }
 
 fn group1(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
@@ -99,10 +179,11 @@ fn group2(d: &Decoder<'_>, opcode: u8, form: Form) -> Result<Row, DecodeError> {
     let op = match d.ext()? {
         0 => ShiftOp::Rol,
         1 => ShiftOp::Ror,
+        2 => ShiftOp::Rcl,
+        3 => ShiftOp::Rcr,
         4 | 6 => ShiftOp::Shl,
         5 => ShiftOp::Shr,
-        7 => ShiftOp::Sar,
-        _ => return Err(DecodeError::Unsupported),
+        _ => ShiftOp::Sar,
     };
     Ok(Row::new(Op::Shift(op), form, Width::of(opcode)))
 }
@@ -113,7 +194,10 @@ fn group3(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         0 | 1 => Row::new(Op::Test, Form::RmImm, width),
         2 => Row::new(Op::Not, Form::Rm, width).lockable(),
         3 => Row::new(Op::Neg, Form::Rm, width).lockable(),
-        _ => return Err(DecodeError::Unsupported),
+        4 => Row::new(Op::Mul { signed: false }, Form::Source, width),
+        5 => Row::new(Op::Mul { signed: true }, Form::Source, width),
+        6 => Row::new(Op::Div { signed: false }, Form::Source, width),
+        _ => Row::new(Op::Div { signed: true }, Form::Source, width),
     })
 }
 
@@ -129,9 +213,11 @@ fn group5(d: &Decoder<'_>) -> Result<Row, DecodeError> {
     Ok(match d.ext()? {
         0 => Row::new(Op::Inc, Form::Rm, Width::Full).lockable(),
         1 => Row::new(Op::Dec, Form::Rm, Width::Full).lockable(),
+        2 => Row::new(Op::Call, Form::Source, Width::Near),
+        4 => Row::new(Op::Jump, Form::Source, Width::Near),
         6 => Row::new(Op::Push, Form::Source, Width::Stack),
         7 => return Err(DecodeError::Invalid),
-        // CALL and JMP, near and far.
+        3 | 5 => return system::one_byte(d, 0xff),
         _ => return Err(DecodeError::Unsupported),
     })
 }

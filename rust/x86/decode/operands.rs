@@ -4,8 +4,10 @@
 
 use super::super::insn::DecodeError;
 use super::super::insn::MemRef;
+use super::super::insn::Op;
 use super::super::insn::Operand;
 use super::super::insn::Size;
+use super::super::insn::VectorSet;
 use super::super::regs::Gpr;
 use super::super::segment::SegReg;
 use super::row::Form;
@@ -24,6 +26,7 @@ pub(super) struct Operands {
     pub(super) dst: Operand,
     pub(super) src: Operand,
     pub(super) src2: Operand,
+    pub(super) element: u8,
 }
 
 const RAX: Operand = Operand::Reg(Gpr::Rax);
@@ -84,6 +87,10 @@ impl Decoder<'_> {
                 (true, Size::Dword) => Size::Qword,
                 (_, size) => size,
             },
+            Width::Port => match self.full_size() {
+                Size::Word => Size::Word,
+                _ => Size::Dword,
+            },
             Width::Fixed(size) => size,
         }
     }
@@ -109,14 +116,61 @@ impl Decoder<'_> {
         }
     }
 
+    /// What the ModRM byte selects, a general register being a whole one.
+    fn rm_general(&self, m: ModRm) -> Operand {
+        self.rm_operand(m, Size::Qword)
+    }
+
+    fn rm_vector(&self, row: &Row, m: ModRm) -> Operand {
+        match m.rm {
+            Rm::Reg(number) => self.vector(row, number),
+            Rm::Mem(mem) => Operand::Mem(mem),
+        }
+    }
+
+    /// The vector register with this number. The eight MMX registers have no more for REX to reach.
+    fn vector(&self, row: &Row, number: u8) -> Operand {
+        match row.op {
+            Op::Vector(_, VectorSet::Mmx) => Operand::Mmx(number & 7),
+            _ => Operand::Xmm(number & 15),
+        }
+    }
+
+    /// The general register in VEX.vvvv.
+    fn third_register(&self) -> Operand {
+        Operand::Reg(Gpr::from_number(self.vex_register()))
+    }
+
+    /// The vector register in VEX.vvvv, if there is a VEX prefix.
+    fn third_vector(&self) -> Operand {
+        match self.vex {
+            Some(_) => Operand::Xmm(self.vex_register()),
+            None => Operand::None,
+        }
+    }
+
+    fn vex_register(&self) -> u8 {
+        let number = self.vex.map_or(0, |vex| vex.register);
+        if self.mode.is_64bit() {
+            number & 15
+        } else {
+            number & 7
+        }
+    }
+
     /// Takes the bytes that a row's form asks for.
     pub(super) fn operands(&mut self, row: &Row, size: Size) -> Result<Operands, DecodeError> {
         let none = Operand::None;
         let mut src2 = Operand::None;
+        let mut element = 0;
         let (dst, src) = match row.form {
             Form::None => (none, none),
             Form::Rm => (self.rm(row, size)?, none),
             Form::Source => (none, self.rm(row, size)?),
+            Form::AccModRm => {
+                self.modrm(row.only)?;
+                (RAX, none)
+            }
             Form::RmReg => {
                 let m = self.modrm(row.only)?;
                 (self.rm_operand(m, size), self.register(m.reg, size))
@@ -149,6 +203,25 @@ impl Decoder<'_> {
                 let m = self.modrm(row.only)?;
                 (self.rm_operand(m, size), segment_register(m.ext)?)
             }
+            Form::SegRm => {
+                let m = self.modrm(row.only)?;
+                (segment_register(m.ext)?, self.rm_operand(m, size))
+            }
+            Form::FarPointer => {
+                let offset = self.number(size.bytes())?;
+                let selector = self.number(2)?;
+                (Operand::Imm(selector), Operand::Imm(offset))
+            }
+            Form::ImmByte => (none, Operand::Imm(self.number(1)?)),
+            Form::GprNumber => {
+                let (number, gpr) = self.number_and_gpr()?;
+                (gpr, number)
+            }
+            Form::NumberGpr => self.number_and_gpr()?,
+            Form::Skip => {
+                self.number(1)?;
+                (none, none)
+            }
             Form::RegRmImm => {
                 let m = self.modrm(row.only)?;
                 let rm = self.rm_operand(m, size);
@@ -171,6 +244,7 @@ impl Decoder<'_> {
                 src2 = Operand::Reg(Gpr::Rcx);
                 (self.rm_operand(m, size), self.register(m.reg, size))
             }
+            Form::AccAcc => (RAX, RAX),
             Form::LowAcc => (self.low_register(size), RAX),
             Form::Count => (none, Operand::Imm(self.number(1)?)),
             Form::Imm16 => (none, Operand::Imm(self.number(2)?)),
@@ -181,14 +255,85 @@ impl Decoder<'_> {
             }
             Form::Near8 => (none, self.immediate(Size::Byte)?),
             Form::Near => (none, self.immediate(size)?),
+            Form::RegRmCount => {
+                let m = self.modrm(row.only)?;
+                src2 = Operand::Imm(self.number(1)?);
+                (self.register(m.reg, size), self.rm_operand(m, size))
+            }
+            Form::RegVRm => {
+                let m = self.modrm(row.only)?;
+                src2 = self.rm_operand(m, size);
+                (self.register(m.reg, size), self.third_register())
+            }
+            Form::RegRmV => {
+                let m = self.modrm(row.only)?;
+                src2 = self.third_register();
+                (self.register(m.reg, size), self.rm_operand(m, size))
+            }
+            Form::VRm => (self.third_register(), self.rm(row, size)?),
+            Form::VecRm => {
+                let m = self.modrm(row.only)?;
+                (self.vector(row, m.reg), self.rm_vector(row, m))
+            }
+            Form::RmVec => {
+                let m = self.modrm(row.only)?;
+                (self.rm_vector(row, m), self.vector(row, m.reg))
+            }
+            Form::VecGpr => {
+                let m = self.modrm(row.only)?;
+                (self.vector(row, m.reg), self.rm_general(m))
+            }
+            Form::GprVec => {
+                let m = self.modrm(row.only)?;
+                (self.rm_general(m), self.vector(row, m.reg))
+            }
+            Form::VecGprElement => {
+                let m = self.modrm(row.only)?;
+                element = self.byte()?;
+                (self.vector(row, m.reg), self.rm_general(m))
+            }
+            Form::GprVecElement => {
+                let m = self.modrm(row.only)?;
+                element = self.byte()?;
+                (self.rm_general(m), self.vector(row, m.reg))
+            }
+            Form::VecRmElement => {
+                let m = self.modrm(row.only)?;
+                element = self.byte()?;
+                (self.vector(row, m.reg), self.rm_vector(row, m))
+            }
+            Form::RmVecElement => {
+                let m = self.modrm(row.only)?;
+                element = self.byte()?;
+                (self.rm_vector(row, m), self.vector(row, m.reg))
+            }
             Form::SegSource => (none, segment_register((self.opcode >> 3) & 7)?),
         };
-        Ok(Operands { dst, src, src2 })
+        if row.third {
+            src2 = self.third_vector();
+        }
+        Ok(Operands {
+            dst,
+            src,
+            src2,
+            element,
+        })
     }
 
     fn rm(&mut self, row: &Row, size: Size) -> Result<Operand, DecodeError> {
         let m = self.modrm(row.only)?;
         Ok(self.rm_operand(m, size))
+    }
+
+    /// The number of a control or debug register and a general register: whatever the mode bits of the ModRM byte say.
+    fn number_and_gpr(&mut self) -> Result<(Operand, Operand), DecodeError> {
+        let byte = self.number(1)? as u8;
+        let number = byte >> 3 & 7 | if self.rex & REX_R != 0 { 8 } else { 0 };
+        let gpr = byte & 7 | if self.rex & REX_B != 0 { 8 } else { 0 };
+        Ok((
+            Operand::Imm(number.into()),
+            Operand::Reg(Gpr::from_number(gpr)),
+        ))
     }
 
     /// An absolute address, as wide as addresses are.
@@ -206,7 +351,12 @@ impl Decoder<'_> {
 
     fn modrm(&mut self, only: Only) -> Result<ModRm, DecodeError> {
         let byte = self.byte()?;
-        if only == Only::Memory && byte >> 6 == 3 {
+        let refused = match only {
+            Only::Any => false,
+            Only::Memory => byte >> 6 == 3,
+            Only::Register => byte >> 6 != 3,
+        };
+        if refused {
             return Err(DecodeError::Invalid);
         }
         let ext = (byte >> 3) & 7;

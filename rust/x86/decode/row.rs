@@ -15,6 +15,8 @@ pub(super) struct Row {
     pub(super) lockable: bool,
     /// Which kind of operand the ModRM byte has to give.
     pub(super) only: Only,
+    /// VEX has a third operand, which other forms do without.
+    pub(super) third: bool,
 }
 
 impl Row {
@@ -25,6 +27,7 @@ impl Row {
             width,
             lockable: false,
             only: Only::Any,
+            third: false,
         }
     }
 
@@ -34,9 +37,21 @@ impl Row {
         self
     }
 
+    /// The same, with a vector register in VEX.vvvv as third operand.
+    pub(super) const fn third(mut self) -> Self {
+        self.third = true;
+        self
+    }
+
     /// The same, with LOCK allowed if `yes`.
     pub(super) const fn lockable_if(mut self, yes: bool) -> Self {
         self.lockable = yes;
+        self
+    }
+
+    /// The same, for a register operand only.
+    pub(super) const fn register(mut self) -> Self {
+        self.only = Only::Register;
         self
     }
 
@@ -54,6 +69,8 @@ pub(super) enum Only {
     Any,
     /// Memory: a register is #UD.
     Memory,
+    /// A register: memory is #UD.
+    Register,
 }
 
 /// The size of an instruction's operands.
@@ -69,6 +86,8 @@ pub(super) enum Width {
     Near,
     /// That of the stack: as `Full`, but there are no four bytes in 64-bit code.
     Stack,
+    /// Two or four bytes, by prefixes and mode but for REX.W.
+    Port,
     /// Always the same.
     Fixed(Size),
 }
@@ -87,7 +106,7 @@ impl Width {
 /// Where the operands are: the destination, then the sources.
 ///
 /// `Rm` is what the ModRM byte selects, `Reg` its other register, `Low` the register in the low bits of the opcode, `Acc`
-/// the accumulator.
+/// the accumulator, `V` the register in VEX.vvvv, `Vec` a vector register in the place of `Reg`.
 #[derive(Clone, Copy)]
 pub(super) enum Form {
     /// There are none, or none that is encoded.
@@ -96,6 +115,8 @@ pub(super) enum Form {
     Rm,
     /// A source.
     Source,
+    /// The accumulator, after a ModRM byte that is a part of the opcode.
+    AccModRm,
     /// A register to memory or a register.
     RmReg,
     /// Memory or a register to a register.
@@ -130,6 +151,18 @@ pub(super) enum Form {
     OffsetAcc,
     /// A segment register to memory or a register.
     RmSeg,
+    /// Memory or a register to a segment register.
+    SegRm,
+    /// The selector and the offset of a far pointer.
+    FarPointer,
+    /// A constant of one byte as source, unsigned.
+    ImmByte,
+    /// A control or debug register, by number, to a register.
+    GprNumber,
+    /// A register to a control or debug register.
+    NumberGpr,
+    /// There are none: the ModRM byte is a part of the opcode.
+    Skip,
     /// Memory or a register, and a constant of the operand size, to a register.
     RegRmImm,
     /// The same with a constant of one byte, sign-extended.
@@ -138,6 +171,8 @@ pub(super) enum Form {
     RmRegCount,
     /// A register and CL to memory or a register.
     RmRegCl,
+    /// The accumulator as both.
+    AccAcc,
     /// A register in the opcode and the accumulator.
     LowAcc,
     /// A constant of one byte as source, unsigned.
@@ -152,4 +187,28 @@ pub(super) enum Form {
     Near,
     /// A segment register as source, by the bits of the opcode that PUSH and POP have it in.
     SegSource,
+    /// Memory or a register, and a constant of one byte, to a register.
+    RegRmCount,
+    /// Two registers, one of them `V`, to a third.
+    RegVRm,
+    /// The same, with `V` as the last.
+    RegRmV,
+    /// Memory or a register to `V`.
+    VRm,
+    /// Memory or a vector to a vector.
+    VecRm,
+    /// A vector to memory or a vector.
+    RmVec,
+    /// Memory or a general register to a vector.
+    VecGpr,
+    /// A vector to memory or a general register.
+    GprVec,
+    /// Memory or a general register to an element of a vector.
+    VecGprElement,
+    /// An element of a vector to memory or a general register.
+    GprVecElement,
+    /// Memory or a vector to a part of a vector.
+    VecRmElement,
+    /// A part of a vector to memory or a vector.
+    RmVecElement,
 }

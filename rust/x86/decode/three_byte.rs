@@ -4,9 +4,11 @@
 
 use super::super::insn::DecodeError;
 use super::super::insn::Op;
+use super::super::insn::Size;
 use super::row::Form;
 use super::row::Row;
 use super::row::Width;
+use super::vector;
 use super::Decoder;
 use super::Prefix;
 
@@ -19,6 +21,22 @@ pub(super) fn row_38(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         (0xf1, Prefix::None | Prefix::P66) => {
             Row::new(Op::MovBe, Form::RmReg, Width::Full).memory()
         }
-        _ => return Err(DecodeError::Unsupported),
+        (0xf0, Prefix::F2) => Row::new(
+            Op::Crc32(Size::Byte),
+            Form::RegRmOf(Size::Byte),
+            Width::Wide,
+        ),
+        (0xf1, Prefix::F2) => {
+            let from = d.full_size();
+            Row::new(Op::Crc32(from), Form::RegRmOf(from), Width::Wide)
+        }
+        (0xf6, Prefix::P66) => Row::new(Op::Adcx, Form::RegRm, Width::Wide),
+        (0xf6, Prefix::F3) => Row::new(Op::Adox, Form::RegRm, Width::Wide),
+        _ => return vector::row_38(d, opcode),
     })
+}
+
+/// The row of an opcode after 0F 3A.
+pub(super) fn row_3a(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
+    vector::row_3a(d, opcode)
 }

@@ -6,6 +6,7 @@
 //! are put down and made by [`Run::commit`] when nothing can stop the instruction any more.
 
 use super::super::decode::decode;
+use super::super::event::Shadow;
 use super::super::exception::Fault;
 use super::super::insn::DecodeError;
 use super::super::insn::Insn;
@@ -33,6 +34,8 @@ use super::super::segment::Segment;
 use super::Cpu;
 use super::Emulator;
 use super::Mmio;
+use super::Service;
+use super::MAX_MMIO;
 use super::PAGE_MASK;
 
 /// Why a run did not reach its end.
@@ -48,6 +51,13 @@ pub(super) enum Stop<E> {
     },
     /// The instruction is not one that is emulated.
     Unhandled,
+    /// The rest is not for the emulator.
+    Service {
+        /// What it is.
+        service: Service,
+        /// How long the instruction is.
+        len: u8,
+    },
     /// Another processor interfered: run it again.
     Retry,
     /// The host could not reach guest memory.
@@ -62,18 +72,23 @@ impl<E> From<Fault> for Stop<E> {
 
 /// A part of a memory operand inside one page.
 #[derive(Clone, Copy, Default)]
-struct Part {
-    gpa: u64,
-    len: u8,
+pub(super) struct Part {
+    pub(super) gpa: u64,
+    pub(super) len: u8,
 }
 
 /// A translated memory operand of up to eight bytes: one part, or two if it crosses a page. The second is empty otherwise.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Target {
-    parts: [Part; 2],
+    pub(super) parts: [Part; 2],
 }
 
 impl Target {
+    fn is_empty(&self) -> bool {
+        let [first, _] = self.parts;
+        first.len == 0
+    }
+
     /// Whether the operand is one aligned piece, as atomic operations need.
     fn is_atomic(&self) -> bool {
         let [first, second] = self.parts;
@@ -81,6 +96,12 @@ impl Target {
             && first.len.is_power_of_two()
             && first.gpa & u64::from(first.len).wrapping_sub(1) == 0
     }
+}
+
+/// A translated memory operand of up to 32 bytes: pieces of eight, those at the end perhaps shorter or empty.
+#[derive(Clone, Copy, Default)]
+pub(super) struct WideTarget {
+    pieces: [Target; 4],
 }
 
 /// A write to memory that is put down.
@@ -99,14 +120,16 @@ const MAX_REGISTERS: usize = 8;
 const MAX_STORES: usize = 8;
 
 pub(super) struct Run<'a, C, M> {
-    cpu: &'a mut C,
+    pub(super) cpu: &'a mut C,
     memory: &'a mut M,
-    emulator: &'a mut Emulator,
-    mode: CpuMode,
-    paging: Paging,
-    cpl: u8,
-    rip: u64,
-    flags: Rflags,
+    pub(super) emulator: &'a mut Emulator,
+    pub(super) mode: CpuMode,
+    pub(super) paging: Paging,
+    pub(super) cpl: u8,
+    pub(super) rip: u64,
+    pub(super) flags: Rflags,
+    /// What holds events back after the instruction.
+    pub(super) shadow: Shadow,
     /// How many of the device reads that are known this run has used.
     reads_used: usize,
     registers: [(Operand, Size, u64); MAX_REGISTERS],
@@ -131,6 +154,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             cpl: cpu.cpl(),
             rip: cpu.rip(),
             flags: paging.rflags,
+            shadow: Shadow::None,
             cpu,
             memory,
             emulator,
@@ -343,7 +367,11 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         Ok(linearize(self.mode, la57, seg, segment, offset, len, kind)?)
     }
 
-    fn translate(&mut self, linear: u64, access: PageAccess) -> Result<u64, Stop<M::Error>> {
+    pub(super) fn translate(
+        &mut self,
+        linear: u64,
+        access: PageAccess,
+    ) -> Result<u64, Stop<M::Error>> {
         if let Some(hint) = self.emulator.hint {
             let allowed = match access.kind {
                 AccessKind::Read => true,
@@ -392,6 +420,16 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         self.rip.wrapping_add(u64::from(insn.len)) & self.mode.linear_mask()
     }
 
+    /// #AC for an access that is not aligned to its length, where that is checked.
+    fn check_alignment(&self, linear: u64, len: u8) -> Result<(), Stop<M::Error>> {
+        let misaligned = linear & u64::from(len).wrapping_sub(1) != 0;
+        if misaligned && self.cpl == 3 && self.flags.has(Rflags::AC) && self.paging.cr0.has(Cr0::AM)
+        {
+            return Err(Fault::ac().into());
+        }
+        Ok(())
+    }
+
     /// Checks and translates an access to `size` bytes at an offset of a segment.
     pub(super) fn target(
         &mut self,
@@ -402,11 +440,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     ) -> Result<Target, Stop<M::Error>> {
         let len = size.bytes();
         let linear = self.linear(seg, offset, len, kind)?;
-        let misaligned = linear & u64::from(len).wrapping_sub(1) != 0;
-        if misaligned && self.cpl == 3 && self.flags.has(Rflags::AC) && self.paging.cr0.has(Cr0::AM)
-        {
-            return Err(Fault::ac().into());
-        }
+        self.check_alignment(linear, len)?;
         let access = PageAccess::explicit(kind, self.cpl);
         let gpa = self.translate(linear, access)?;
         let room = PAGE_SIZE.wrapping_sub(linear & PAGE_OFFSET);
@@ -463,6 +497,10 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             // The tables changed under the instruction: what was read from elsewhere is of no use.
             self.emulator.reads.truncate(i);
         }
+        if i >= MAX_MMIO {
+            // More than can be remembered: it would be asked for ever.
+            return Err(Stop::Unhandled);
+        }
         Err(Stop::Mmio {
             gpa: part.gpa,
             len: part.len,
@@ -500,6 +538,62 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         Ok(())
     }
 
+    /// Checks and translates an access to `len` bytes, 1 to 32, as a whole. With `align`, #GP(0) if it is not aligned so.
+    pub(super) fn wide_target(
+        &mut self,
+        seg: SegReg,
+        offset: u64,
+        len: u8,
+        align: Option<u8>,
+        kind: AccessKind,
+    ) -> Result<WideTarget, Stop<M::Error>> {
+        let linear = self.linear(seg, offset, len, kind)?;
+        if align.is_some_and(|align| linear & u64::from(align).wrapping_sub(1) != 0) {
+            return Err(Fault::gp(0).into());
+        }
+        self.check_alignment(linear, len)?;
+        let mut wide = WideTarget::default();
+        let mut done = 0;
+        for slot in &mut wide.pieces {
+            let left = len.saturating_sub(done);
+            let size = match left {
+                0 => break,
+                1 => Size::Byte,
+                2..=3 => Size::Word,
+                4..=7 => Size::Dword,
+                _ => Size::Qword,
+            };
+            *slot = self.target(seg, offset.wrapping_add(done.into()), size, kind)?;
+            done = done.wrapping_add(size.bytes());
+        }
+        Ok(wide)
+    }
+
+    /// Reads a translated wide operand.
+    pub(super) fn load_wide(&mut self, wide: &WideTarget) -> Result<[u64; 4], Stop<M::Error>> {
+        let mut value = [0; 4];
+        for (slot, piece) in value.iter_mut().zip(&wide.pieces) {
+            if !piece.is_empty() {
+                *slot = self.load(piece)?;
+            }
+        }
+        Ok(value)
+    }
+
+    /// Puts down a write of a wide operand.
+    pub(super) fn store_wide(
+        &mut self,
+        wide: &WideTarget,
+        value: [u64; 4],
+    ) -> Result<(), Stop<M::Error>> {
+        for (value, piece) in value.into_iter().zip(wide.pieces) {
+            if !piece.is_empty() {
+                self.store(piece, value, None)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The value of a register operand, or of a constant.
     pub(super) fn register(&mut self, operand: Operand, size: Size) -> Result<u64, Stop<M::Error>> {
         let value = match operand {
@@ -507,7 +601,9 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             Operand::High(r) => self.cpu.gpr(r) >> 8,
             Operand::Imm(value) => value,
             Operand::Seg(seg) => u64::from(self.cpu.segment(seg).selector),
-            Operand::None | Operand::Mem(_) => return Err(Stop::Unhandled),
+            Operand::None | Operand::Mem(_) | Operand::Xmm(_) | Operand::Mmx(_) => {
+                return Err(Stop::Unhandled)
+            }
         };
         Ok(value & size.mask())
     }
@@ -559,7 +655,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     }
 
     fn commit_store(&mut self, store: &Store) -> Result<(), Stop<M::Error>> {
-        let [first, second] = store.target.parts;
+        let [first, _] = store.target.parts;
         if let Some(old) = store.expected.filter(|_| store.target.is_atomic()) {
             match self
                 .memory
@@ -572,11 +668,33 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
                 Err(MemoryError::Host(e)) => return Err(Stop::Host(e)),
             }
         }
-        self.commit_part(first, store.value)?;
+        self.write_target(&store.target, store.value)
+    }
+
+    /// Writes a translated operand.
+    pub(super) fn write_target(
+        &mut self,
+        target: &Target,
+        value: u64,
+    ) -> Result<(), Stop<M::Error>> {
+        let [first, second] = target.parts;
+        self.commit_part(first, value)?;
         if second.len > 0 {
-            self.commit_part(second, shift_right_bytes(store.value, first.len))?;
+            self.commit_part(second, shift_right_bytes(value, first.len))?;
         }
         Ok(())
+    }
+
+    /// Changes a byte, locked.
+    pub(super) fn write_mark(&mut self, gpa: u64, old: u8, new: u8) -> Result<(), Stop<M::Error>> {
+        let target = Target {
+            parts: [Part { gpa, len: 1 }, Part::default()],
+        };
+        self.commit_store(&Store {
+            target,
+            value: new.into(),
+            expected: Some(old.into()),
+        })
     }
 
     fn commit_part(&mut self, part: Part, value: u64) -> Result<(), Stop<M::Error>> {

@@ -11,7 +11,7 @@ use super::super::insn::Size;
 use super::super::regs::Rflags;
 
 /// Sign, zero and parity of a result.
-fn szp(size: Size, result: u64) -> Rflags {
+pub(super) fn szp(size: Size, result: u64) -> Rflags {
     Rflags::empty()
         .with_if(Rflags::SF, result & size.sign_bit() != 0)
         .with_if(Rflags::ZF, result & size.mask() == 0)
@@ -19,7 +19,7 @@ fn szp(size: Size, result: u64) -> Rflags {
 }
 
 /// Replaces the bits of `which` in `flags` by those of `new`.
-fn replace(flags: Rflags, which: Rflags, new: Rflags) -> Rflags {
+pub(super) fn replace(flags: Rflags, which: Rflags, new: Rflags) -> Rflags {
     flags.without(which).with(new.and(which))
 }
 
@@ -103,6 +103,32 @@ pub(super) fn shift(op: ShiftOp, size: Size, a: u64, count: u64, flags: Rflags) 
                 (cf, top(r) != cf)
             } else {
                 (top(r), top(r) != top(r << 1))
+            };
+            let new = Rflags::empty()
+                .with_if(Rflags::CF, cf)
+                .with_if(Rflags::OF, of);
+            (r, replace(flags, Rflags::CF | Rflags::OF, new))
+        }
+        ShiftOp::Rcl | ShiftOp::Rcr => {
+            let (mut r, mut cf) = (a, flags.has(Rflags::CF));
+            // CF is one bit more to go round.
+            for _ in 0..count % bits.wrapping_add(1) {
+                let out = if op == ShiftOp::Rcl {
+                    top(r)
+                } else {
+                    r & 1 != 0
+                };
+                r = if op == ShiftOp::Rcl {
+                    (r << 1) & size.mask() | u64::from(cf)
+                } else {
+                    (r >> 1) | if cf { size.sign_bit() } else { 0 }
+                };
+                cf = out;
+            }
+            let of = if op == ShiftOp::Rcl {
+                top(r) != cf
+            } else {
+                top(r) != top(r << 1)
             };
             let new = Rflags::empty()
                 .with_if(Rflags::CF, cf)

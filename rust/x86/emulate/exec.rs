@@ -18,6 +18,7 @@ use super::access::Run;
 use super::access::Stop;
 use super::access::Target;
 use super::alu;
+use super::system;
 use super::Cpu;
 
 /// A destination that is read and then written: a register, or translated memory.
@@ -35,13 +36,21 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
         if let Op::String(op) = insn.op {
             return self.string(insn, op);
         }
+        if let Op::System(op) = insn.op {
+            return system::execute(self, insn, op);
+        }
         self.operate(insn)?;
         self.commit(insn, true)?;
         Ok(true)
     }
 
     /// The value of an operand.
-    fn value(&mut self, insn: &Insn, operand: Operand, size: Size) -> Result<u64, Stop<M::Error>> {
+    pub(super) fn value(
+        &mut self,
+        insn: &Insn,
+        operand: Operand,
+        size: Size,
+    ) -> Result<u64, Stop<M::Error>> {
         match operand {
             Operand::Mem(mem) => {
                 let offset = self.effective_address(insn, &mem, 0);
@@ -52,7 +61,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
     }
 
     /// Puts down that an operand gets a value, without reading it.
-    fn assign(
+    pub(super) fn assign(
         &mut self,
         insn: &Insn,
         operand: Operand,
@@ -115,7 +124,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
     }
 
     /// `dst = f(dst)`, with flags.
-    fn modify(
+    pub(super) fn modify(
         &mut self,
         insn: &Insn,
         f: impl FnOnce(u64, Rflags) -> (u64, Rflags),
@@ -189,6 +198,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
             Op::Bit(op) => self.bit(insn, op),
             Op::CmpXchg => self.compare_exchange(insn),
             Op::CmpXchg8b => self.compare_exchange_8b(insn),
+            Op::CmpXchg16b => self.compare_exchange_16b(insn),
             Op::Xadd => {
                 let addend = self.register(insn.src, size)?;
                 let (place, old) = self.open(insn, insn.dst, size)?;
@@ -198,12 +208,44 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
                 self.close(place, size, old, new, insn.lock)
             }
             Op::Imul => {
-                let a = self.register(insn.dst, size)?;
-                let b = self.value(insn, insn.src, size)?;
+                let (a, b) = match insn.src2 {
+                    Operand::None => (insn.dst, insn.src),
+                    constant => (constant, insn.src),
+                };
+                let a = self.register(a, size)?;
+                let b = self.value(insn, b, size)?;
                 let (product, flags) = alu::imul(size, a, b, self.flags());
                 self.set_flags(flags);
                 self.assign(insn, insn.dst, size, product)
             }
+            Op::Mul { signed } => self.multiply(insn, signed),
+            Op::Div { signed } => self.divide(insn, signed),
+            Op::Mulx => self.multiply_plain(insn),
+            Op::DoubleShift { left } => self.double_shift(insn, left),
+            Op::ByteSwap => {
+                let value = self.register(insn.dst, size)?;
+                // Of a word, the SDM says that it is undefined; processors give zero.
+                let swapped = match size {
+                    Size::Byte | Size::Word => 0,
+                    Size::Dword => (value as u32).swap_bytes().into(),
+                    Size::Qword => value.swap_bytes(),
+                };
+                self.set_register(insn.dst, size, swapped)
+            }
+            Op::Scan(op) => self.scan(insn, op),
+            Op::Crc32(from) => self.crc32(insn, from),
+            Op::Adcx => self.add_carry(insn, Rflags::CF),
+            Op::Adox => self.add_carry(insn, Rflags::OF),
+            Op::Bmi(op) => self.bmi(insn, op),
+            Op::SignToRdx => self.sign_to_rdx(insn),
+            Op::Xlat => self.xlat(insn),
+            Op::Sahf => self.sahf(),
+            Op::Lahf => self.lahf(),
+            Op::Flag(op) => self.change_flag(op),
+            Op::Salc => self.salc(),
+            Op::Bcd(op) => self.bcd(insn, op),
+            Op::Bound => self.bound(insn),
+            Op::Arpl => self.arpl(insn),
             Op::Cmov(condition) => {
                 // The source is read and the upper half cleared whether or not the condition holds.
                 let new = self.value(insn, insn.src, size)?;
@@ -217,6 +259,22 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
             }
             Op::Push => self.push(insn),
             Op::Pop => self.pop(insn),
+            Op::PushAll => self.push_all(insn),
+            Op::PopAll => self.pop_all(insn),
+            Op::PushFlags => self.push_flags(insn),
+            Op::PopFlags => self.pop_flags(insn),
+            Op::Enter => self.enter(insn),
+            Op::Leave => self.leave(insn),
+            Op::Call => self.call(insn),
+            Op::Jump => self.jump(insn),
+            Op::Branch(condition) => self.jump_if(insn, condition),
+            Op::Loop(op) => self.count_and_jump(insn, op),
+            Op::Return => self.return_near(insn),
+            Op::Vector(op, set) => self.vector(insn, op, set),
+            Op::LoadMxcsr(set) => self.load_mxcsr(insn, set),
+            Op::StoreMxcsr(set) => self.store_mxcsr(insn, set),
+            Op::X87(op) => self.x87(insn, op),
+            Op::Nop => Ok(()),
             Op::Flush => {
                 let Operand::Mem(mem) = insn.src else {
                     return Err(Stop::Unhandled);
@@ -225,7 +283,7 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
                 self.target(mem.seg, offset, Size::Byte, AccessKind::Read)?;
                 Ok(())
             }
-            Op::String(_) => Err(Stop::Unhandled),
+            Op::String(_) | Op::System(_) => Err(Stop::Unhandled),
         }
     }
 
@@ -304,26 +362,28 @@ impl<C: Cpu, M: GuestMemory> Run<'_, C, M> {
         self.close(place, Size::Qword, old, value, insn.lock)
     }
 
+    /// It is written in two halves, even if locked: it gets here for a device's sake, where nothing is atomic.
+    fn compare_exchange_16b(&mut self, insn: &Insn) -> Result<(), Stop<M::Error>> {
+        let Operand::Mem(mem) = insn.dst else {
+            return Err(Stop::Unhandled);
+        };
+        let offset = self.effective_address(insn, &mem, 0);
+        let wide = self.wide_target(mem.seg, offset, 16, Some(16), AccessKind::Write)?;
+        let [low, high, ..] = self.load_wide(&wide)?;
+        let equal = low == self.gpr(Gpr::Rax) && high == self.gpr(Gpr::Rdx);
+        let flags = self.flags().with_if(Rflags::ZF, equal);
+        self.set_flags(flags);
+        if equal {
+            let new = [self.gpr(Gpr::Rbx), self.gpr(Gpr::Rcx), 0, 0];
+            return self.store_wide(&wide, new);
+        }
+        self.set_register(RAX, Size::Qword, low)?;
+        self.set_register(RDX, Size::Qword, high)?;
+        self.store_wide(&wide, [low, high, 0, 0])
+    }
+
     fn pair(&mut self, high: Gpr, low: Gpr) -> u64 {
         let mask = Size::Dword.mask();
         (self.gpr(high) << 32) | (self.gpr(low) & mask)
-    }
-
-    fn push(&mut self, insn: &Insn) -> Result<(), Stop<M::Error>> {
-        let value = self.value(insn, insn.src, insn.size)?;
-        self.push_value(insn.size, value)
-    }
-
-    fn pop(&mut self, insn: &Insn) -> Result<(), Stop<M::Error>> {
-        let value = self.pop_value(insn.size)?;
-        match insn.dst {
-            Operand::Mem(mem) => {
-                let offset = self.effective_address(insn, &mem, insn.size.bytes().into());
-                let target = self.target(mem.seg, offset, insn.size, AccessKind::Write)?;
-                self.store(target, value, None)
-            }
-            // After the stack pointer: POP RSP ends with the popped value.
-            other => self.set_register(other, insn.size, value),
-        }
     }
 }

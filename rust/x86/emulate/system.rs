@@ -12,7 +12,7 @@
 
 mod control;
 mod descriptors;
-mod interrupt;
+pub(super) mod interrupt;
 mod ports;
 mod segments;
 mod stack;
@@ -73,7 +73,9 @@ const MAX_MARKS: usize = 4;
 const MAX_GPRS: usize = 4;
 
 const NO_STORE: Store = Store {
-    target: Target::NONE,
+    target: Target {
+        parts: [Part { gpa: 0, len: 0 }; 2],
+    },
     value: 0,
 };
 const NO_MARK: Mark = Mark {
@@ -164,7 +166,6 @@ impl<'r, 'a, C: Cpu, M: GuestMemory> System<'r, 'a, C, M> {
         match op {
             O::LoadSegment => self.mov_to_segment(insn),
             O::LoadFar(seg) => self.load_far(insn, seg),
-            O::PushSegment(seg) => self.push_segment(insn, seg),
             O::PopSegment(seg) => self.pop_segment(insn, seg),
             O::FarJump => self.far_jump(insn),
             O::FarCall => self.far_call(insn),
@@ -379,7 +380,7 @@ impl<'r, 'a, C: Cpu, M: GuestMemory> System<'r, 'a, C, M> {
     fn write_memory(&mut self) -> Res<(), M> {
         let marks = self.marks;
         for mark in marks.iter().take(self.marks_len) {
-            self.run.mark(mark.gpa, mark.old, mark.new)?;
+            self.run.write_mark(mark.gpa, mark.old, mark.new)?;
         }
         let stores = self.stores;
         for store in stores.iter().take(self.stores_len) {
@@ -417,7 +418,6 @@ impl<'r, 'a, C: Cpu, M: GuestMemory> System<'r, 'a, C, M> {
         }
     }
 
-    /// The MSR, which exists if the instruction that uses it does.
     fn cr0(&mut self) -> Cr0 {
         self.run.paging.cr0
     }

@@ -11,8 +11,6 @@ pub enum SystemOp {
     LoadSegment,
     /// `dst` and this segment register are loaded from a far pointer in memory: LDS and its siblings.
     LoadFar(SegReg),
-    /// Push this segment register.
-    PushSegment(SegReg),
     /// Pop this segment register.
     PopSegment(SegReg),
     /// JMP to another segment: `dst` is the selector and `src` the offset, or `src` the far pointer in memory.

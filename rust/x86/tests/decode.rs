@@ -19,6 +19,8 @@ fn reg(operand: Operand) -> String {
         Operand::Reg(r) => format!("{r:?}").to_lowercase(),
         Operand::High(r) => format!("{r:?}.h").to_lowercase(),
         Operand::Imm(v) => format!("{:#x}", v),
+        Operand::Xmm(n) => format!("xmm{n}"),
+        Operand::Mmx(n) => format!("mm{n}"),
         Operand::Seg(s) => format!("{s:?}").to_lowercase(),
         Operand::Mem(m) => {
             let mut text = format!("[{:?}:", m.seg).to_lowercase();
@@ -417,6 +419,109 @@ fn strings() {
 }
 
 #[test]
+fn branches_and_frames() {
+    check(
+        Long64,
+        &[
+            ("e800010000", "Call/8/8 -, 0x100"),
+            ("66e8000100ff", "Call/8/8 -, 0xffffffffff000100"),
+            ("ff17", "Call/8/8 -, [ds:rdi]"),
+            ("ebfe", "Jump/8/8 -, 0xfffffffffffffffe"),
+            ("0f84fcffffff", "Branch(4)/8/8 -, 0xfffffffffffffffc"),
+            ("67e210", "Loop(Loop)/8/4 -, 0x10"),
+            ("c3", "Return/8/8 -, -"),
+            ("c21000", "Return/8/8 -, 0x10"),
+            ("c8100003", "Enter/8/8 -, 0x10"),
+            ("66c9", "Leave/2/8 -, -"),
+            ("9c", "PushFlags/8/8 -, -"),
+        ],
+    );
+    check(
+        Real,
+        &[
+            ("e80001", "Call/2/2 -, 0x100"),
+            ("66e900010000", "Jump/4/2 -, 0x100"),
+            ("60", "PushAll/2/2 -, -"),
+            ("669d", "PopFlags/4/2 -, -"),
+            ("1e", "Push/2/2 -, ds"),
+            ("62 07", "Bound/2/2 rax, [ds:rbx]"),
+        ],
+    );
+    refuse(
+        Long64,
+        DecodeError::Invalid,
+        &["60", "61", "1e", "d40a", "d6"],
+    );
+    refuse(Real, DecodeError::Invalid, &["6307"]);
+}
+
+#[test]
+fn vectors() {
+    check(
+        Long64,
+        &[
+            (
+                "0f1007",
+                "Vector(Move { aligned: false }, Sse)/4/8 xmm0, [ds:rdi]",
+            ),
+            (
+                "440f2907",
+                "Vector(Move { aligned: true }, Sse)/4/8 [ds:rdi], xmm8",
+            ),
+            ("f30f1007", "repe Vector(Low, Sse)/4/8 xmm0, [ds:rdi]"),
+            ("f20f10c1", "repne Vector(Merge, Sse)/8/8 xmm0, xmm1"),
+            (
+                "0f1607",
+                "Vector(Half { high: true }, Sse)/8/8 xmm0, [ds:rdi]",
+            ),
+            (
+                "0f6f0f",
+                "Vector(Move { aligned: false }, Mmx)/8/8 mm1, [ds:rdi]",
+            ),
+            ("66480f6ec8", "Vector(Low, Sse)/8/8 xmm1, rax"),
+            (
+                "c5fc1007",
+                "Vector(Move { aligned: false }, Avx256)/4/8 xmm0, [ds:rdi]",
+            ),
+            (
+                "c4417c1007",
+                "Vector(Move { aligned: false }, Avx256)/4/8 xmm8, [ds:r15]",
+            ),
+            (
+                "c5e81607",
+                "Vector(Half { high: true }, Avx128)/8/8 xmm0, [ds:rdi]",
+            ),
+            ("c4e2e8f207", "Bmi(Andn)/8/8 rax, rdx"),
+            ("0fae17", "LoadMxcsr(Sse)/4/8 -, [ds:rdi]"),
+            ("d92f", "X87(LoadControl)/2/8 -, [ds:rdi]"),
+            ("9b", "X87(Wait)/1/8 -, -"),
+            ("66f20f38f107", "repne Crc32(Word)/4/8 rax, [ds:rdi]"),
+            ("0faef0", "Nop/1/8 -, rax"),
+            ("0f1f440000", "Nop/1/8 -, [ds:rax+rax*1]"),
+        ],
+    );
+    refuse(
+        Long64,
+        DecodeError::Invalid,
+        &[
+            // Prefixes before VEX; a third register for none; MOVLPS with 256 bits; MOVNTPS of registers.
+            "66c5fc1007",
+            "40c5fc1007",
+            "f0c5fc1007",
+            "c5ec1007",
+            "c5fc1307",
+            "0f2bc0",
+        ],
+    );
+    // LES and LDS.
+    refuse(
+        Protected32,
+        DecodeError::Unsupported,
+        &["0f5807", "c5fc58c0"],
+    );
+}
+
+#[test]
 fn refusals() {
     // Fifteen bytes are an instruction, sixteen are none.
     let prefixed = |n: usize| [vec![0x66; n], vec![0x8b, 0x07]].concat();
@@ -430,32 +535,20 @@ fn refusals() {
         Long64,
         DecodeError::Unsupported,
         &[
-            "c5f96f07",
-            "0f1007",
-            "f30f6f07",
-            "660f7f07",
-            "e8",
-            "c3",
-            "cd80",
-            "f4",
-            "0fa2",
-            "0f01",
-            "9a",
-            "8e18",
-            "f20f38f007",
+            "62f17c4810 07",
+            "0f5807",
+            "c5fc5807",
             "0fae07",
-            "480fc70f",
-            "f727",
+            "0fc7f0",
             "8f20",
-            "ec",
+            "d907",
         ],
     );
     refuse(Long64, DecodeError::Invalid, &["06", "27", "37", "82c001"]);
-    refuse(
-        Protected32,
-        DecodeError::Unsupported,
-        &["06", "27", "37", "6307"],
-    );
+    refuse(Protected32, DecodeError::Unsupported, &["d907"]);
+    // MOV to CS, far branches to a register, and what 64-bit code has lost.
+    refuse(Protected32, DecodeError::Invalid, &["8ec8", "ffd8", "ffe8"]);
+    refuse(Long64, DecodeError::Invalid, &["07", "9a", "ea", "ce"]);
 }
 
 proptest! {

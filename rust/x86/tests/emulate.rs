@@ -445,6 +445,7 @@ fn flags_that_completion_touches() {
         Outcome::Done(Completion {
             retired,
             single_step: true,
+            shadow: rkvm_x86::event::Shadow::None,
         })
     };
     assert_eq!(outcome, traced(true));

@@ -222,11 +222,11 @@ fn the_host_fails() {
 fn unhandled_instructions_tell_their_bytes() {
     let mut memory = TestMemory::default();
     let mut cpu = TestCpu::long().with(Rdi, DEVICE);
-    memory.put(CODE, &hex("0f1007"));
+    memory.put(CODE, &hex("0f5807"));
     cpu.rip = CODE;
     let mut emulator = Emulator::new();
     assert_eq!(emulator.step(&mut cpu, &mut memory), Outcome::Unhandled);
-    assert!(emulator.insn_bytes().starts_with(&hex("0f1007")));
+    assert!(emulator.insn_bytes().starts_with(&hex("0f5807")));
     assert_eq!(emulator.insn_bytes().len(), 15);
 }
 

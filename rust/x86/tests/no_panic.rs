@@ -30,6 +30,7 @@ fn the_object_file_calls_no_panic() {
     for name in [
         "string_io",
         "compare_exchange",
+        "switch_task",
         "apic_access",
         "apic_map",
         "io_apic",

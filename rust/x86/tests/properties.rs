@@ -6,6 +6,7 @@ mod common;
 
 use common::generate::*;
 use common::run_with;
+use common::Lost;
 use common::TestCpu;
 use common::TestMemory;
 use common::DONE;
@@ -27,7 +28,7 @@ use rkvm_x86::segment::SegAttr;
 use rkvm_x86::segment::Segment;
 
 /// Runs an instruction to its end, being the device: its reads come from `memory.ram` and its writes go there.
-fn serve(cpu: &mut TestCpu, memory: &mut TestMemory) -> u32 {
+fn serve(cpu: &mut TestCpu, memory: &mut TestMemory) -> (u32, Outcome<Lost>) {
     let mut emulator = Emulator::new();
     let mut accesses = 0;
     for _ in 0..10_000 {
@@ -43,8 +44,9 @@ fn serve(cpu: &mut TestCpu, memory: &mut TestMemory) -> u32 {
                 memory.put(gpa, &data[..len.into()]);
                 accesses += 1;
             }
-            DONE => return accesses,
+            DONE => return (accesses, DONE),
             MORE => {}
+            Outcome::Fault(fault) => return (accesses, Outcome::Fault(fault)),
             other => panic!("{other:?}"),
         }
     }
@@ -62,19 +64,19 @@ fn devices_are_like_memory() {
     let mut device = memory.clone();
     let (mut compared, mut accesses) = (0, 0);
     while compared < 20_000 {
-        let mut code = bytes(&mut random);
+        let mut code = bytes(&mut random, CpuMode::Long64);
         let Ok(insn) = decode(&code, CpuMode::Long64) else {
             continue;
         };
-        patch(&mut random, &mut code, &insn);
         let mut cpu = TestCpu::long();
-        if !aim(&mut random, &insn, &mut cpu) {
+        cpu.rip = CODE;
+        patch(&mut random, &mut code, &insn, &mut cpu);
+        if !aim(&mut random, &insn, &mut cpu) || insn.op == Op::Enter {
             continue;
         }
-        cpu.rip = CODE;
         let status = Rflags::STATUS | Rflags::DF;
         cpu.rflags = Rflags::new(random.next()) & status | Rflags::FIXED;
-        if matches!(insn.op, Op::CmpXchg | Op::CmpXchg8b) && random.one_in(2) {
+        if matches!(insn.op, Op::CmpXchg | Op::CmpXchg8b | Op::CmpXchg16b) && random.one_in(2) {
             make_equal(&insn, &mut cpu, &memory);
         }
         memory.put(CODE, &code);
@@ -86,8 +88,11 @@ fn devices_are_like_memory() {
             .filter(|i| pages & (1 << i) != 0)
             .map(|i| (DATA >> 12) + i)
             .collect();
-        assert_eq!(serve(&mut cpu, &mut memory), 0);
-        accesses += serve(&mut other, &mut device);
+        let (none, outcome) = serve(&mut cpu, &mut memory);
+        assert_eq!(none, 0);
+        let (some, same) = serve(&mut other, &mut device);
+        assert_eq!(outcome, same);
+        accesses += some;
         assert_eq!(cpu, other, "{:02x?} {insn:?}", &code[..insn.len.into()]);
         assert!(
             memory.ram == device.ram,
@@ -96,7 +101,7 @@ fn devices_are_like_memory() {
         );
         compared += 1;
     }
-    assert!(accesses > compared / 2, "{accesses} accesses");
+    assert!(accesses > compared / 8, "{accesses} accesses");
 }
 
 fn any_segment() -> impl Strategy<Value = Segment> {
@@ -169,15 +174,15 @@ proptest! {
         let mut emulator = Emulator::new();
         // `run_with` checks each request.
         let (outcome, bus) = run_with(&mut emulator, &mut cpu, &mut memory, &answers);
-        prop_assert!(bus.len() <= 8, "{:?}", bus);
+        // Both lists are full.
+        prop_assert!(bus.len() <= 18, "{:?}", bus);
         prop_assert!(emulator.insn_bytes().len() <= 15);
         match outcome {
             Outcome::Done(c) => {
-                // A jump there is none: RIP is past the instruction or at it.
-                let moved = cpu.rip.wrapping_sub(before.rip) & 0xffff_ffff;
-                let expected = if c.retired { 1..=15 } else { 0..=0 };
-                prop_assert!(expected.contains(&moved));
+                prop_assert!(c.retired || cpu.rip == before.rip);
             }
+            // The fault is one of another task.
+            _ if cpu.segments[7] != before.segments[7] => {}
             _ => {
                 prop_assert_eq!(cpu.rip, before.rip);
                 // Only string instructions have iterations, and they count in RCX.

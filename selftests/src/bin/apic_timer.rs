@@ -315,6 +315,52 @@ fn deadline(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// By deadlines of a counter that runs at another rate than the host's: not early, and not much later.
+fn deadline_scaled(env: &Env) -> Outcome {
+    let kvm = env.open()?;
+    if kvm.capability(kb::KVM_CAP_VM_TSC_CONTROL) <= 0 {
+        skip!("no KVM_CAP_VM_TSC_CONTROL");
+    }
+    for (numerator, denominator) in [(3, 1), (1, 3)] {
+        let mut host = 0;
+        let g = Guest::prepared(env, Chip::Split, 1, |vm| {
+            host = u64::try_from(vm.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?).unwrap_or(1);
+            let rate = usize_of(host * numerator / denominator);
+            vm.fd.ioctl(sys::KVM_SET_TSC_KHZ, rate)?;
+            Ok(())
+        })?;
+        let c = g.cpu(0);
+        c.enable()?;
+        c.done(Op::Sti, 0, 0)?;
+        c.write(reg::LVT_TIMER, DEADLINE | V)?;
+        let ms = khz(&c)?;
+        for round in 1..=5u64 {
+            let begin = selftests::host::rdtsc();
+            let when = now(&c)? + 5 * ms;
+            c.wrmsr(msr::TSC_DEADLINE, when)?;
+            until(&c, round)?;
+            let late = now(&c)?;
+            ensure!(late >= when, "{} ticks early", when - late);
+            let passed = selftests::host::rdtsc() - begin;
+            ensure!(
+                passed >= 5 * host * 99 / 100 && passed < patient(5) * host * 10,
+                "{numerator}/{denominator}: {passed} ticks of the host's for 5 ms at {host} kHz"
+            );
+        }
+        // Asleep, the host's own timer is what wakes it.
+        for round in 6..=8u64 {
+            let when = now(&c)? + 20 * ms;
+            c.wrmsr(msr::TSC_DEADLINE, when)?;
+            c.done(Op::Halt, 0, 0)?;
+            c.done(Op::Sti, 0, 0)?;
+            until(&c, round)?;
+            let late = now(&c)?;
+            ensure!(late >= when, "{} ticks early after HLT", when - late);
+        }
+    }
+    Ok(())
+}
+
 /// Changing the mode to and from TSC deadline disarms; in the other modes the MSR is nothing.
 fn mode_changes(env: &Env) -> Outcome {
     let g = ready(env)?;
@@ -576,6 +622,7 @@ fn main() -> ExitCode {
             divide,
             bus_cycles,
             deadline,
+            deadline_scaled,
             mode_changes,
             masked,
             held_back,

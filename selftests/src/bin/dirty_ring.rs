@@ -7,156 +7,16 @@ use selftests::check::expect_errno;
 use selftests::dirty::{chase, clear_log, get_log, Bitmap, Guest, Memory, GPA, SLOT};
 use selftests::machine::{decode, Exit, Machine, Mode};
 use selftests::mem::{Mapping, HUGE, PAGE};
-use selftests::sys::{self, Error};
-use selftests::vm::{Kvm, Vcpu, Vm};
-use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
+use selftests::ring::{
+    capability, enable, map_ring, reset, Entry, Ring, CAPS, DIRTY, ENTRY, RESET,
+};
+use selftests::sys;
+use selftests::{ensure, ensure_eq, fail, guest_code, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
 /// Bytes of a ring, if a test does not say otherwise: room for the entries that the kernel reserves.
 const BYTES: usize = 64 << 10;
-/// Bytes of an entry: flags, slot, offset.
-const ENTRY: usize = 16;
-/// An entry's flag: the kernel filled it.
-const DIRTY: u32 = 1;
-/// An entry's flag: the host is done with it.
-const RESET: u32 = 2;
-
-/// The capabilities that enable rings, and the one that all tests but the first use.
-const CAPS: [u32; 2] = [
-    kb::KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
-    kb::KVM_CAP_DIRTY_LOG_RING,
-];
-
-/// The capability that is there, and the most bytes a ring may have.
-fn capability(kvm: &Kvm) -> Result<(u32, u64), Verdict> {
-    for cap in CAPS {
-        let max = kvm.capability(cap);
-        if max > 0 {
-            return Ok((cap, max.unsigned_abs().into()));
-        }
-    }
-    skip!("no dirty rings");
-}
-
-fn enable(kvm: &Kvm, vm: &Vm, bytes: usize) -> Outcome {
-    let (cap, _) = capability(kvm)?;
-    Ok(vm.enable_cap(cap, bytes as u64)?)
-}
-
-/// An entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-struct Entry {
-    flags: u32,
-    slot: u32,
-    offset: u64,
-}
-
-/// A vCPU's ring, as the host sees it.
-struct Ring {
-    address: usize,
-    bytes: usize,
-    /// The next entry to harvest.
-    next: usize,
-}
-
-fn map_ring(v: &Vcpu, bytes: usize, prot: i32, flags: i32) -> Result<usize, Error> {
-    let offset = kb::KVM_DIRTY_LOG_PAGE_OFFSET as usize * PAGE;
-    // SAFETY: A new mapping at an address that the kernel chooses disturbs nothing.
-    let p = unsafe {
-        libc::mmap(
-            std::ptr::null_mut(),
-            bytes,
-            prot,
-            flags,
-            v.fd.0,
-            libc::off_t::try_from(offset).unwrap_or(0),
-        )
-    };
-    if p == libc::MAP_FAILED {
-        return Err(Error::last("mmap of a ring"));
-    }
-    Ok(p as usize)
-}
-
-impl Ring {
-    fn new(v: &Vcpu, bytes: usize) -> Result<Self, Error> {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        Ok(Ring {
-            address: map_ring(v, bytes, prot, libc::MAP_SHARED)?,
-            bytes,
-            next: 0,
-        })
-    }
-
-    fn at(&self, index: usize) -> *mut Entry {
-        (self.address + index * ENTRY % self.bytes) as *mut Entry
-    }
-
-    fn flags(&self, index: usize) -> &AtomicU32 {
-        // SAFETY: The word is within the mapping, which lives as long as `self`; kernel and tests
-        // access it as a whole.
-        unsafe { AtomicU32::from_ptr(self.at(index).cast()) }
-    }
-
-    fn read(&self, index: usize) -> Entry {
-        let flags = self.flags(index).load(Ordering::Acquire);
-        // SAFETY: The entry is within the mapping.
-        let e = unsafe { self.at(index).read_volatile() };
-        Entry { flags, ..e }
-    }
-
-    fn write(&self, index: usize, e: Entry) {
-        // SAFETY: The entry is within the mapping.
-        unsafe { self.at(index).write_volatile(e) };
-    }
-
-    /// Takes the next entry, if the kernel filled it, and leaves it to be reset.
-    fn take(&mut self) -> Option<Entry> {
-        let e = self.read(self.next);
-        if e.flags & DIRTY == 0 {
-            return None;
-        }
-        self.flags(self.next).store(RESET, Ordering::Release);
-        self.next += 1;
-        Some(e)
-    }
-
-    /// Takes all entries; the set of their pages, and how many there were.
-    fn harvest(&mut self, pages: usize) -> Result<(Bitmap, usize), Verdict> {
-        let mut set = Bitmap::new(pages);
-        let mut n = 0;
-        while let Some(e) = self.take() {
-            ensure_eq!(
-                (e.flags, e.slot),
-                (DIRTY, SLOT),
-                "flags and slot of entry {n}"
-            );
-            ensure!(
-                e.offset < pages as u64,
-                "offset {:#x} of entry {n}",
-                e.offset
-            );
-            set.set(e.offset as usize);
-            n += 1;
-        }
-        Ok((set, n))
-    }
-}
-
-impl Drop for Ring {
-    fn drop(&mut self) {
-        // SAFETY: Mapped by `new`; no reference into it outlives `self`.
-        unsafe { libc::munmap(self.address as *mut _, self.bytes) };
-    }
-}
-
-fn reset(vm: &Vm) -> Result<usize, Error> {
-    let n = vm.fd.ioctl(sys::KVM_RESET_DIRTY_RINGS, 0)?;
-    Ok(usize::try_from(n).unwrap_or(0))
-}
-
 /// A guest with rings, its slot logged.
 fn guest(
     env: &Env,

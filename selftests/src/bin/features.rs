@@ -7,6 +7,7 @@ use kvm_bindings as kb;
 use selftests::guest::{at, pte, sel, usize_of};
 use selftests::host::{patient, rdtsc, sleep_ms};
 use selftests::machine::{Exit, Machine, Mode};
+use selftests::msr::{Access, Filter, MsrGuest};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, sys, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
 
@@ -517,6 +518,147 @@ fn vector_units(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// Protection keys: what PKRU denies is #PF, PKRU is the guest's own, and goes where its other state goes.
+fn protection_keys(env: &Env) -> Outcome {
+    if !announced(env, 7, 2, 3)? {
+        skip!("no PKU");
+    }
+    guest_code!(
+        code,
+        ".code64",
+        "mov rax, cr4",
+        "or eax, 0x440000", // OSXSAVE, PKE
+        "mov cr4, rax",
+        "xor ecx, ecx",
+        "xor edx, edx",
+        "mov eax, 0x8",           // no writes to key 1
+        ".byte 0x0f, 0x01, 0xef", // WRPKRU
+        "mov ebx, 0x200000",
+        "mov rax, [rbx]",
+        "hlt",
+        ".byte 0x0f, 0x01, 0xee", // RDPKRU
+        "hlt",
+        "mov [rbx], rax",
+        "hlt",
+    );
+    // This thread has one, too.
+    let pkru = || -> u32 {
+        let value;
+        // SAFETY: The host has protection keys if a guest of its has; RDPKRU only reads.
+        unsafe {
+            std::arch::asm!(".byte 0x0f, 0x01, 0xee", in("ecx") 0, out("eax") value, out("edx") _);
+        }
+        value
+    };
+    let before = pkru();
+    // Through the page's directory, whose entries have the key in bits 62:59.
+    let m = machine(env, code(), |_| ())?;
+    let memory = selftests::mem::Mapping::new(1 << 21, false)?;
+    m.vm.set_memory(1, 0, 0x20_0000, 1 << 21, memory.addr() as u64)?;
+    m.mem.write(
+        usize_of(at::PD + 8),
+        0x20_0000 | pte::P | pte::W | pte::U | pte::PS | 1 << 59,
+    );
+    m.expect_hlt()?;
+    ensure_eq!(pkru(), before, "PKRU of the host");
+    let xsave = m.vcpu.xsave()?;
+    let offset = m
+        .kvm
+        .supported_cpuid()?
+        .find(0xd, 9)
+        .map_or(0, |e| e.ebx as usize / 4);
+    ensure_eq!(xsave.region[offset], 8, "PKRU in KVM_GET_XSAVE");
+    m.expect_hlt()?;
+    ensure_eq!(m.vcpu.regs()?.rax, 8, "PKRU as the guest reads it");
+    // Another value by the host, and back to what denies the write.
+    let mut changed = m.vcpu.xsave()?;
+    changed.region[offset] = 0x4;
+    changed.region[512 / 4] |= 1 << 9;
+    m.vcpu.set_xsave(&changed)?;
+    m.patch_regs(|r| r.rip -= 4)?;
+    m.expect_hlt()?;
+    ensure_eq!(m.vcpu.regs()?.rax, 4, "PKRU as the host has set it");
+    m.vcpu.set_xsave(&xsave)?;
+    let record = m.expect_exception(14)?;
+    // By a key, for a write to a page that is there; user pages only have keys, and the supervisor obeys them.
+    ensure_eq!(record.error, 0x23, "error code");
+    ensure_eq!(record.cr2, 0x20_0000, "CR2");
+    ensure_eq!(pkru(), before, "PKRU of the host");
+    Ok(())
+}
+
+/// IA32_SPEC_CTRL is the guest's own, and commands that have no value are taken.
+fn speculation(env: &Env) -> Outcome {
+    const SPEC_CTRL: u32 = 0x48;
+    const PRED_CMD: u32 = 0x49;
+    const FLUSH_CMD: u32 = 0x10b;
+    let ibrs = announced(env, 7, 3, 26)?;
+    let ssbd = announced(env, 7, 3, 31)?;
+    if !ibrs {
+        skip!("no IBRS");
+    }
+    let done = |value| Access::Done(value);
+    let g = MsrGuest::new(env)?;
+    ensure_eq!(g.read(SPEC_CTRL)?, done(0), "to begin with");
+    ensure_eq!(
+        g.write(SPEC_CTRL, 1 << 40)?,
+        Access::Refused,
+        "a reserved bit"
+    );
+    for value in [0, 1, 3, 0, 2] {
+        ensure_eq!(g.write(SPEC_CTRL, value)?, done(value), "WRMSR");
+        ensure_eq!(g.read(SPEC_CTRL)?, done(value), "RDMSR");
+        ensure_eq!(g.m.vcpu.msr(SPEC_CTRL)?, Some(value), "for the VMM");
+    }
+    // Two guests of one thread, and a VMM that changes it between runs.
+    let other = MsrGuest::new(env)?;
+    ensure!(g.m.vcpu.set_msr(SPEC_CTRL, 1)?, "set by the VMM");
+    let second = if ssbd { 4 } else { 2 };
+    ensure_eq!(other.write(SPEC_CTRL, second)?, done(second), "another");
+    ensure_eq!(g.read(SPEC_CTRL)?, done(1), "the first guest's");
+    ensure_eq!(other.read(SPEC_CTRL)?, done(second), "the other's");
+    ensure!(!g.m.vcpu.set_msr(SPEC_CTRL, 1 << 40)?, "a reserved bit");
+    ensure_eq!(
+        g.write(SPEC_CTRL, 1 << 40)?,
+        Access::Refused,
+        "a reserved bit"
+    );
+    // Denied, it is out of the guest's reach, and stays what it is.
+    let f = Filter::allow().without(kb::KVM_MSR_FILTER_WRITE, SPEC_CTRL);
+    f.set(&g.m.vm)?;
+    ensure_eq!(g.write(SPEC_CTRL, 0)?, Access::Refused, "WRMSR, denied");
+    ensure_eq!(g.read(SPEC_CTRL)?, done(1), "RDMSR");
+
+    for (msr, there) in [(PRED_CMD, ibrs), (FLUSH_CMD, announced(env, 7, 3, 28)?)] {
+        if !there {
+            continue;
+        }
+        ensure_eq!(g.write(msr, 0)?, done(0), "{msr:#x}: no command");
+        ensure_eq!(g.write(msr, 1)?, done(1), "{msr:#x}: the command");
+        ensure_eq!(
+            g.write(msr, 4)?,
+            Access::Refused,
+            "{msr:#x}: no such command"
+        );
+        ensure_eq!(g.read(msr)?, Access::Refused, "{msr:#x}: it has no value");
+    }
+    // A guest that has none of it.
+    let bare = MsrGuest::with_cpuid(env, |c| {
+        for e in c.list_mut() {
+            match e.function {
+                7 if e.index == 0 => e.edx = 0,
+                0x8000_0008 => e.ebx = 0,
+                _ => {}
+            }
+        }
+    })?;
+    for msr in [SPEC_CTRL, PRED_CMD, FLUSH_CMD, 0x10a] {
+        ensure_eq!(bare.read(msr)?, Access::Refused, "RDMSR {msr:#x}");
+        ensure_eq!(bare.write(msr, 1)?, Access::Refused, "WRMSR {msr:#x}");
+    }
+    Ok(())
+}
+
 fn main() -> ExitCode {
     selftests::tap::main(
         "features",
@@ -532,6 +674,8 @@ fn main() -> ExitCode {
             tsc_adjust,
             tsc_aux,
             vector_units,
+            protection_keys,
+            speculation,
         ],
     )
 }

@@ -43,7 +43,7 @@ fn has(g: &Guest, bit: u32) -> Result<bool, Verdict> {
     let cpuid = g.kvm.supported_cpuid()?;
     Ok(cpuid
         .find(FEATURES_LEAF, 0)
-        .is_some_and(|e| e.eax >> bit & 1 != 0))
+        .is_some_and(|e| (e.eax >> bit) & 1 != 0))
 }
 
 fn need(g: &Guest, bit: u32) -> Outcome {
@@ -126,7 +126,7 @@ fn enforced(env: &Env) -> Outcome {
                         FEATURES_LEAF => {
                             e.function += base;
                             e.eax = if announced {
-                                e.eax | 1 << bit
+                                e.eax | (1 << bit)
                             } else {
                                 !(1 << bit)
                             };

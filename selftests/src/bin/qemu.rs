@@ -254,7 +254,7 @@ fn boots_disk(env: &Env, machine: &'static str) -> Outcome {
         qemu.human("system_reset")?;
         qemu.says("read by the BIOS\n")?;
         qemu.type_line("")?;
-        qemu.ends(i32::from(EXIT_VALUE) << 1 | 1)
+        qemu.ends((i32::from(EXIT_VALUE) << 1) | 1)
     })();
     let _ = std::fs::remove_dir_all(directory);
     result

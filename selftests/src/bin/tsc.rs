@@ -135,6 +135,161 @@ fn tsc_offset(env: &Env) -> Outcome {
     Ok(())
 }
 
+/// The rate for vCPUs to come is the VM's; it cannot be set any more when there are some.
+fn tsc_khz_of_vm(env: &Env) -> Outcome {
+    let kvm = env.open()?;
+    let vm = kvm.create_vm()?;
+    let host = vm.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?;
+    if kvm.capability(kb::KVM_CAP_VM_TSC_CONTROL) <= 0 {
+        skip!("no KVM_CAP_VM_TSC_CONTROL");
+    }
+    let other = host / 2;
+    vm.fd
+        .ioctl(sys::KVM_SET_TSC_KHZ, usize::try_from(other).unwrap_or(0))?;
+    ensure_eq!(vm.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?, other, "of the VM");
+    let r = vm.fd.ioctl(sys::KVM_SET_TSC_KHZ, 0x7fff_ffff);
+    expect_errno(r, libc::EINVAL, "2 THz")?;
+    let vcpu = vm.create_vcpu(0)?;
+    ensure_eq!(
+        vcpu.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?,
+        other,
+        "of the vCPU"
+    );
+    let r = vm.fd.ioctl(sys::KVM_SET_TSC_KHZ, 0);
+    expect_errno(r, libc::EINVAL, "when there is a vCPU")?;
+    ensure_eq!(vm.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?, other, "after that");
+    // One that is hardly another is taken, and is none.
+    let close = host + host / 10_000;
+    vcpu.fd
+        .ioctl(sys::KVM_SET_TSC_KHZ, usize::try_from(close).unwrap_or(0))?;
+    ensure_eq!(
+        vcpu.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?,
+        close,
+        "a close one"
+    );
+    Ok(())
+}
+
+/// The counter runs at the rate that is set, for the guest and for the VMM.
+fn tsc_scaled(env: &Env) -> Outcome {
+    guest_code!(
+        code,
+        ".code64",
+        "2: rdtsc",
+        "shl rdx, 32",
+        "or rax, rdx",
+        "mov rsi, rax",
+        "mov ecx, 0x10",
+        "rdmsr",
+        "shl rdx, 32",
+        "or rax, rdx",
+        "mov rdi, rax",
+        "hlt",
+        "jmp 2b"
+    );
+    let m = Machine::new(env, Mode::Long, code())?;
+    let host = usize::try_from(m.vcpu.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?).unwrap_or(0);
+    // Without the processor's help it is set forward at exits, and cannot be slower.
+    let slower = m.kvm.capability(kb::KVM_CAP_TSC_CONTROL) > 0;
+    if !slower {
+        let r = m.vcpu.fd.ioctl(sys::KVM_SET_TSC_KHZ, host / 2);
+        expect_errno(r, libc::EINVAL, "a slower one")?;
+    }
+    for khz in [host * 2, host / 2, host * 7 / 3, host / 50, host * 50, host] {
+        if khz < host && !slower {
+            continue;
+        }
+        m.vcpu.fd.ioctl(sys::KVM_SET_TSC_KHZ, khz)?;
+        ensure!(m.vcpu.set_msr(0x10, 1 << 40)?, "write of IA32_TSC");
+        let mut seen = vec![];
+        for _ in 0..3 {
+            let before = selftests::host::rdtsc();
+            m.expect_hlt()?;
+            let r = m.vcpu.regs()?;
+            let Some(vmm) = m.vcpu.msr(0x10)? else {
+                fail!("IA32_TSC cannot be read")
+            };
+            ensure!(
+                1 << 40 <= r.rsi && r.rsi <= r.rdi && r.rdi <= vmm,
+                "{khz} kHz: RDTSC {:x}, RDMSR {:x}, KVM_GET_MSRS {vmm:x}",
+                r.rsi,
+                r.rdi
+            );
+            seen.push((before, r.rsi, vmm, selftests::host::rdtsc()));
+            selftests::host::sleep_ms(20);
+        }
+        for pair in seen.windows(2) {
+            let (a, b) = (pair[0], pair[1]);
+            // What the host has had at least and at most between the two, in the guest's ticks.
+            let (khz, host) = (khz as u64, host as u64);
+            let least = (b.0 - a.3) * khz / host;
+            let most = (b.3 - a.0) * khz / host;
+            for ticks in [b.1 - a.1, b.2 - a.2] {
+                ensure!(
+                    least * 999 / 1000 <= ticks && ticks <= most * 1001 / 1000 + 1,
+                    "{khz} kHz: {ticks} ticks, not from {least} to {most}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Which values are taken to be meant as one for all vCPUs.
+fn tsc_agreement(env: &Env) -> Outcome {
+    let kvm = env.open()?;
+    if kvm.capability(kb::KVM_CAP_VCPU_ATTRIBUTES) <= 0 {
+        skip!("no KVM_CAP_VCPU_ATTRIBUTES");
+    }
+    let vm = kvm.create_vm()?;
+    let (a, b) = (vm.create_vcpu(0)?, vm.create_vcpu(1)?);
+    let value = AtomicU64::new(0);
+    let attr = kb::kvm_device_attr {
+        group: kb::KVM_VCPU_TSC_CTRL,
+        attr: kb::KVM_VCPU_TSC_OFFSET.into(),
+        addr: value.as_ptr().addr() as u64,
+        ..Default::default()
+    };
+    let offset = |vcpu: &selftests::vm::Vcpu| -> Result<u64, Verdict> {
+        vcpu.fd.ioctl_ref(sys::KVM_GET_DEVICE_ATTR, &attr)?;
+        Ok(value.load(Ordering::Relaxed))
+    };
+    let second = 1000 * u64::try_from(a.fd.ioctl(sys::KVM_GET_TSC_KHZ, 0)?).unwrap_or(0);
+    let set = |vcpu: &selftests::vm::Vcpu, value: u64| -> Outcome {
+        ensure!(vcpu.set_msr(0x10, value)?, "write of IA32_TSC");
+        Ok(())
+    };
+    ensure_eq!(offset(&b)?, offset(&a)?, "at first");
+    // The first value is meant; those that are close to it are the same.
+    let base = 1 << 40;
+    set(&a, base)?;
+    ensure!(offset(&b)? != offset(&a)?, "after one was set");
+    for close in [base, base + second / 4, base - second / 4, 0] {
+        set(&b, close)?;
+        ensure_eq!(offset(&b)?, offset(&a)?, "after {close:#x}");
+    }
+    for far in [base + 100 * second, base, base - 100 * second] {
+        set(&b, far)?;
+        ensure!(offset(&b)? != offset(&a)?, "after {far:#x}");
+        set(&a, far)?;
+        ensure_eq!(offset(&b)?, offset(&a)?, "after {far:#x} for both");
+    }
+    // One that is made now is like the others.
+    let c = vm.create_vcpu(2)?;
+    ensure_eq!(offset(&c)?, offset(&a)?, "of a third");
+    Ok(())
+}
+
 fn main() -> ExitCode {
-    selftests::tap::main("tsc", tests![tsc_khz, tsc_value, tsc_offset])
+    selftests::tap::main(
+        "tsc",
+        tests![
+            tsc_khz,
+            tsc_khz_of_vm,
+            tsc_value,
+            tsc_offset,
+            tsc_scaled,
+            tsc_agreement
+        ],
+    )
 }

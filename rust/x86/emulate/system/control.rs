@@ -2,6 +2,7 @@
 
 //! Control and debug registers, MSRs, HLT and the like: the privilege is checked here, the rest is asked for.
 
+use super::super::super::event::Shadow;
 use super::super::super::exception::Fault;
 use super::super::super::insn::system::SystemOp;
 use super::super::super::insn::Insn;
@@ -12,7 +13,6 @@ use super::super::super::paging::GuestMemory;
 use super::super::super::regs::Cr4;
 use super::super::super::regs::Gpr;
 use super::super::super::regs::Rflags;
-use super::super::super::event::Shadow;
 use super::super::super::segment::CpuMode;
 use super::super::super::segment::SegReg;
 use super::super::super::segment::Segment;
@@ -45,11 +45,33 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             }
             O::ReadCounter => Service::ReadCounter,
             _ => {
+                self.need_register(insn, op)?;
                 self.need_cpl0()?;
                 self.privileged(insn, op)?
             }
         };
         self.ask(insn, service)
+    }
+
+    /// #UD for a control or debug register that does not exist: whatever the privilege.
+    fn need_register(&self, insn: &Insn, op: SystemOp) -> Res<(), M> {
+        use SystemOp as O;
+        let number = match (op, insn.dst, insn.src) {
+            (O::WriteControl | O::WriteDebug, Operand::Imm(number), _) => number,
+            (O::ReadControl | O::ReadDebug, _, Operand::Imm(number)) => number,
+            _ => return Ok(()),
+        };
+        let exists = match op {
+            O::WriteControl | O::ReadControl => {
+                matches!(number, 0 | 2 | 3 | 4) || number == 8 && self.mode.is_64bit()
+            }
+            _ => number < 8 && !(matches!(number, 4 | 5) && self.run.paging.cr4.has(Cr4::DE)),
+        };
+        if exists {
+            Ok(())
+        } else {
+            Err(Fault::UD.into())
+        }
     }
 
     fn protected_mode_enabled(&self) -> bool {
@@ -143,7 +165,11 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         }
         self.need_cpl0()?;
         let gs = self.segment(SegReg::Gs);
-        let other = self.run.cpu.msr(Msr::KERNEL_GS_BASE).ok_or(Stop::Unhandled)?;
+        let other = self
+            .run
+            .cpu
+            .msr(Msr::KERNEL_GS_BASE)
+            .ok_or(Stop::Unhandled)?;
         self.run.cpu.set_msr(Msr::KERNEL_GS_BASE, gs.base);
         self.set_segment(SegReg::Gs, Segment { base: other, ..gs });
         Ok(())

@@ -67,6 +67,12 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         })
     }
 
+    /// Delivers an event between two instructions.
+    pub(in super::super) fn deliver_event(&mut self, event: Event) -> Res<(), M> {
+        self.deliver(event)?;
+        self.commit()
+    }
+
     /// Delivers an event. The return address is the RIP that is put down.
     pub(super) fn deliver(&mut self, event: Event) -> Res<(), M> {
         if !event.by_program {
@@ -116,6 +122,16 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         self.push(&mut stack, Size::Word, self.rip)?;
         self.go_8086((pointer >> 16) as u16, pointer & 0xffff)?;
         self.use_pointer(&stack)
+    }
+
+    /// Checks that the program may use the gate of a vector.
+    pub(super) fn check_gate(&mut self, vector: u8) -> Res<(), M> {
+        let event = Event {
+            vector,
+            error: None,
+            by_program: true,
+        };
+        self.interrupt_gate(&event).map(|_| ())
     }
 
     /// The gate of a vector, checked.
@@ -258,10 +274,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             return Err(Fault::gp(0).into());
         }
         let map = self.read_system(tss.base.wrapping_add(0x66), 2)? as u32;
-        let at = map
-            .wrapping_sub(32)
-            .wrapping_add(u32::from(vector) >> 3)
-            & 0xffff;
+        let at = map.wrapping_sub(32).wrapping_add(u32::from(vector) >> 3) & 0xffff;
         if at > tss.limit {
             return Err(Fault::gp(0).into());
         }
@@ -277,7 +290,9 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             self.flags
         } else {
             let virtual_if = self.flags.has(Rflags::VIF);
-            self.flags.with(Rflags::IOPL).with_if(Rflags::IF, virtual_if)
+            self.flags
+                .with(Rflags::IOPL)
+                .with_if(Rflags::IF, virtual_if)
         };
         self.enter_8086(pointer, pushed)?;
         let flag = if trusted { Rflags::IF } else { Rflags::VIF };

@@ -141,20 +141,6 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         Ok((selector as u16, offset))
     }
 
-    /// PUSH of a segment register.
-    pub(super) fn push_segment(&mut self, insn: &Insn, reg: SegReg) -> Res<(), M> {
-        let value = u64::from(self.segment(reg).selector);
-        let mut stack = self.stack();
-        if insn.size == Size::Dword {
-            // Of the four bytes, only two are written.
-            stack.pointer = stack.pointer.wrapping_sub(2) & stack.mask;
-            self.push(&mut stack, Size::Word, value)?;
-        } else {
-            self.push(&mut stack, insn.size, value)?;
-        }
-        self.use_pointer(&stack)
-    }
-
     /// POP of a segment register.
     pub(super) fn pop_segment(&mut self, insn: &Insn, reg: SegReg) -> Res<(), M> {
         let mut stack = self.stack();

@@ -197,10 +197,9 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             let known = match descriptor.attr().type_() {
                 _ if descriptor.attr().s() => true,
                 kind::LDT | kind::TSS_AVAILABLE | kind::TSS_BUSY | kind::CALL_GATE => true,
-                kind::TSS16_AVAILABLE
-                | kind::TSS16_BUSY
-                | kind::CALL_GATE16
-                | kind::TASK_GATE => !long,
+                kind::TSS16_AVAILABLE | kind::TSS16_BUSY | kind::CALL_GATE16 | kind::TASK_GATE => {
+                    !long
+                }
                 _ => false,
             };
             known.then_some((descriptor.low >> 32) & 0x00ff_ff00)

@@ -59,6 +59,8 @@ pub struct TaskSwitch {
     pub selector: u16,
     /// Whether it is by an event that the program has not asked for: an exception or an interrupt.
     pub external: bool,
+    /// For an instruction of the program that came through a gate of the IDT: its vector. The gate has to permit it.
+    pub program_vector: Option<u8>,
     /// How long the instruction is that the old task goes on after; zero if it goes on with that at RIP.
     pub insn_len: u8,
 }
@@ -149,6 +151,9 @@ struct Task {
 impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
     /// The switch of an exit. RIP is at the instruction.
     pub(in super::super) fn exited_switch(&mut self, switch: &TaskSwitch) -> Res<(), M> {
+        if let Some(vector) = switch.program_vector {
+            self.check_gate(vector)?;
+        }
         self.ext = u32::from(switch.external);
         let next = self.rip.wrapping_add(switch.insn_len.into());
         self.rip = next & self.mode.linear_mask();

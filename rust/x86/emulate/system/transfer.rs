@@ -354,9 +354,8 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             return Err(self.ts(selector).into());
         }
         let descriptor = self.descriptor(selector)?.ok_or(self.ts(selector))?;
-        let fits = rpl(selector) == cpl
-            && descriptor.attr().dpl() == cpl
-            && descriptor.is_writable();
+        let fits =
+            rpl(selector) == cpl && descriptor.attr().dpl() == cpl && descriptor.is_writable();
         if !fits {
             return Err(self.ts(selector).into());
         }
@@ -410,9 +409,8 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             return Err(Fault::gp(0).into());
         }
         let descriptor = self.descriptor(selector)?.ok_or(self.gp(selector))?;
-        let fits = rpl(selector) == cpl
-            && descriptor.is_writable()
-            && descriptor.attr().dpl() == cpl;
+        let fits =
+            rpl(selector) == cpl && descriptor.is_writable() && descriptor.attr().dpl() == cpl;
         if !fits {
             return Err(self.gp(selector).into());
         }
@@ -578,13 +576,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             return Err(Fault::gp(0).into());
         }
         let pointer = self.pop(stack, Size::Dword)?;
-        for reg in [
-            SegReg::Ss,
-            SegReg::Es,
-            SegReg::Ds,
-            SegReg::Fs,
-            SegReg::Gs,
-        ] {
+        for reg in [SegReg::Ss, SegReg::Es, SegReg::Ds, SegReg::Fs, SegReg::Gs] {
             let selector = self.pop(stack, Size::Dword)? as u16;
             self.set_segment(reg, vm86_segment(selector));
         }

@@ -4,11 +4,15 @@
 
 use super::TestCpu;
 use super::TestMemory;
+use rkvm_x86::emulate::Cpu;
 use rkvm_x86::insn::Insn;
 use rkvm_x86::insn::MemRef;
 use rkvm_x86::insn::Op;
 use rkvm_x86::insn::Operand;
+use rkvm_x86::insn::VectorOp;
 use rkvm_x86::regs::Gpr;
+use rkvm_x86::segment::CpuMode;
+use rkvm_x86::segment::SegReg;
 
 /// What instructions work on: four pages, addressed around the middle.
 pub const DATA: u64 = 0x4e000;
@@ -46,89 +50,203 @@ impl Random {
             _ => self.next(),
         }
     }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u64) as usize]
+    }
 }
 
-pub const ONE_BYTE: &[u8] = &[
-    0x00, 0x01, 0x02, 0x03, 0x04, 0x05, 0x50, 0x58, 0x63, 0x68, 0x6a, 0x80, 0x81, 0x83, 0x84, 0x85,
-    0x86, 0x87, 0x88, 0x89, 0x8a, 0x8b, 0x8c, 0x8d, 0x8f, 0xa4, 0xa5, 0xa6, 0xa7, 0xa8, 0xa9, 0xaa,
-    0xab, 0xac, 0xad, 0xae, 0xaf, 0xb0, 0xb8, 0xc0, 0xc1, 0xc6, 0xc7, 0xd0, 0xd1, 0xd2, 0xd3, 0xf6,
-    0xf7, 0xfe, 0xff,
+/// Opcodes after 0F 38, 0F 3A and in VEX that are worth more than chance gives them.
+const OPCODES_38: &[u8] = &[0xf0, 0xf1, 0xf6, 0xf7, 0x2a, 0xf2, 0xf3, 0xf5];
+const OPCODES_3A: &[u8] = &[0x14, 0x15, 0x16, 0x17, 0x20, 0x22, 0xf0];
+const OPCODES_VEX: &[(u8, u8)] = &[
+    (1, 0x10),
+    (1, 0x11),
+    (1, 0x12),
+    (1, 0x13),
+    (1, 0x16),
+    (1, 0x17),
+    (1, 0x28),
+    (1, 0x29),
+    (1, 0x2b),
+    (1, 0x6e),
+    (1, 0x6f),
+    (1, 0x7e),
+    (1, 0x7f),
+    (1, 0xae),
+    (1, 0xc4),
+    (1, 0xd6),
+    (1, 0xe7),
+    (1, 0xf0),
+    (1, 0xf7),
+    (2, 0x18),
+    (2, 0x19),
+    (2, 0x1a),
+    (2, 0x2a),
+    (2, 0x58),
+    (2, 0x59),
+    (2, 0x5a),
+    (2, 0x78),
+    (2, 0x79),
+    (2, 0xf2),
+    (2, 0xf3),
+    (2, 0xf5),
+    (2, 0xf6),
+    (2, 0xf7),
+    (3, 0x14),
+    (3, 0x15),
+    (3, 0x16),
+    (3, 0x17),
+    (3, 0x18),
+    (3, 0x19),
+    (3, 0x20),
+    (3, 0x22),
+    (3, 0x38),
+    (3, 0x39),
+    (3, 0xf0),
 ];
 
-pub const TWO_BYTE: &[u8] = &[
-    0x40, 0x90, 0xa3, 0xab, 0xb3, 0xbb, 0xba, 0xaf, 0xb0, 0xb1, 0xb6, 0xb7, 0xbe, 0xbf, 0xc0, 0xc1,
-    0xc3, 0xc7, 0x38, 0xae,
-];
-
-/// Bytes of an instruction: prefixes, an opcode from the tables, and noise for the rest.
-pub fn bytes(random: &mut Random) -> Vec<u8> {
+/// Bytes of an instruction: prefixes, an opcode, and noise for the rest.
+pub fn bytes(random: &mut Random, mode: CpuMode) -> Vec<u8> {
     let mut b = Vec::new();
+    let vex = random.one_in(9);
+    let rare = if vex { 40 } else { 1 };
     for (prefix, odds) in [
-        (0xf0, 6),
+        (0xf0, 12),
         (0x66, 4),
         (0x67, 5),
-        (0xf3, 5),
-        (0xf2, 8),
-        (0x2e, 20),
+        (0xf3, 6),
+        (0xf2, 10),
+        (0x2e, 30),
+        (0x36, 30),
     ] {
-        if random.one_in(odds) {
+        if random.one_in(odds * rare) {
             b.push(prefix);
         }
     }
-    if random.one_in(2) {
+    if mode.is_64bit() && random.one_in(2 * rare) {
         b.push(0x40 | random.below(16) as u8);
     }
-    let pick = |random: &mut Random, table: &[u8]| table[random.below(table.len() as u64) as usize];
-    if random.one_in(3) {
-        b.push(0x0f);
-        let mut opcode = pick(random, TWO_BYTE);
-        if matches!(opcode, 0x40 | 0x90) {
-            opcode |= random.below(16) as u8;
+    let any = random.next() as u8;
+    if vex {
+        let (map, opcode) = random.pick(OPCODES_VEX);
+        let extended = if mode.is_64bit() { 0xff } else { 0x3f };
+        let inverted = !(random.next() as u8 & random.next() as u8 & extended);
+        let mut last = random.next() as u8;
+        if random.one_in(2) {
+            // No third register.
+            last |= 0x78;
         }
-        b.push(opcode);
-        if opcode == 0x38 {
-            b.push(0xf0 | random.below(2) as u8);
+        if random.one_in(2) {
+            last &= 0x7f;
+        }
+        if map == 1 && random.one_in(2) {
+            b.extend([0xc5, last | inverted & 0x80, opcode]);
+        } else {
+            b.extend([0xc4, inverted & 0xe0 | map, last, opcode]);
         }
     } else {
-        let mut opcode = pick(random, ONE_BYTE);
-        match opcode {
-            0x00..=0x05 => opcode |= (random.below(8) as u8) << 3,
-            0x50 | 0x58 | 0xb0 | 0xb8 => opcode |= random.below(8) as u8,
-            _ => {}
+        match random.below(20) {
+            0 => b.extend([0x0f, 0x38, random.pick(OPCODES_38)]),
+            1 => b.extend([0x0f, 0x3a, random.pick(OPCODES_3A)]),
+            2..=8 => b.extend([0x0f, any]),
+            _ => b.push(any),
         }
-        b.push(opcode);
     }
-    let noise = random.next().to_le_bytes();
+    let mut noise = random.next().to_le_bytes();
+    let [modrm, second, ..] = &mut noise;
+    match b.as_slice() {
+        // One extension of eight is known, of memory or of any.
+        [.., 0x0f, 0xc7] => *modrm = *modrm & 0x87 | 8,
+        // ENTER: a frame that the data has room for.
+        [.., 0xc8] => *second &= 0xf,
+        [0xc4, .., 0xf3] => *modrm = *modrm & 0xc7 | 8 << random.below(2),
+        [0xc4, .., 0xae] | [.., 0x0f, 0xae] => *modrm = *modrm & 0x8f | 0x10,
+        _ => {}
+    }
     b.extend(noise);
     b.extend(random.next().to_le_bytes());
     b
 }
 
 pub fn memory_operand(insn: &Insn) -> Option<MemRef> {
-    match (insn.dst, insn.src) {
-        (Operand::Mem(m), _) | (_, Operand::Mem(m)) => Some(m),
-        _ => None,
+    [insn.dst, insn.src, insn.src2]
+        .into_iter()
+        .find_map(|operand| match operand {
+            Operand::Mem(m) => Some(m),
+            _ => None,
+        })
+}
+
+/// The bits of an address.
+pub fn address_mask(insn: &Insn) -> u64 {
+    match insn.address_size {
+        2 => 0xffff,
+        4 => 0xffff_ffff,
+        _ => u64::MAX,
     }
+}
+
+fn base_of(cpu: &mut TestCpu, seg: SegReg) -> u64 {
+    if cpu.mode().is_64bit() {
+        0
+    } else {
+        cpu.segments[seg as usize].base
+    }
+}
+
+/// Where a memory operand is in its segment.
+pub fn offset(insn: &Insn, m: &MemRef, cpu: &TestCpu) -> u64 {
+    let mut address = m.disp;
+    if m.rip_relative {
+        address = address.wrapping_add(cpu.rip + u64::from(insn.len));
+    }
+    if let Some(b) = m.base {
+        address = address.wrapping_add(cpu.get(b));
+    }
+    if let Some(i) = m.index {
+        address = address.wrapping_add(cpu.get(i) << m.scale);
+    }
+    address & address_mask(insn)
 }
 
 /// Gives the registers values with which the instruction works on the data. Says false if there are none.
 pub fn aim(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
+    // Those have tests of their own.
+    if matches!(insn.op, Op::System(_)) {
+        return false;
+    }
+    let long = cpu.mode().is_64bit();
+    let width = if long { u64::MAX } else { 0xffff_ffff };
     for r in Gpr::ALL {
-        let value = random.value();
+        let value = random.value() & width;
         cpu.gprs.set(r, value);
     }
-    let narrow = insn.address_size == 4;
-    let stray = if narrow { random.next() << 32 } else { 0 };
+    let mask = address_mask(insn);
+    let stray = random.next() & !mask & width;
     let target = MIDDLE - 0x100 + random.below(0x200);
-    if let Op::String(_) = insn.op {
-        let source = MIDDLE - 0x100 + random.below(0x200);
-        cpu.gprs.set(Gpr::Rsi, source | stray);
-        cpu.gprs.set(Gpr::Rdi, target | stray);
-        // RCX of zero with 32-bit addresses clears the upper half on some processors only.
-        cpu.gprs.set(Gpr::Rcx, (1 + random.below(20)) | stray);
+    let near = |random: &mut Random, cpu: &mut TestCpu, r, seg| {
+        let at = MIDDLE - 0x100 + random.below(0x200);
+        let offset = at.wrapping_sub(base_of(cpu, seg)) & mask;
+        cpu.gprs.set(r, offset | stray);
+    };
+    match insn.op {
+        Op::String(_) => {
+            near(random, cpu, Gpr::Rsi, insn.string_seg);
+            near(random, cpu, Gpr::Rdi, SegReg::Es);
+            // RCX of zero with 32-bit addresses clears the upper half on some processors only.
+            cpu.gprs.set(Gpr::Rcx, (1 + random.below(20)) | stray);
+        }
+        Op::Vector(VectorOp::MaskStore, _) => near(random, cpu, Gpr::Rdi, insn.string_seg),
+        Op::Xlat => near(random, cpu, Gpr::Rbx, insn.string_seg),
+        _ => {}
     }
-    let stack = MIDDLE + 0x400 + random.below(0x100);
+    let stack_base = base_of(cpu, SegReg::Ss);
+    let stack = MIDDLE + 0x400 + random.below(0x100) - stack_base;
     cpu.gprs.set(Gpr::Rsp, stack);
+    if matches!(insn.op, Op::Enter | Op::Leave) {
+        cpu.gprs.set(Gpr::Rbp, stack - 0x100 + random.below(0x200));
+    }
     let Some(m) = memory_operand(insn) else {
         return true;
     };
@@ -137,12 +255,14 @@ pub fn aim(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
         _ => None,
     };
     if let Some(r) = bit_index {
-        let index = random.below(1 << 13).wrapping_sub(1 << 12);
+        let index = random.below(1 << 13).wrapping_sub(1 << 12) & width;
         cpu.gprs.set(r, index);
     }
     if let Some(i) = m.index {
         cpu.gprs.set(i, random.below(32));
     }
+    let segment = base_of(cpu, m.seg);
+    let wanted = target.wrapping_sub(segment);
     let fixed = bit_index == m.base && m.base.is_some();
     match m.base {
         Some(b) if !fixed && b != Gpr::Rsp => {
@@ -151,11 +271,11 @@ pub fn aim(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
             } else {
                 m.index.map_or(0, |i| cpu.get(i) << m.scale)
             };
-            let mut base = target.wrapping_sub(other).wrapping_sub(m.disp);
+            let mut base = wanted.wrapping_sub(other).wrapping_sub(m.disp);
             if m.index == Some(b) {
-                base = target.wrapping_sub(m.disp) / (1 + (1 << m.scale));
+                base = wanted.wrapping_sub(m.disp) / (1 + (1 << m.scale));
             }
-            cpu.gprs.set(b, base.wrapping_add(stray));
+            cpu.gprs.set(b, (base & mask) | stray);
         }
         _ => {}
     }
@@ -163,25 +283,13 @@ pub fn aim(random: &mut Random, insn: &Insn, cpu: &mut TestCpu) -> bool {
         return false;
     }
     // Whatever was possible, it has to be in the data.
-    let mut address = m.disp;
-    if m.rip_relative {
-        address = address.wrapping_add(CODE + u64::from(insn.len));
-    }
-    if let Some(b) = m.base {
-        address = address.wrapping_add(cpu.get(b));
-    }
-    if let Some(i) = m.index {
-        address = address.wrapping_add(cpu.get(i) << m.scale);
-    }
-    if narrow {
-        address &= 0xffff_ffff;
-    }
+    let address = offset(insn, &m, cpu).wrapping_add(segment);
     insn.op == Op::Lea || (DATA + 0x800..DATA + DATA_LEN as u64 - 0x800).contains(&address)
 }
 
-/// Writes a displacement that leads to the data, where no register can: RIP-relative and absolute addresses. These have the last four
-/// bytes before the immediate.
-pub fn patch(random: &mut Random, bytes: &mut [u8], insn: &Insn) {
+/// Writes a displacement that leads to the data, where no register can: RIP-relative and absolute addresses. These have the last bytes
+/// before the immediate.
+pub fn patch(random: &mut Random, bytes: &mut [u8], insn: &Insn, cpu: &mut TestCpu) {
     let Some(m) = memory_operand(insn) else {
         return;
     };
@@ -189,17 +297,21 @@ pub fn patch(random: &mut Random, bytes: &mut [u8], insn: &Insn) {
         return;
     }
     let old = (m.disp as u32).to_le_bytes();
-    let target = MIDDLE - 0x80 + random.below(0x100);
+    let target = (MIDDLE - 0x80 + random.below(0x100)).wrapping_sub(base_of(cpu, m.seg));
     let new = if m.rip_relative {
-        target.wrapping_sub(CODE + u64::from(insn.len))
+        target.wrapping_sub(cpu.rip + u64::from(insn.len))
     } else if m.base.is_some() {
         random.below(0x100)
     } else {
         target
     };
     let len = usize::from(insn.len);
-    if let Some(at) = bytes[..len].windows(4).rposition(|w| w == old) {
-        bytes[at..at + 4].copy_from_slice(&(new as u32).to_le_bytes());
+    let width = if insn.address_size == 2 { 2 } else { 4 };
+    if let Some(at) = bytes[..len]
+        .windows(width)
+        .rposition(|w| w == &old[..width])
+    {
+        bytes[at..at + width].copy_from_slice(&(new as u32).to_le_bytes()[..width]);
     }
 }
 
@@ -216,13 +328,20 @@ pub fn make_equal(insn: &Insn, cpu: &mut TestCpu, memory: &TestMemory) {
     {
         return;
     }
-    let mut address = m.disp;
-    address = address.wrapping_add(m.base.map_or(0, |b| cpu.get(b)));
-    address = address.wrapping_add(m.index.map_or(0, |i| cpu.get(i) << m.scale));
-    let value = memory.get64(address & 0xffff_ffff);
-    cpu.gprs.set(Gpr::Rax, value);
-    if insn.op == Op::CmpXchg8b {
-        cpu.gprs.set(Gpr::Rax, value & 0xffff_ffff);
-        cpu.gprs.set(Gpr::Rdx, value >> 32);
+    let address = offset(insn, &m, cpu).wrapping_add(base_of(cpu, m.seg));
+    if !(DATA..DATA + DATA_LEN as u64 - 16).contains(&address) {
+        return;
+    }
+    let value = memory.get64(address);
+    match insn.op {
+        Op::CmpXchg8b => {
+            cpu.gprs.set(Gpr::Rax, value & 0xffff_ffff);
+            cpu.gprs.set(Gpr::Rdx, value >> 32);
+        }
+        Op::CmpXchg16b => {
+            cpu.gprs.set(Gpr::Rax, value);
+            cpu.gprs.set(Gpr::Rdx, memory.get64(address + 8));
+        }
+        _ => cpu.gprs.set(Gpr::Rax, value & 0xffff_ffff),
     }
 }

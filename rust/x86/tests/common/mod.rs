@@ -5,11 +5,16 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod generate;
+pub mod system;
 
 use rkvm_x86::emulate::Completion;
 use rkvm_x86::emulate::Cpu;
 use rkvm_x86::emulate::Emulator;
+use rkvm_x86::emulate::Fpu;
 use rkvm_x86::emulate::Outcome;
+use rkvm_x86::emulate::TableReg;
+use rkvm_x86::event::Shadow;
+use rkvm_x86::msr::Msr;
 use rkvm_x86::paging::GuestMemory;
 use rkvm_x86::paging::MemoryError;
 use rkvm_x86::regs::Cr0;
@@ -38,6 +43,81 @@ pub struct TestCpu {
     pub maxphyaddr: u8,
     pub gbpages: bool,
     pub pkru: u32,
+    pub gdtr: TableReg,
+    pub idtr: TableReg,
+    pub msrs: Vec<(Msr, u64)>,
+    pub nmi_blocked: bool,
+    pub task_switches: u32,
+    pub fpu: TestFpu,
+}
+
+/// Vector registers and their control.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TestFpu {
+    pub ymm: [[u64; 4]; 16],
+    pub mmx: [u64; 8],
+    pub mxcsr: u32,
+    pub control: u16,
+    pub status: u16,
+    pub xcr0: u64,
+}
+
+impl TestFpu {
+    pub const RESET: Self = Self {
+        ymm: [[0; 4]; 16],
+        mmx: [0; 8],
+        mxcsr: 0x1f80,
+        control: 0x37f,
+        status: 0,
+        xcr0: 7,
+    };
+}
+
+impl Fpu for TestCpu {
+    fn xcr0(&mut self) -> u64 {
+        self.fpu.xcr0
+    }
+    fn xmm(&mut self, n: u8) -> [u64; 2] {
+        let [a, b, ..] = self.fpu.ymm[n as usize];
+        [a, b]
+    }
+    fn set_xmm(&mut self, n: u8, value: [u64; 2]) {
+        self.fpu.ymm[n as usize][..2].copy_from_slice(&value);
+    }
+    fn ymm(&mut self, n: u8) -> [u64; 4] {
+        self.fpu.ymm[n as usize]
+    }
+    fn set_ymm(&mut self, n: u8, value: [u64; 4]) {
+        self.fpu.ymm[n as usize] = value;
+    }
+    fn mmx(&mut self, n: u8) -> u64 {
+        self.fpu.mmx[n as usize]
+    }
+    fn set_mmx(&mut self, n: u8, value: u64) {
+        self.fpu.mmx[n as usize] = value;
+    }
+    fn mxcsr(&mut self) -> u32 {
+        self.fpu.mxcsr
+    }
+    fn set_mxcsr(&mut self, value: u32) {
+        self.fpu.mxcsr = value;
+    }
+    fn fpu_control(&mut self) -> u16 {
+        self.fpu.control
+    }
+    fn set_fpu_control(&mut self, value: u16) {
+        self.fpu.control = value & 0x1f3f | 0x40;
+        // What is unmasked and waiting is pending now.
+        let pending = self.fpu.status & !value & 0x3f != 0;
+        self.fpu.status = self.fpu.status & !0x8080 | if pending { 0x8080 } else { 0 };
+    }
+    fn fpu_status(&mut self) -> u16 {
+        self.fpu.status
+    }
+    fn fpu_init(&mut self) {
+        self.fpu.control = 0x37f;
+        self.fpu.status = 0;
+    }
 }
 
 fn flat(code: bool, long: bool) -> Segment {
@@ -69,6 +149,15 @@ impl TestCpu {
             maxphyaddr: 46,
             gbpages: true,
             pkru: 0,
+            gdtr: TableReg::default(),
+            idtr: TableReg {
+                base: 0,
+                limit: 0xffff,
+            },
+            msrs: Vec::new(),
+            nmi_blocked: false,
+            task_switches: 0,
+            fpu: TestFpu::RESET,
         }
     }
 
@@ -85,7 +174,7 @@ impl TestCpu {
     pub fn long() -> Self {
         let mut cpu = Self::protected();
         cpu.efer = Efer::LME | Efer::LMA;
-        cpu.cr4 = Cr4::PAE;
+        cpu.cr4 = Cr4::PAE | Cr4::OSFXSR | Cr4::OSXSAVE;
         cpu.segments[SegReg::Cs as usize] = flat(true, true);
         cpu
     }
@@ -145,6 +234,42 @@ impl Cpu for TestCpu {
     }
     fn cpl(&mut self) -> u8 {
         self.cpl
+    }
+    fn set_segment(&mut self, reg: SegReg, value: &Segment) {
+        self.segments[reg as usize] = *value;
+        if reg == SegReg::Ss {
+            self.cpl = value.attr.dpl();
+        }
+    }
+    fn set_cr3(&mut self, value: Cr3) {
+        self.cr3 = value;
+    }
+    fn task_switched(&mut self) {
+        self.cr0 |= Cr0::TS;
+        self.task_switches += 1;
+    }
+    fn gdtr(&mut self) -> TableReg {
+        self.gdtr
+    }
+    fn set_gdtr(&mut self, value: TableReg) {
+        self.gdtr = value;
+    }
+    fn idtr(&mut self) -> TableReg {
+        self.idtr
+    }
+    fn set_idtr(&mut self, value: TableReg) {
+        self.idtr = value;
+    }
+    fn msr(&mut self, msr: Msr) -> Option<u64> {
+        let entry = self.msrs.iter().find(|(number, _)| *number == msr);
+        entry.map(|(_, value)| *value)
+    }
+    fn set_msr(&mut self, msr: Msr, value: u64) {
+        self.msrs.retain(|(number, _)| *number != msr);
+        self.msrs.push((msr, value));
+    }
+    fn unblock_nmi(&mut self) {
+        self.nmi_blocked = false;
     }
     fn maxphyaddr(&mut self) -> u8 {
         self.maxphyaddr
@@ -335,12 +460,14 @@ pub fn run_with(
 pub const DONE: Outcome<Lost> = Outcome::Done(Completion {
     retired: true,
     single_step: false,
+    shadow: Shadow::None,
 });
 
 /// The outcome of one that has more to do.
 pub const MORE: Outcome<Lost> = Outcome::Done(Completion {
     retired: false,
     single_step: false,
+    shadow: Shadow::None,
 });
 
 /// Bytes from hexadecimal digits, with spaces where one likes.

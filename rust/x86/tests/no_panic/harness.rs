@@ -36,7 +36,11 @@ use x86::cpuid::CpuidRegs;
 use x86::cpuid::XsaveLayout;
 use x86::emulate::Cpu;
 use x86::emulate::Emulator;
+use x86::emulate::Event;
+use x86::emulate::Fpu;
 use x86::emulate::Outcome;
+use x86::emulate::TableReg;
+use x86::emulate::TaskSwitch;
 use x86::io::StringIo;
 use x86::ioapic::Ioapic;
 use x86::ioapic::IoapicState;
@@ -78,6 +82,48 @@ pub trait Outside {
 
 pub struct Guest<'a>(&'a mut dyn Outside);
 
+impl Fpu for Guest<'_> {
+    fn xcr0(&mut self) -> u64 {
+        self.0.get(25)
+    }
+    fn xmm(&mut self, n: u8) -> [u64; 2] {
+        [self.0.get(64 ^ u32::from(n)), self.0.get(80 ^ u32::from(n))]
+    }
+    fn set_xmm(&mut self, n: u8, value: [u64; 2]) {
+        self.0.set(64 ^ u32::from(n), value[0] ^ value[1])
+    }
+    fn ymm(&mut self, n: u8) -> [u64; 4] {
+        [self.0.get(64 ^ u32::from(n)); 4]
+    }
+    fn set_ymm(&mut self, n: u8, value: [u64; 4]) {
+        self.0.set(64 ^ u32::from(n), value[0] ^ value[3])
+    }
+    fn mmx(&mut self, n: u8) -> u64 {
+        self.0.get(32 ^ u32::from(n))
+    }
+    fn set_mmx(&mut self, n: u8, value: u64) {
+        self.0.set(32 ^ u32::from(n), value)
+    }
+    fn mxcsr(&mut self) -> u32 {
+        self.0.get(26) as u32
+    }
+    fn set_mxcsr(&mut self, value: u32) {
+        self.0.set(26, value.into())
+    }
+    fn fpu_control(&mut self) -> u16 {
+        self.0.get(27) as u16
+    }
+    fn set_fpu_control(&mut self, value: u16) {
+        self.0.set(27, value.into())
+    }
+    fn fpu_status(&mut self) -> u16 {
+        self.0.get(28) as u16
+    }
+    fn fpu_init(&mut self) {
+        self.0.set(28, 0)
+    }
+}
+
 impl Cpu for Guest<'_> {
     fn gpr(&mut self, r: Gpr) -> u64 {
         self.0.get(r as u32)
@@ -115,6 +161,38 @@ impl Cpu for Guest<'_> {
     fn cpl(&mut self) -> u8 {
         self.0.get(22) as u8
     }
+    fn set_segment(&mut self, reg: SegReg, value: &Segment) {
+        self.0.set(32 | reg as u32, value.base);
+    }
+    fn set_cr3(&mut self, value: Cr3) {
+        self.0.set(40, value.bits());
+    }
+    fn task_switched(&mut self) {}
+    fn gdtr(&mut self) -> TableReg {
+        TableReg {
+            base: self.0.get(41),
+            limit: self.0.get(42) as u16,
+        }
+    }
+    fn set_gdtr(&mut self, value: TableReg) {
+        self.0.set(41, value.base);
+    }
+    fn idtr(&mut self) -> TableReg {
+        TableReg {
+            base: self.0.get(43),
+            limit: self.0.get(44) as u16,
+        }
+    }
+    fn set_idtr(&mut self, value: TableReg) {
+        self.0.set(43, value.base);
+    }
+    fn msr(&mut self, msr: Msr) -> Option<u64> {
+        Some(self.0.get(msr.0))
+    }
+    fn set_msr(&mut self, msr: Msr, value: u64) {
+        self.0.set(msr.0, value);
+    }
+    fn unblock_nmi(&mut self) {}
     fn maxphyaddr(&mut self) -> u8 {
         self.0.get(23) as u8
     }
@@ -157,6 +235,26 @@ impl GuestMemory for Guest<'_> {
 #[inline(never)]
 pub fn step(emulator: &mut Emulator, cpu: &mut Guest<'_>, memory: &mut Guest<'_>) -> Outcome<u32> {
     emulator.step(cpu, memory)
+}
+
+#[inline(never)]
+pub fn switch_task(
+    emulator: &mut Emulator,
+    cpu: &mut Guest<'_>,
+    memory: &mut Guest<'_>,
+    switch: &TaskSwitch,
+) -> Outcome<u32> {
+    emulator.switch_task(cpu, memory, switch)
+}
+
+#[inline(never)]
+pub fn deliver(
+    emulator: &mut Emulator,
+    cpu: &mut Guest<'_>,
+    memory: &mut Guest<'_>,
+    event: Event,
+) -> Outcome<u32> {
+    emulator.deliver(cpu, memory, event)
 }
 
 #[inline(never)]

@@ -242,7 +242,7 @@ fn corrected(env: &Env) -> Outcome {
 
 fn main() -> ExitCode {
     selftests::tap::main(
-        "machine_checks",
+        "mce",
         tests![capabilities, registers, local_checks, exceptions, corrected],
     )
 }

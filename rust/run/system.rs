@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the emulator's system instructions need of the vCPU: task switches, and what it asks for.
+
+use super::cr;
+use super::debug;
+use super::memory::EmuCpu;
+use super::memory::EmuMemory;
+use super::Next;
+use super::Run;
+use crate::backend::CrAccess;
+use crate::backend::Loaded;
+use crate::backend::PortAccess;
+use crate::x86::emulate::Cause;
+use crate::x86::emulate::Outcome;
+use crate::x86::emulate::Service;
+use crate::x86::emulate::TaskSwitch;
+use crate::x86::event::Shadow;
+use crate::x86::event::Vectoring;
+use crate::x86::regs::Cr0;
+use crate::x86::regs::Cr4;
+use crate::x86::regs::Dr7;
+use crate::x86::regs::Efer;
+use crate::x86::regs::Rflags;
+use crate::x86::segment::SegReg;
+use kernel::prelude::*;
+
+impl<L: Loaded> Run<'_, L> {
+    /// The guest switches tasks. The processor has done no more than look at the selector and a gate.
+    pub(super) fn task_switch(&mut self, selector: u16, cause: Cause) -> Result<Next> {
+        let event = match cause {
+            Cause::Gate(_) => self.hw.vectoring(),
+            _ => None,
+        };
+        let insn_len = self.hw.instruction_len();
+        let mut switch = TaskSwitch {
+            cause,
+            selector,
+            external: false,
+            program_vector: None,
+            insn_len,
+        };
+        if let Cause::Gate(_) = cause {
+            let (error, insn_len) = match event {
+                Some(Vectoring::Exception(e)) => (e.error, e.insn_len),
+                Some(Vectoring::Interrupt(i)) => (None, i.insn_len),
+                Some(Vectoring::Nmi) | None => (None, 0),
+            };
+            switch.cause = Cause::Gate(error);
+            switch.insn_len = insn_len;
+            switch.external = insn_len == 0;
+            switch.program_vector = match event {
+                Some(Vectoring::Interrupt(i)) if i.is_soft() => Some(i.vector),
+                Some(Vectoring::Exception(e)) if insn_len != 0 => Some(e.vector.0),
+                _ => None,
+            };
+        }
+
+        let old = self.hw.segment(SegReg::Tr);
+        let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
+        let arch = &mut *self.arch;
+        let mut memory = EmuMemory::new(self.memory, self.shared, &arch.devices);
+        match arch.emulator.switch_task(&mut cpu, &mut memory, &switch) {
+            Outcome::Done(done) => {
+                if done.retired {
+                    self.arrive(event);
+                }
+                Ok(Next::Guest)
+            }
+            Outcome::Fault(fault) => {
+                if old != self.hw.segment(SegReg::Tr) {
+                    // It is the new task's. An exception that it was switched to for is on its way all the same,
+                    // and may make a double fault of it; anything else has arrived.
+                    match event {
+                        Some(Vectoring::Exception(_)) => self.arrive(None),
+                        event => self.arrive(event),
+                    }
+                }
+                self.raise(fault)
+            }
+            Outcome::Host(at) => Err(self.unbacked(at)),
+            _ => {
+                let raw = self.hw.raw_exit();
+                self.page.set_emulation_error(&[], &raw);
+                Ok(Next::User)
+            }
+        }
+    }
+
+    /// The new task is there, and with it the event that brought it.
+    fn arrive(&mut self, event: Option<Vectoring>) {
+        if event.is_some() {
+            self.arch.events.redeliver(None);
+        }
+        if let Some(Vectoring::Nmi) = event {
+            self.hw.set_nmi_blocked(true);
+        }
+        self.hw.set_shadow(Shadow::None);
+        // The local breakpoints were the old task's.
+        let mut breakpoints = debug::breakpoints(&mut self.hw, self.arch);
+        breakpoints.control = breakpoints.control.without(Dr7::LOCAL);
+        debug::set_breakpoints(&mut self.hw, self.arch, &breakpoints);
+        if self.arch.debugger.steps() {
+            let flags = self.hw.rflags();
+            self.hw.set_rflags(flags.with(Rflags::TF));
+        }
+        let pae = self.hw.cr0().has(Cr0::PG)
+            && self.hw.cr4().has(Cr4::PAE)
+            && !self.hw.efer().has(Efer::LMA);
+        if pae {
+            let cr3 = self.hw.cr3();
+            if let Err(fault) = cr::load_pdptes(&mut self.hw, self.memory, cr3, &self.arch.features)
+            {
+                self.arch.events.raise(fault.into());
+            }
+        }
+    }
+
+    /// What an emulated instruction of `len` bytes asks for.
+    pub(super) fn serve(&mut self, service: Service, len: u8) -> Result<Next> {
+        match service {
+            Service::LoadMsw(source) => self.cr_access(CrAccess::Lmsw(source), len),
+            // The bitmap of the permissions is on a device.
+            Service::Port { port, size, input } => {
+                let access = PortAccess {
+                    port,
+                    size: size.bytes(),
+                    input,
+                    string: false,
+                    rep: false,
+                };
+                self.port_access(access, len)
+            }
+            // The others have no memory that could be a device's, so that the processor exits by them and not
+            // by that: the guest has changed its code in between.
+            _ => self.not_emulated(),
+        }
+    }
+}
