@@ -214,6 +214,15 @@ impl SharedApic {
         lint0.mode_bits() == NMI && !lint0.has(Lvt::MASKED)
     }
 
+    /// Whether what the controller outside has comes in here: by LINT0, or because the APIC is off.
+    fn takes_extint(&self) -> bool {
+        /// The delivery mode: ExtINT.
+        const EXTINT: u32 = 7;
+        let lint0 = Lvt::new(ApicPage::read(&self.inbox, LINT0));
+        lint0.mode_bits() == EXTINT && !lint0.has(Lvt::MASKED)
+            || self.mode.load(Ordering::Relaxed) == mode_code(ApicMode::Disabled)
+    }
+
     /// Records the mode. By the vCPU, which then calls [`Apics::rebuild`].
     pub(crate) fn set_mode(&self, mode: ApicMode) {
         self.mode.store(mode_code(mode), Ordering::Relaxed);
@@ -599,9 +608,15 @@ impl Apics {
     }
 
     /// The interrupt controller outside has a vector, for who takes it through LINT0. In any context.
+    ///
+    /// The others, and there may be many, are not disturbed. One of them may be about to take such vectors:
+    /// it finds the request before it enters, or is found to take them.
     pub(crate) fn extint_changed(&self) {
         for vcpu in self.table.read().members.iter() {
-            vcpu.request_and_kick(Request::Interrupts);
+            vcpu.request(Request::Interrupts);
+            if vcpu.apic().is_none_or(SharedApic::takes_extint) {
+                vcpu.request_and_kick(Request::Interrupts);
+            }
         }
     }
 

@@ -8,8 +8,9 @@ use selftests::irq::{
     self, how, line, line_status, pic, set_pic, vm_with, wait_for, Chips, Guest, APIC,
 };
 use selftests::machine::Exit;
+use selftests::stats::Stats;
 use selftests::vm::Vm;
-use selftests::{ensure_eq, fail, guest_code, tests, Env, Outcome, Verdict};
+use selftests::{ensure, ensure_eq, fail, guest_code, tests, Env, Outcome, Verdict};
 use std::process::ExitCode;
 
 const MASTER: u16 = 0x20;
@@ -538,9 +539,14 @@ fn no_apic(env: &Env) -> Outcome {
     Ok(())
 }
 
-/// The vCPU whose LINT0 is open gets them, be it halted or running.
+/// The vCPU whose LINT0 is open gets them, be it halted or running. One that is halted and does not take
+/// them sleeps on.
 fn wakes(env: &Env) -> Outcome {
     let g = Guest::new(env, Chips::Full, 2)?;
+    let stats = [
+        Stats::open(&g.kvm, &g.vcpus[0].fd)?,
+        Stats::open(&g.kvm, &g.vcpus[1].fd)?,
+    ];
     init(&g, MASTER, BASE, 1)?;
     let n = env.fewer(50);
     for (owner, code) in [(0, irq::idle()), (1, irq::idle()), (1, irq::spin())] {
@@ -554,13 +560,19 @@ fn wakes(env: &Env) -> Outcome {
             )?;
         }
         g.running(code, |_| {
+            let mut woken = 0;
             for round in 1..=n {
                 pulse(&g.vm, 6)?;
                 let what = format!("interrupt {round} of vCPU {owner}");
                 wait_for(&what, || g.count(owner, BASE + 6) == round)?;
                 // Until its EOI another would be one with it.
                 wait_for("the EOI", || pic(&g.vm, 0).is_ok_and(|p| p.isr == 0))?;
+                if round == 2 {
+                    woken = stats[1 - owner].need("halt_wakeup")?;
+                }
             }
+            woken = stats[1 - owner].need("halt_wakeup")? - woken;
+            ensure!(woken <= n / 4, "the other woke up {woken} times in {n}");
             Ok(())
         })?;
         ensure_eq!(g.seen(1 - owner), 0, "interrupts of the other");
