@@ -83,7 +83,7 @@ impl Busy<'_> {
         ticks.write(reg::LVT_TIMER, PERIODIC | u32::from(VECTOR))?;
         ticks.write(reg::INITIAL, 2_000_000 * patient(1) as u32)?;
         let event = EventFd::new()?;
-        let address = apic::BASE | (WAITS as u64) << 12;
+        let address = apic::BASE | ((WAITS as u64) << 12);
         route(&g.vm, &[to_msi(GSI, address, u32::from(VECTOR))])?;
         irqfd(&g.vm, event.raw(), GSI, 0, None)?;
         g.cpu(SPINS).load_at(apic::OWN_CODE, 0, 0)?;

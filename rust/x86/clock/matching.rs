@@ -77,7 +77,7 @@ impl Counters {
     /// Whether all are of one generation.
     #[must_use]
     pub const fn agree(&self) -> bool {
-        self.vcpus != 0 && self.matched + 1 == self.vcpus
+        self.vcpus != 0 && self.matched.wrapping_add(1) == self.vcpus
     }
 
     /// A vCPU comes, with a counter of `khz`: it starts at 0, or where those that are there have come to. Returns the
@@ -136,7 +136,7 @@ impl Counters {
     ) -> GuestTsc {
         let elapsed = ns_to_ticks(now.ns.wrapping_sub(self.last.ns), khz);
         let expected = self.last.value.wrapping_add(elapsed);
-        let second = u64::from(khz) * 1000;
+        let second = u64::from(khz).wrapping_mul(1000);
         // A VMM that restores a guest which ran for less than a second does not mean it to agree with what the
         // kernel gave the vCPUs when they were made.
         let close = self.by_vmm

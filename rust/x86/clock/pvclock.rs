@@ -23,16 +23,16 @@ impl NsScale {
     /// That of a counter of `khz`. 0 is taken for 1.
     #[must_use]
     pub fn new(khz: u32) -> Self {
-        let mut hz = u64::from(khz.max(1)) * 1000;
-        let mut shift = 0;
+        let mut hz = u64::from(khz.max(1)).wrapping_mul(1000);
+        let mut shift = 0i8;
         // As precise as it can be: the multiplier's first bit is set.
         while hz > 2 * NS_PER_SEC {
             hz >>= 1;
-            shift -= 1;
+            shift = shift.wrapping_sub(1);
         }
         while hz <= NS_PER_SEC {
             hz <<= 1;
-            shift += 1;
+            shift = shift.wrapping_add(1);
         }
         Self {
             multiplier: ((NS_PER_SEC << 32) / hz) as u32,
@@ -45,11 +45,11 @@ impl NsScale {
     pub const fn ns(self, ticks: u64) -> u64 {
         let shift = self.shift.unsigned_abs() as u32;
         let ticks = if self.shift < 0 {
-            ticks >> shift
+            ticks.wrapping_shr(shift)
         } else {
-            ticks << shift
+            ticks.wrapping_shl(shift)
         };
-        ((ticks as u128 * self.multiplier as u128) >> 32) as u64
+        ((ticks as u128).wrapping_mul(self.multiplier as u128) >> 32) as u64
     }
 }
 

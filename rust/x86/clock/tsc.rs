@@ -18,7 +18,7 @@ pub fn mul_div(value: u64, numerator: u32, denominator: u32) -> u64 {
     let (whole, rest) = (value / denominator, value % denominator);
     whole
         .saturating_mul(numerator)
-        .saturating_add(rest * numerator / denominator)
+        .saturating_add(rest.wrapping_mul(numerator) / denominator)
 }
 
 /// How fast the guest's counter runs.
@@ -95,7 +95,7 @@ impl Scale {
     #[cold]
     #[inline(never)]
     const fn multiply(self, host: u64) -> u64 {
-        ((host as u128 * self.multiplier as u128) >> FRACTION) as u64
+        ((host as u128).wrapping_mul(self.multiplier as u128) >> FRACTION) as u64
     }
 
     /// After how many ticks of the host's the guest's counter has gone on by so many: not too few by more than one in
@@ -150,8 +150,8 @@ impl Pace {
     #[must_use]
     pub fn new(khz: u32, host_khz: u32, can_scale: bool) -> Option<Self> {
         let (rate, host) = (u64::from(khz), u64::from(host_khz));
-        let low = host * (1_000_000 - TOLERANCE) / 1_000_000;
-        let high = host * (1_000_000 + TOLERANCE) / 1_000_000;
+        let low = host.wrapping_mul(1_000_000 - TOLERANCE) / 1_000_000;
+        let high = host.wrapping_mul(1_000_000 + TOLERANCE) / 1_000_000;
         if khz == 0 {
             None
         } else if (low..=high).contains(&rate) {
@@ -168,7 +168,7 @@ impl Pace {
 /// what there is a multiplier for.
 #[must_use]
 pub fn max_khz(host_khz: u32) -> u32 {
-    let greatest = (u128::from(u64::MAX) * u128::from(host_khz)) >> FRACTION;
+    let greatest = u128::from(u64::MAX).wrapping_mul(u128::from(host_khz)) >> FRACTION;
     greatest.min(0x7fff_ffff) as u32
 }
 

@@ -328,7 +328,7 @@ impl Decoder<'_> {
     /// The number of a control or debug register and a general register: whatever the mode bits of the ModRM byte say.
     fn number_and_gpr(&mut self) -> Result<(Operand, Operand), DecodeError> {
         let byte = self.number(1)? as u8;
-        let number = byte >> 3 & 7 | if self.rex & REX_R != 0 { 8 } else { 0 };
+        let number = (byte >> 3) & 7 | if self.rex & REX_R != 0 { 8 } else { 0 };
         let gpr = byte & 7 | if self.rex & REX_B != 0 { 8 } else { 0 };
         Ok((
             Operand::Imm(number.into()),

@@ -68,7 +68,7 @@ pub(super) fn one_byte(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> 
 
 /// The segment register of POP.
 fn by_opcode(opcode: u8) -> SegReg {
-    match opcode >> 3 & 3 {
+    match (opcode >> 3) & 3 {
         0 => SegReg::Es,
         1 => SegReg::Cs,
         2 => SegReg::Ss,

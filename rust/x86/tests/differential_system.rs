@@ -49,15 +49,15 @@ const ENTRIES: [(u32, u8, u8); 6] = [
     // Data, 32 bits.
     (1, 0xf3, 4),
     // Read-only data.
-    (1 | 1 << 3, 0xf1, 4),
+    (1 | (1 << 3), 0xf1, 4),
     // Expand-down.
-    (1 | 1 << 1, 0xf7, 4),
+    (1 | (1 << 1), 0xf7, 4),
     // Readable code, 32 bits.
-    (1 | 2 << 1, 0xfb, 4),
+    (1 | (2 << 1), 0xfb, 4),
     // Code that cannot be read.
-    (1 | 2 << 1 | 1 << 3, 0xf9, 4),
+    (1 | (2 << 1) | (1 << 3), 0xf9, 4),
     // Not present.
-    (1 | 1 << 5, 0x73, 4),
+    (1 | (1 << 5), 0x73, 4),
 ];
 const LIMIT: u32 = 0xf_fff0;
 
@@ -101,7 +101,7 @@ fn tables(memory: &mut TestMemory) {
     }
     for selector in (0..0x80).step_by(8) {
         if let Some((rights, limit)) = ask(selector | 3) {
-            let paged = rights & 1 << 23 != 0;
+            let paged = rights & (1 << 23) != 0;
             let limit = if paged { limit >> 12 } else { limit };
             let access = (rights >> 8) as u8;
             let entry = descriptor(0, limit, access, (rights >> 20) as u8 & 15);

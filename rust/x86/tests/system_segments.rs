@@ -59,7 +59,7 @@ fn data_segments() {
             Some(fault) => m.faults(MOV_ES, fault),
             None => {
                 m.done(MOV_ES);
-                let accessed = entry | 1 << 40;
+                let accessed = entry | (1 << 40);
                 assert_eq!(*m.cpu.seg(SegReg::Es), loaded(selector, accessed));
                 assert_eq!(m.entry(selector), accessed);
                 assert_eq!(m.cpu.rip, CODE + 2);
@@ -207,7 +207,7 @@ fn accessed_bit() {
 fn table_registers() {
     let mut m = Machine::new(0).with(Gpr::Rcx, 0x6000);
     m.done("0f0101");
-    assert_eq!(m.memory.get64(0x6000), GDT << 16 | 0x7f);
+    assert_eq!(m.memory.get64(0x6000), (GDT << 16) | 0x7f);
     m.memory.put64(0x6000, 0x1122_3344_5566);
     m.done("0f0111");
     let want = TableReg {
@@ -245,8 +245,8 @@ fn system_segments() {
     assert_eq!(*m.cpu.seg(SegReg::Ldtr), loaded(SLOT, ldt));
     let mut m = load(0, SLOT, tss);
     m.done(ltr);
-    assert_eq!(*m.cpu.seg(SegReg::Tr), loaded(SLOT, tss | 2 << 40));
-    assert_eq!(m.entry(SLOT), tss | 2 << 40, "busy");
+    assert_eq!(*m.cpu.seg(SegReg::Tr), loaded(SLOT, tss | (2 << 40)));
+    assert_eq!(m.entry(SLOT), tss | (2 << 40), "busy");
     let mut m = Machine::new(0).with(Gpr::Rax, 0);
     m.done(lldt);
     assert!(m.cpu.seg(SegReg::Ldtr).attr.unusable());
@@ -257,7 +257,7 @@ fn system_segments() {
         (lldt, flat(0x92, 0xc), gp(SLOT)),
         (lldt, ldt & !(1 << 47), np(SLOT)),
         (ltr, ldt, gp(SLOT)),
-        (ltr, tss | 2 << 40, gp(SLOT)),
+        (ltr, tss | (2 << 40), gp(SLOT)),
         (ltr, tss & !(1 << 47), np(SLOT)),
     ] {
         load(0, SLOT, entry).faults(code, fault);
@@ -325,7 +325,7 @@ fn questions() {
                 "{code} {access:#x} {selector:#x} at {cpl}"
             );
             let want = match (*code, answer) {
-                ("0f02c8", true) => entry >> 32 & 0xff_ff00,
+                ("0f02c8", true) => (entry >> 32) & 0xff_ff00,
                 ("0f03c8", true) => 0x1234_5fff,
                 _ => 0x77,
             };

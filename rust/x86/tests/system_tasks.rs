@@ -42,7 +42,7 @@ fn machine() -> Machine {
 }
 
 fn kind(m: &Machine, selector: u16) -> u64 {
-    m.entry(selector) >> 40 & 15
+    (m.entry(selector) >> 40) & 15
 }
 
 #[test]

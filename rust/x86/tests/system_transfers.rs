@@ -22,7 +22,10 @@ use rkvm_x86::segment::Segment;
 fn far(opcode: u8, selector: u16, offset: u32) -> String {
     let (o, s) = (offset.to_le_bytes(), selector.to_le_bytes());
     let bytes = [opcode, o[0], o[1], o[2], o[3], s[0], s[1]];
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut out, b| {
+        out += &format!("{b:02x}");
+        out
+    })
 }
 
 const JMP: u8 = 0xea;
@@ -73,7 +76,7 @@ fn direct() {
                     let cs = *m.cpu.seg(SegReg::Cs);
                     assert_eq!(cs.selector, SLOT | u16::from(cpl), "RPL is CPL");
                     assert_eq!(m.cpu.cpl, cpl);
-                    assert_eq!(m.entry(SLOT) >> 40 & 1, 1, "accessed");
+                    assert_eq!((m.entry(SLOT) >> 40) & 1, 1, "accessed");
                     if opcode == CALL {
                         assert_eq!(m.cpu.get(Gpr::Rsp), STACK - 8);
                         let old = if cpl == 0 { CODE0 } else { CODE3 };
@@ -283,7 +286,7 @@ fn flags_of_iret() {
             } else {
                 frame32(
                     &mut m,
-                    &[0x1234 | u32::from(cs) << 16, new.bits() as u32 & 0xffff],
+                    &[0x1234 | (u32::from(cs) << 16), new.bits() as u32 & 0xffff],
                 );
             }
             m.cpu.nmi_blocked = true;
@@ -483,11 +486,9 @@ fn gates() {
 #[test]
 fn gates_of_long_mode() {
     let entry = |m: &mut Machine, selector: u16, access: u8, ist: u8| {
-        m.memory.put64(
-            IDT + 0x40 * 16 % 0x1000,
-            gate(selector, 0x4321, access, ist),
-        );
-        m.memory.put64(IDT + 0x40 * 16 % 0x1000 + 8, 0x12);
+        m.memory
+            .put64(IDT + 0x40 * 16, gate(selector, 0x4321, access, ist));
+        m.memory.put64(IDT + 0x40 * 16 + 8, 0x12);
     };
     let mut m = Machine::long(0).with(Gpr::Rsp, STACK - 3);
     entry(&mut m, WIDE0, 0x8e, 0);

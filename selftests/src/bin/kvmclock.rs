@@ -297,7 +297,7 @@ fn ioctls(env: &Env) -> Outcome {
     g.vm.fd.ioctl_ref(sys::KVM_SET_CLOCK, &data)?;
     let now = get_clock(&g)?.clock;
     for bit in 0..32 {
-        if known & 1 << bit == 0 {
+        if known & (1 << bit) == 0 {
             let set = kb::kvm_clock_data {
                 flags: 1 << bit,
                 ..Default::default()
@@ -566,7 +566,7 @@ fn dirty(env: &Env) -> Outcome {
         };
         g.vm.fd.ioctl_ref(sys::KVM_GET_DIRTY_LOG, &arg)?;
         let page = usize_of(gpa >> 12);
-        Ok(bitmap[page / 64] & 1 << (page % 64) != 0)
+        Ok(bitmap[page / 64] & (1 << (page % 64)) != 0)
     };
     switch_on(&g, 0)?;
     c.done(Op::Nop, 0, 0)?;

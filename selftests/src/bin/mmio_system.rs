@@ -36,7 +36,7 @@ impl Device {
 
     fn number(&self, at: usize, n: usize) -> u64 {
         let bytes = &self.0[at..at + n];
-        bytes.iter().rev().fold(0, |v, b| v << 8 | u64::from(*b))
+        bytes.iter().rev().fold(0, |v, b| (v << 8) | u64::from(*b))
     }
 
     /// Serves the guest up to its HLT.

@@ -98,7 +98,7 @@ fn machine(env: &Env, mode: Mode, code: &[u8], a: &[u8], b: &[u8]) -> Result<Mac
 }
 
 fn task_gate(selector: u16) -> u64 {
-    u64::from(selector) << 16 | 0x8500 << 32
+    (u64::from(selector) << 16) | (0x8500 << 32)
 }
 
 fn idt_task_gate(m: &Machine, vector: u64, selector: u16) {

@@ -48,14 +48,14 @@ impl Descriptor {
 
     /// The base, 64 bits of it if there are so many.
     pub(super) const fn base(&self) -> u64 {
-        (self.low >> 16) & 0xff_ffff | (self.low >> 32) & 0xff00_0000 | self.high << 32
+        (self.low >> 16) & 0xff_ffff | (self.low >> 32) & 0xff00_0000 | (self.high << 32)
     }
 
     /// The limit in bytes.
     pub(super) const fn limit(&self) -> u32 {
         let raw = (self.low & 0xffff | (self.low >> 32) & 0xf_0000) as u32;
         if self.attr().g() {
-            raw << 12 | 0xfff
+            (raw << 12) | 0xfff
         } else {
             raw
         }
@@ -98,7 +98,7 @@ impl Descriptor {
 
     /// The offset in a gate, all 64 bits of it if there are so many.
     pub(super) const fn gate_offset(&self) -> u64 {
-        self.low & 0xffff | (self.low >> 32) & 0xffff_0000 | self.high << 32
+        self.low & 0xffff | (self.low >> 32) & 0xffff_0000 | (self.high << 32)
     }
 
     /// How many parameters a call gate copies.
@@ -175,7 +175,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             return Ok(None);
         };
         // Where the type of another descriptor would be, there has to be none.
-        if upper.low >> 40 & 0x1f != 0 {
+        if (upper.low >> 40) & 0x1f != 0 {
             return Ok(None);
         }
         Ok(Some(Descriptor {
@@ -198,7 +198,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             self.mark(linear, old, new)?;
         }
         Ok(Descriptor {
-            low: descriptor.low & !(0xff << 40) | u64::from(new) << 40,
+            low: descriptor.low & !(0xff << 40) | (u64::from(new) << 40),
             ..descriptor
         })
     }

@@ -38,7 +38,7 @@ pub struct Event {
 
 /// The error code that names an entry of the IDT.
 const fn idt_error(vector: u8) -> u32 {
-    (vector as u32) << 3 | 2
+    ((vector as u32) << 3) | 2
 }
 
 impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
@@ -279,7 +279,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
             return Err(Fault::gp(0).into());
         }
         let byte = self.read_system(tss.base.wrapping_add(at.into()), 1)?;
-        Ok(byte >> (vector & 7) & 1 == 0)
+        Ok((byte >> (vector & 7)) & 1 == 0)
     }
 
     /// INT n that the program takes itself, with a virtual interrupt flag if it has no right to the real one.

@@ -47,7 +47,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         }
         let bits = self.read_system(tss.base.wrapping_add(at.into()), 2)?;
         let wanted = (1u64 << (size.bytes() & 7)).wrapping_sub(1);
-        if bits >> (port & 7) & wanted != 0 {
+        if (bits >> (port & 7)) & wanted != 0 {
             return Err(refused.into());
         }
         Ok(())
@@ -56,7 +56,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
     /// IN and OUT.
     pub(super) fn port(&mut self, insn: &Insn, op: SystemOp) -> Res<(), M> {
         let port = match insn.src {
-            Operand::Imm(port) => port as u8 as u16,
+            Operand::Imm(port) => u16::from(port as u8),
             _ => self.run.cpu.gpr(Gpr::Rdx) as u16,
         };
         self.permit(port, insn.size)?;

@@ -41,24 +41,24 @@ pub const OTHER: u16 = 0x60;
 pub fn descriptor(base: u32, limit: u32, access: u8, flags: u8) -> u64 {
     let (base, limit) = (u64::from(base), u64::from(limit));
     limit & 0xffff
-        | (base & 0xff_ffff) << 16
-        | u64::from(access) << 40
-        | (limit >> 16 & 15) << 48
-        | u64::from(flags) << 52
-        | (base >> 24) << 56
+        | ((base & 0xff_ffff) << 16)
+        | (u64::from(access) << 40)
+        | (((limit >> 16) & 15) << 48)
+        | (u64::from(flags) << 52)
+        | ((base >> 24) << 56)
 }
 
 /// A gate's fields.
 pub fn gate(selector: u16, offset: u32, access: u8, count: u8) -> u64 {
     u64::from(offset) & 0xffff
-        | u64::from(selector) << 16
-        | u64::from(count) << 32
-        | u64::from(access) << 40
-        | (u64::from(offset) >> 16) << 48
+        | (u64::from(selector) << 16)
+        | (u64::from(count) << 32)
+        | (u64::from(access) << 40)
+        | ((u64::from(offset) >> 16) << 48)
 }
 
 pub const fn flat(access: u8, flags: u8) -> u64 {
-    0x000f_0000_0000_ffff | (access as u64) << 40 | (flags as u64) << 52
+    0x000f_0000_0000_ffff | ((access as u64) << 40) | ((flags as u64) << 52)
 }
 
 #[derive(Clone)]
@@ -70,11 +70,15 @@ pub struct Machine {
 /// The hidden part that a descriptor brings.
 pub fn loaded(selector: u16, low: u64) -> Segment {
     let attr = SegAttr::from_descriptor_high((low >> 32) as u32);
-    let limit = (low & 0xffff | low >> 32 & 0xf_0000) as u32;
+    let limit = (low & 0xffff | (low >> 32) & 0xf_0000) as u32;
     Segment {
         selector,
-        base: low >> 16 & 0xff_ffff | low >> 32 & 0xff00_0000,
-        limit: if attr.g() { limit << 12 | 0xfff } else { limit },
+        base: (low >> 16) & 0xff_ffff | (low >> 32) & 0xff00_0000,
+        limit: if attr.g() {
+            (limit << 12) | 0xfff
+        } else {
+            limit
+        },
         attr,
     }
 }
