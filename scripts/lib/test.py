@@ -452,15 +452,15 @@ def jobs(suite, work):
     stress = {"insmod": STRESS_MODULES, "append": STRESS_APPEND, "timeout": 2400}
     both = ["kvm", "rkvm"]
     for name, options, devices, slow in (
-            ("debug-2cpu", {"kernel": "debug", "cpus": 2, "timeout": 2400}, ["rkvm"], 10),
+            ("debug-2cpu", {"kernel": "debug", "cpus": 2, "timeout": 3600}, ["rkvm"], 10),
             ("debug-1cpu", {"kernel": "debug", "cpus": 1, "timeout": 2400,
                             "append": "kmemleak=on"}, ["rkvm"], 20),
             ("stress-debug", {**stress, "kernel": "debug", "cpus": 2}, ["rkvm"], 10),
             ("stress-2cpu", {**stress, "cpus": 2}, both, 2),
-            ("plain-2cpu", {"cpus": 2, "timeout": 1200}, both, 2),
+            ("plain-2cpu", {"cpus": 2, "timeout": 2400}, both, 2),
             # With two CPUs the kernel does not accept that siblings are on two nodes.
             ("stress-1cpu", {**stress, "append": STRESS_APPEND + " numa=fake=2"}, both, 1),
-            ("plain-1cpu", {"cpus": 1, "timeout": 1200}, both, 1)):
+            ("plain-1cpu", {"cpus": 1, "timeout": 2400}, both, 1)):
         job = Job(suite, name, **options)
         chosen = {program: tests for program, tests in programs.items()
                   if (program in STRESS) == name.startswith("stress") and program not in POWER
