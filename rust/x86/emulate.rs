@@ -512,15 +512,15 @@ impl Emulator {
         }
     }
 
-    /// Whether `bytes` begin with the last instruction again: who waits for a device asks it often.
-    fn is_last(&self, bytes: &[u8], mode: CpuMode) -> bool {
+    /// Whether `bytes`, of which there are `have`, begin with the last instruction again: who waits for a device asks it often.
+    fn is_last(&self, bytes: &[u8; MAX_INSN_LEN], have: usize, mode: CpuMode) -> bool {
         let Some((last_mode, insn)) = &self.decoded else {
             return false;
         };
-        let len = usize::from(insn.len);
-        *last_mode == mode
-            && len <= bytes.len()
-            && bytes.iter().zip(&self.bytes).take(len).all(|(a, b)| a == b)
+        // As numbers: the first bytes are the lowest.
+        let differences = number(bytes) ^ number(&self.bytes);
+        let same = differences.trailing_zeros() >> 3 >= u32::from(insn.len);
+        *last_mode == mode && usize::from(insn.len) <= have && same
     }
 
     fn drain<E>(&mut self) -> Outcome<E> {
@@ -576,6 +576,15 @@ impl Emulator {
             run.rewind();
         }
     }
+}
+
+/// Bytes as a number, the first ones lowest.
+fn number(bytes: &[u8; MAX_INSN_LEN]) -> u128 {
+    let mut wide = [0; MAX_INSN_LEN + 1];
+    if let Some(part) = wide.first_chunk_mut() {
+        *part = *bytes;
+    }
+    u128::from_le_bytes(wide)
 }
 
 /// The bits of an address that say which page it is in.

@@ -330,7 +330,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             }
             have = end;
             let fetched = bytes.get(..have).unwrap_or(&[]);
-            let known = self.emulator.is_last(fetched, self.mode);
+            let known = self.emulator.is_last(&bytes, have, self.mode);
             self.emulator.bytes = bytes;
             self.emulator.bytes_len = have;
             if known {
