@@ -321,13 +321,20 @@ fn savevm(env: &Env) -> Outcome {
 }
 
 /// Linux moves from one QEMU to another while it writes memory.
-fn migrates(env: &Env, to: &str, machine: &'static str, accel: &'static str) -> Outcome {
+fn migrates(
+    env: &Env,
+    to: &str,
+    machine: &'static str,
+    cpu: &'static str,
+    accel: &'static str,
+) -> Outcome {
     if !std::path::Path::new(to).exists() {
         skip!("there is no {to}");
     }
     let devices = Devices::new(machine)?;
     let mut config = Config::new(env, machine);
     config.cpus = 2;
+    config.cpu = cpu;
     config.accel = accel;
     let config = devices.plug(config.with("-vga std").linux());
     let mut source = config.start()?;
@@ -374,7 +381,7 @@ fn number(text: &str, before: &str) -> Option<u64> {
 }
 
 fn migrate_here(env: &Env) -> Outcome {
-    migrates(env, &env.device, "q35", "")
+    migrates(env, &env.device, "q35", "host", "")
 }
 
 fn migrate_ring(env: &Env) -> Outcome {
@@ -382,18 +389,20 @@ fn migrate_ring(env: &Env) -> Outcome {
         env,
         &env.device,
         "q35,kernel-irqchip=split",
+        "host",
         ",dirty-ring-size=4096",
     )
 }
 
-/// To the other of kvm and rkvm.
+/// To the other of kvm and rkvm, as a processor that both can be. kvm-intel has VMX for its guests, which
+/// SeaBIOS enables in IA32_FEATURE_CONTROL; without VMX such a value is refused.
 fn migrate_across(env: &Env) -> Outcome {
     let other = if env.device == "/dev/kvm" {
         "/dev/rkvm"
     } else {
         "/dev/kvm"
     };
-    migrates(env, other, "q35", "")
+    migrates(env, other, "q35", "host,-vmx", "")
 }
 
 // At 0x7c00: three bytes to begin with, then a loop of one, three and two bytes.
