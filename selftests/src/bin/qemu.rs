@@ -221,9 +221,10 @@ guest_code!(boot_sector, ".code16",
     S = SERIAL, V = EXIT_VALUE, P = EXIT_PORT,
 );
 
-/// A disk image of a boot sector and the sector after it.
+/// A disk image of a boot sector and the sector after it. It has some cylinders of 1008 sectors: the BIOS
+/// reads nothing, by their numbers, from a disk that has not even one.
 fn bootable(directory: &str, code: &[u8], second: &[u8]) -> Result<String, Verdict> {
-    let mut disk = vec![0; 64 * SECTOR];
+    let mut disk = vec![0; 4096 * SECTOR];
     disk[..code.len()].copy_from_slice(code);
     disk[SECTOR - 2..SECTOR].copy_from_slice(&[0x55, 0xaa]);
     disk[SECTOR..SECTOR + second.len()].copy_from_slice(second);
