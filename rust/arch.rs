@@ -76,7 +76,8 @@ pub(crate) struct Arch {
     pub(crate) msr_filter: Option<Arc<MsrFilter>>,
     /// IA32_TSC_ADJUST.
     pub(crate) tsc_adjust: u64,
-    pub(crate) emulator: Emulator,
+    /// Boxed, as it is large and most exits have no use for it.
+    pub(crate) emulator: KBox<Emulator>,
     /// Where devices are known to be.
     pub(crate) devices: DeviceFrames,
     /// What the next KVM_RUN completes.
@@ -114,7 +115,7 @@ impl Arch {
             mce: KBox::new(MachineChecks::new(), GFP_KERNEL_ACCOUNT)?,
             msr_filter: None,
             tsc_adjust: 0,
-            emulator: Emulator::new(),
+            emulator: KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?,
             devices: DeviceFrames::new(),
             pending: Pending::Nothing,
             thread: 0,

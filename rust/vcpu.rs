@@ -266,9 +266,8 @@ impl<B: Backend> Vcpu<B> {
         let follows = state.follows.into_ref().get_ref();
         let preemption = state.preemption.into_ref().get_ref();
         let fpu = state.fpu.into_ref().get_ref();
-        if core::mem::replace(&mut state.arch.thread, task::current_address())
-            != task::current_address()
-        {
+        let current = task::current_address();
+        if core::mem::replace(&mut state.arch.thread, current) != current {
             let thread: &Task = current!();
             self.shared.set_thread(thread.into());
         }

@@ -57,7 +57,11 @@ impl<T> KillableMutex<T> {
     /// Waits for the mutex: EINTR if the thread is being killed.
     pub(crate) fn lock_killable(&self) -> Result<KillableGuard<'_, T>> {
         // SAFETY: By the invariant the mutex is initialised.
-        to_result(unsafe { bindings::rkvm_mutex_lock_killable(self.raw.get()) })?;
+        let error = unsafe { bindings::rkvm_mutex_lock_killable(self.raw.get()) };
+        // On the way into each KVM_RUN: asked first, `to_result` is a call.
+        if error != 0 {
+            to_result(error)?;
+        }
         Ok(KillableGuard {
             lock: self,
             _not_send: NotThreadSafe::default(),

@@ -2,6 +2,7 @@
 
 //! Preempt notifiers: being told when the scheduler takes the thread off its CPU and puts it back.
 
+use super::irq::PreemptOff;
 use crate::bindings;
 use core::cell::UnsafeCell;
 use core::marker::PhantomData;
@@ -14,10 +15,10 @@ use kernel::types::Opaque;
 /// interrupts off too: neither may sleep. They are called for the thread that registered only, so
 /// never while it runs, and take `&self` because that thread may hold a reference.
 pub(crate) trait FollowsThread {
-    /// The thread is about to run on `cpu`.
-    fn switched_in(&self, cpu: i32);
+    /// The thread is about to run on this CPU.
+    fn switched_in(&self, preempt: &PreemptOff);
     /// The thread is about to lose its CPU.
-    fn switched_out(&self);
+    fn switched_out(&self, preempt: &PreemptOff);
 }
 
 /// The scheduler looks for preempt notifiers while one of these lives. Turning that on and off patches
@@ -82,8 +83,8 @@ impl<T: FollowsThread> Followed<T> {
 
     /// Loads `inner` on this CPU and follows the current thread until the guard is dropped.
     pub(crate) fn follow(&self, _on: &NotifiersOn) -> Following<'_, T> {
-        let preempt = super::irq::PreemptOff::new();
-        self.inner.switched_in(preempt.cpu());
+        let preempt = PreemptOff::new();
+        self.inner.switched_in(&preempt);
         // SAFETY: The notifier is initialised, by the invariant, and is not linked: only the holder
         // of the vCPU's mutex calls this, once at a time. The scheduler looks, says `_on`.
         unsafe { bindings::preempt_notifier_register(self.notifier.get()) };
@@ -96,10 +97,10 @@ impl<T: FollowsThread> Followed<T> {
     /// # Safety
     ///
     /// `notifier` is the first field of a `Followed<T>` that is alive.
-    unsafe extern "C" fn sched_in(notifier: *mut bindings::preempt_notifier, cpu: i32) {
+    unsafe extern "C" fn sched_in(notifier: *mut bindings::preempt_notifier, _cpu: i32) {
         // SAFETY: By `repr(C)` the notifier's address is that of the whole.
         let this = unsafe { &*notifier.cast::<Self>() };
-        this.inner.switched_in(cpu);
+        this.inner.switched_in(&PreemptOff::new());
     }
 
     /// # Safety
@@ -111,7 +112,7 @@ impl<T: FollowsThread> Followed<T> {
     ) {
         // SAFETY: By `repr(C)` the notifier's address is that of the whole.
         let this = unsafe { &*notifier.cast::<Self>() };
-        this.inner.switched_out();
+        this.inner.switched_out(&PreemptOff::new());
     }
 }
 
@@ -131,8 +132,8 @@ impl<T: FollowsThread> Following<'_, T> {
 
 impl<T: FollowsThread> Drop for Following<'_, T> {
     fn drop(&mut self) {
-        let _preempt = super::irq::PreemptOff::new();
-        self.followed.inner.switched_out();
+        let preempt = PreemptOff::new();
+        self.followed.inner.switched_out(&preempt);
         // SAFETY: Registered by `follow` on this thread, which the guard cannot leave.
         unsafe { bindings::preempt_notifier_unregister(self.followed.notifier.get()) };
     }

@@ -6,6 +6,7 @@
 //! [`StealTime`] is the vCPU's own. [`Preemption`] follows its thread: the scheduler takes a CPU away with interrupts
 //! off, where guest memory can be written only if the host has it at hand.
 
+use crate::linux::irq::PreemptOff;
 use crate::linux::mm;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::Following;
@@ -112,11 +113,11 @@ impl Preemption {
 }
 
 impl FollowsThread for Preemption {
-    fn switched_in(&self, _cpu: i32) {
+    fn switched_in(&self, _preempt: &PreemptOff) {
         self.shared.request(Request::Structures);
     }
 
-    fn switched_out(&self) {
+    fn switched_out(&self, _preempt: &PreemptOff) {
         let ready = self.between.load(Ordering::Relaxed)
             && !self.told.load(Ordering::Relaxed)
             && task::current_is_runnable();

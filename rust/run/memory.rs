@@ -56,10 +56,6 @@ pub(super) struct EmuCpu<'a, L: Loaded> {
     maxphyaddr: u8,
     gbpages: bool,
     pkru: u32,
-    /// Asked for many times an instruction, and made of many fields: nothing that is emulated changes
-    /// either but as its last act.
-    mode: Option<CpuMode>,
-    paging: Option<Paging>,
 }
 
 impl<'a, L: Loaded> EmuCpu<'a, L> {
@@ -71,8 +67,6 @@ impl<'a, L: Loaded> EmuCpu<'a, L> {
             maxphyaddr: arch.features.maxphyaddr,
             gbpages: arch.features.has(Features::GBPAGES),
             pkru: arch.pkru,
-            mode: None,
-            paging: None,
         }
     }
 }
@@ -230,13 +224,11 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     }
 
     fn mode(&mut self) -> CpuMode {
-        *self.mode.get_or_insert_with(|| crate::arch::mode(self.hw))
+        crate::arch::mode(self.hw)
     }
 
     fn paging(&mut self) -> Paging {
-        *self
-            .paging
-            .get_or_insert_with(|| paging_of(self.hw, self.maxphyaddr, self.gbpages, self.pkru))
+        paging_of(self.hw, self.maxphyaddr, self.gbpages, self.pkru)
     }
 }
 

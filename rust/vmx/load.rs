@@ -233,14 +233,14 @@ impl Loadable {
 }
 
 impl FollowsThread for Loadable {
-    fn switched_in(&self, cpu: i32) {
-        let preempt = PreemptOff::new();
+    fn switched_in(&self, preempt: &PreemptOff) {
+        let cpu = preempt.cpu();
         // SAFETY: Preemption is off.
         if !unsafe { bindings::rkvm_vmx_held() } {
             return;
         }
         let moved = self.vmcs.cpu() != cpu;
-        let other_ran = self.with(&preempt, |s| {
+        let other_ran = self.with(preempt, |s| {
             // SAFETY: VMX is on, and preemption off.
             let current = unsafe { vmptrst() };
             // SAFETY: Preemption is off.
@@ -262,9 +262,8 @@ impl FollowsThread for Loadable {
         }
     }
 
-    fn switched_out(&self) {
-        let preempt = PreemptOff::new();
-        self.with(&preempt, |s| {
+    fn switched_out(&self, preempt: &PreemptOff) {
+        self.with(preempt, |s| {
             if s.guest_msrs_loaded {
                 Self::unload_guest(s);
                 // SAFETY: Preemption is off.

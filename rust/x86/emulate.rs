@@ -24,14 +24,17 @@ mod arith;
 mod exec;
 mod fpu;
 mod integer;
+mod list;
 mod stack;
 mod string;
 mod system;
 mod vector;
 
+use self::access::Changes;
 use self::access::Run;
 use self::access::Stop;
 pub use self::fpu::Fpu;
+use self::list::List;
 pub use self::system::interrupt::Event;
 pub use self::system::task::Cause;
 pub use self::system::task::TaskSwitch;
@@ -285,7 +288,7 @@ pub struct Hint {
 }
 
 /// One access to a device: at most eight bytes in one page.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Mmio {
     gpa: u64,
     len: u8,
@@ -294,33 +297,6 @@ struct Mmio {
 
 /// The most device accesses of one kind in an instruction: PUSHA has eight, one of which can cross into another page.
 const MAX_MMIO: usize = 9;
-
-/// A list of device accesses.
-#[derive(Clone, Copy, Debug, Default)]
-struct MmioList {
-    items: [Mmio; MAX_MMIO],
-    len: usize,
-}
-
-impl MmioList {
-    fn get(&self, i: usize) -> Option<&Mmio> {
-        self.items.get(i).filter(|_| i < self.len)
-    }
-
-    /// Says false if the list is full.
-    fn push(&mut self, item: Mmio) -> bool {
-        let Some(slot) = self.items.get_mut(self.len) else {
-            return false;
-        };
-        *slot = item;
-        self.len = self.len.wrapping_add(1);
-        true
-    }
-
-    fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 enum State {
@@ -345,8 +321,10 @@ pub struct Emulator {
     /// It is the one in progress. If not, it is the last one.
     fetched: bool,
     hint: Option<Hint>,
-    reads: MmioList,
-    writes: MmioList,
+    reads: List<Mmio, MAX_MMIO>,
+    writes: List<Mmio, MAX_MMIO>,
+    /// What a run has put down. Each begins with nothing; the lists are here for the room alone.
+    changes: Changes,
 }
 
 impl Default for Emulator {
@@ -362,13 +340,10 @@ impl Emulator {
     /// An emulator with nothing in progress.
     #[must_use]
     pub const fn new() -> Self {
-        const NONE: MmioList = MmioList {
-            items: [Mmio {
-                gpa: 0,
-                len: 0,
-                data: 0,
-            }; MAX_MMIO],
+        const NONE: Mmio = Mmio {
+            gpa: 0,
             len: 0,
+            data: 0,
         };
         Self {
             state: State::Idle,
@@ -377,8 +352,9 @@ impl Emulator {
             decoded: None,
             fetched: false,
             hint: None,
-            reads: NONE,
-            writes: NONE,
+            reads: List::new(NONE),
+            writes: List::new(NONE),
+            changes: Changes::new(),
         }
     }
 
@@ -395,8 +371,8 @@ impl Emulator {
         self.state = State::Idle;
         self.fetched = false;
         self.hint = None;
-        self.reads.truncate(0);
-        self.writes.truncate(0);
+        self.reads.clear();
+        self.writes.clear();
     }
 
     /// Tells what the processor reported of the access, before the first step of an instruction.
@@ -423,7 +399,7 @@ impl Emulator {
         let data = u64::from_le_bytes(data) & mask;
         if !self.reads.push(Mmio { gpa, len, data }) {
             // No instruction reads so often: begin it anew rather than ask for ever.
-            self.reads.truncate(0);
+            self.reads.clear();
         }
         self.state = State::Ready;
     }
@@ -440,8 +416,8 @@ impl Emulator {
             State::Idle => {
                 self.fetched = false;
                 self.bytes_len = 0;
-                self.reads.truncate(0);
-                self.writes.truncate(0);
+                self.reads.clear();
+                self.writes.clear();
             }
             State::Ready => {}
         }
@@ -454,8 +430,8 @@ impl Emulator {
                 self.state = State::Reading { gpa, len };
                 Outcome::MmioRead { gpa, len }
             }
-            Err(Stop::Host(e)) if self.reads.len > 0 => {
-                self.writes.truncate(0);
+            Err(Stop::Host(e)) if !self.reads.is_empty() => {
+                self.writes.clear();
                 self.state = State::Ready;
                 Outcome::Host(e)
             }
@@ -516,7 +492,7 @@ impl Emulator {
                 other => break other,
             }
         };
-        let met_device = self.writes.len > 0;
+        let met_device = !self.writes.is_empty();
         self.abort();
         match result {
             Ok(()) if met_device => Outcome::Unhandled,
@@ -536,12 +512,15 @@ impl Emulator {
         }
     }
 
-    /// The instruction that `bytes` begin with, if it is the last one again: who waits for a device asks it often.
-    fn recall(&self, bytes: &[u8], mode: CpuMode) -> Option<Insn> {
-        let (last_mode, insn) = self.decoded?;
-        let len = usize::from(insn.len);
-        let same = last_mode == mode && bytes.get(..len)? == self.bytes.get(..len)?;
-        same.then_some(insn)
+    /// Whether `bytes`, of which there are `have`, begin with the last instruction again: who waits for a device asks it often.
+    fn is_last(&self, bytes: &[u8; MAX_INSN_LEN], have: usize, mode: CpuMode) -> bool {
+        let Some((last_mode, insn)) = &self.decoded else {
+            return false;
+        };
+        // As numbers: the first bytes are the lowest.
+        let differences = number(bytes) ^ number(&self.bytes);
+        let same = differences.trailing_zeros() >> 3 >= u32::from(insn.len);
+        *last_mode == mode && usize::from(insn.len) <= have && same
     }
 
     fn drain<E>(&mut self) -> Outcome<E> {
@@ -569,7 +548,10 @@ impl Emulator {
         memory: &mut M,
     ) -> Result<Completion, Stop<M::Error>> {
         let mut run = Run::new(cpu, memory, self);
-        let insn = run.fetch()?;
+        run.fetch()?;
+        let Some((_, insn)) = run.emulator.decoded else {
+            return Err(Stop::Unhandled);
+        };
         let single_step = run.flags().has(Rflags::TF);
         let mut left = MAX_ITERATIONS;
         loop {
@@ -594,6 +576,15 @@ impl Emulator {
             run.rewind();
         }
     }
+}
+
+/// Bytes as a number, the first ones lowest.
+fn number(bytes: &[u8; MAX_INSN_LEN]) -> u128 {
+    let mut wide = [0; MAX_INSN_LEN + 1];
+    if let Some(part) = wide.first_chunk_mut() {
+        *part = *bytes;
+    }
+    u128::from_le_bytes(wide)
 }
 
 /// The bits of an address that say which page it is in.

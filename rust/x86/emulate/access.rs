@@ -31,6 +31,7 @@ use super::super::segment::AccessKind;
 use super::super::segment::CpuMode;
 use super::super::segment::SegReg;
 use super::super::segment::Segment;
+use super::list::List;
 use super::Cpu;
 use super::Emulator;
 use super::Mmio;
@@ -71,14 +72,14 @@ impl<E> From<Fault> for Stop<E> {
 }
 
 /// A part of a memory operand inside one page.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Part {
     pub(super) gpa: u64,
     pub(super) len: u8,
 }
 
 /// A translated memory operand of up to eight bytes: one part, or two if it crosses a page. The second is empty otherwise.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Target {
     pub(super) parts: [Part; 2],
 }
@@ -105,7 +106,7 @@ pub(super) struct WideTarget {
 }
 
 /// A write to memory that is put down.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Store {
     target: Target,
     value: u64,
@@ -118,6 +119,35 @@ const MAX_REGISTERS: usize = 8;
 
 /// The most writes to memory of an instruction: PUSHA.
 const MAX_STORES: usize = 8;
+
+/// The changes of memory and registers that a run has put down.
+#[derive(Clone, Debug)]
+pub(super) struct Changes {
+    stores: List<Store, MAX_STORES>,
+    registers: List<(Operand, Size, u64), MAX_REGISTERS>,
+}
+
+impl Changes {
+    /// None.
+    pub(super) const fn new() -> Self {
+        const NOWHERE: Part = Part { gpa: 0, len: 0 };
+        Self {
+            stores: List::new(Store {
+                target: Target {
+                    parts: [NOWHERE; 2],
+                },
+                value: 0,
+                expected: None,
+            }),
+            registers: List::new((Operand::None, Size::Byte, 0)),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.stores.clear();
+        self.registers.clear();
+    }
+}
 
 pub(super) struct Run<'a, C, M> {
     pub(super) cpu: &'a mut C,
@@ -132,22 +162,17 @@ pub(super) struct Run<'a, C, M> {
     pub(super) shadow: Shadow,
     /// How many of the device reads that are known this run has used.
     reads_used: usize,
-    registers: [(Operand, Size, u64); MAX_REGISTERS],
-    registers_len: usize,
-    stores: [Store; MAX_STORES],
-    stores_len: usize,
     /// The stack pointer, if pushes and pops have moved it.
     stack: Option<u64>,
     /// Where the instruction goes, if not to the next one.
     branch: Option<u64>,
 }
 
-const NO_REGISTER: (Operand, Size, u64) = (Operand::None, Size::Byte, 0);
-
 impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     pub(super) fn new(cpu: &'a mut C, memory: &'a mut M, emulator: &'a mut Emulator) -> Self {
         let mode = cpu.mode();
         let paging = cpu.paging();
+        emulator.changes.clear();
         Self {
             mode,
             paging,
@@ -159,10 +184,6 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             memory,
             emulator,
             reads_used: 0,
-            registers: [NO_REGISTER; MAX_REGISTERS],
-            registers_len: 0,
-            stores: [Store::default(); MAX_STORES],
-            stores_len: 0,
             stack: None,
             branch: None,
         }
@@ -170,14 +191,13 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
 
     /// Whether a device was read or is to be written.
     pub(super) fn met_device(&self) -> bool {
-        self.reads_used > 0 || self.emulator.writes.len > 0
+        self.reads_used > 0 || !self.emulator.writes.is_empty()
     }
 
     /// Drops what is put down, for another iteration or another try.
     pub(super) fn rewind(&mut self) {
         self.reads_used = 0;
-        self.registers_len = 0;
-        self.stores_len = 0;
+        self.emulator.changes.clear();
         self.stack = None;
         self.branch = None;
         self.flags = self.cpu.rflags();
@@ -281,9 +301,9 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
     }
 
     /// Fetches and decodes the instruction, unless an earlier run has.
-    pub(super) fn fetch(&mut self) -> Result<Insn, Stop<M::Error>> {
-        if let (true, Some((_, insn))) = (self.emulator.fetched, &self.emulator.decoded) {
-            return Ok(*insn);
+    pub(super) fn fetch(&mut self) -> Result<(), Stop<M::Error>> {
+        if self.emulator.fetched {
+            return Ok(());
         }
         let cs = self.segment(SegReg::Cs);
         let access = PageAccess::explicit(AccessKind::Fetch, self.cpl);
@@ -310,19 +330,19 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             }
             have = end;
             let fetched = bytes.get(..have).unwrap_or(&[]);
-            let known = self.emulator.recall(fetched, self.mode);
+            let known = self.emulator.is_last(&bytes, have, self.mode);
             self.emulator.bytes = bytes;
             self.emulator.bytes_len = have;
-            if let Some(insn) = known {
+            if known {
                 self.emulator.fetched = true;
-                return Ok(insn);
+                return Ok(());
             }
             self.emulator.decoded = None;
             match decode(fetched, self.mode) {
                 Ok(insn) => {
                     self.emulator.decoded = Some((self.mode, insn));
                     self.emulator.fetched = true;
-                    return Ok(insn);
+                    return Ok(());
                 }
                 Err(DecodeError::Truncated) if have < MAX_INSN_LEN => {}
                 Err(DecodeError::Truncated | DecodeError::TooLong) => {
@@ -526,16 +546,16 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         value: u64,
         expected: Option<u64>,
     ) -> Result<(), Stop<M::Error>> {
-        let Some(slot) = self.stores.get_mut(self.stores_len) else {
-            return Err(Stop::Unhandled);
-        };
-        *slot = Store {
+        let store = Store {
             target,
             value,
             expected,
         };
-        self.stores_len = self.stores_len.wrapping_add(1);
-        Ok(())
+        if self.emulator.changes.stores.push(store) {
+            Ok(())
+        } else {
+            Err(Stop::Unhandled)
+        }
     }
 
     /// Checks and translates an access to `len` bytes, 1 to 32, as a whole. With `align`, #GP(0) if it is not aligned so.
@@ -615,27 +635,29 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
         size: Size,
         value: u64,
     ) -> Result<(), Stop<M::Error>> {
-        let Some(slot) = self.registers.get_mut(self.registers_len) else {
-            return Err(Stop::Unhandled);
-        };
-        *slot = (operand, size, value);
-        self.registers_len = self.registers_len.wrapping_add(1);
-        Ok(())
+        let change = (operand, size, value);
+        if self.emulator.changes.registers.push(change) {
+            Ok(())
+        } else {
+            Err(Stop::Unhandled)
+        }
     }
 
     /// Makes the changes. RIP moves past the instruction if it has `retired`.
     pub(super) fn commit(&mut self, insn: &Insn, retired: bool) -> Result<(), Stop<M::Error>> {
-        let stores = self.stores;
-        for store in stores.iter().take(self.stores_len) {
-            self.commit_store(store)?;
+        let mut i = 0usize;
+        while let Some(store) = self.emulator.changes.stores.get(i) {
+            self.commit_store(&store)?;
+            i = i.wrapping_add(1);
         }
         if let Some(sp) = self.stack {
             let size = self.stack_size();
             self.commit_register(Operand::Reg(Gpr::Rsp), size, sp);
         }
-        let registers = self.registers;
-        for &(operand, size, value) in registers.iter().take(self.registers_len) {
+        i = 0;
+        while let Some((operand, size, value)) = self.emulator.changes.registers.get(i) {
             self.commit_register(operand, size, value);
+            i = i.wrapping_add(1);
         }
         if retired {
             let next = match self.branch {
@@ -650,7 +672,7 @@ impl<'a, C: Cpu, M: GuestMemory> Run<'a, C, M> {
             self.cpu.set_rflags(self.flags);
         }
         // The reads of this iteration have served.
-        self.emulator.reads.truncate(0);
+        self.emulator.reads.clear();
         Ok(())
     }
 

@@ -372,7 +372,7 @@ impl<'r, 'a, C: Cpu, M: GuestMemory> System<'r, 'a, C, M> {
             self.run.cpu.set_rflags(self.flags);
         }
         self.run.shadow = self.shadow;
-        self.run.emulator.reads.truncate(0);
+        self.run.emulator.reads.clear();
         Ok(())
     }
 
