@@ -14,6 +14,7 @@ use selftests::ring::{self, Ring};
 use selftests::snapshot::{self, Chips, Order};
 use selftests::vm::Kvm;
 use selftests::{Env, Outcome, Verdict};
+use std::time::{Duration, Instant};
 
 /// How a move finds what was written meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +24,10 @@ pub(crate) enum Log {
 }
 
 /// Bytes of a ring.
-pub(crate) const RING: usize = 16 << 10;
+const RING: usize = 16 << 10;
+
+/// So many pages are to be written while the guest is copied: it may be slow to begin.
+const WRITTEN: usize = 12;
 
 /// Copies a guest's memory while it runs, then what it has written since, until little is left; stops it,
 /// and lets it go on from the copy. Nothing is taken along but what the log says.
@@ -79,12 +83,13 @@ pub(crate) fn relocate(env: &Env, log: Log, both: bool) -> Outcome {
     };
     copy(&Bitmap::full(pages));
     let (mut rounds, mut copied) = (0, 0);
+    let (begun, patience) = (Instant::now(), Duration::from_secs(2) * env.slow);
     here.stay(&vm, &vcpus, Stop::Never, || {
         let set = harvest(&mut rings)?;
         copied += set.pages().count();
         copy(&set);
         rounds += 1;
-        Ok(rounds >= 6)
+        Ok(rounds >= 6 && copied >= WRITTEN || begun.elapsed() > patience)
     })?;
     let last = harvest(&mut rings)?;
     copy(&last);
@@ -93,7 +98,7 @@ pub(crate) fn relocate(env: &Env, log: Log, both: bool) -> Outcome {
         last.pages().count()
     );
     ensure!(
-        copied > rounds,
+        copied >= WRITTEN,
         "hardly anything was written: {copied} pages"
     );
     for page in 0..pages {
