@@ -29,6 +29,7 @@ use crate::linux::msr;
 use crate::linux::power::PowerState;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::NotifiersOn;
+use crate::linux::spinlock::StaticIrqLock;
 use crate::linux::unsupported;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
@@ -36,6 +37,7 @@ use crate::x86::msr::Msr;
 use caps::VmxCaps;
 use fields::SecondaryControls;
 use kernel::prelude::*;
+use kernel::static_lock_class;
 use kernel::sync::Arc;
 use load::Loadable;
 use load::SwitchedMsrs;
@@ -93,11 +95,11 @@ impl HostState {
 
 // The VMCSs that exist, by VPID counted from the top: kvm-intel, which may be loaded too, counts from
 // the bottom. (With EPT no harm would come of a number that both use, but it costs nothing.) A CPU
-// that goes down or to sleep looks into it with interrupts off, so they are off for all who do.
-kernel::sync::global_lock! {
-    // SAFETY: Initialised by `new`, in the module's initialiser, before the device can be opened.
-    unsafe(uninit) static VMCSS: SpinLock<KVVec<Option<Arc<Vmcs>>>> = KVVec::new();
-}
+// that goes down or to sleep looks into it with interrupts off, and at the end of the machine in an
+// interrupt, so they are off for all who do.
+//
+// SAFETY: Initialised by `new`, in the module's initialiser, before the device can be opened.
+static VMCSS: StaticIrqLock<KVVec<Option<Arc<Vmcs>>>> = unsafe { StaticIrqLock::new() };
 
 kernel::sync::global_lock! {
     // SAFETY: Initialised by `new`, in the module's initialiser, before anything asks for it.
@@ -200,7 +202,7 @@ impl Vmx {
         }
         // SAFETY: The module's initialiser calls this once, and nothing uses the locks before.
         unsafe {
-            VMCSS.init();
+            VMCSS.init(KVVec::new(), c"rkvm_vmcss", static_lock_class!());
             MACHINE.init();
         }
         let (caps, host) = (VmxCaps::probe()?, HostState::read()?);

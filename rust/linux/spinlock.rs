@@ -4,6 +4,7 @@
 
 use crate::bindings as own;
 use core::cell::UnsafeCell;
+use core::mem::MaybeUninit;
 use core::ops::Deref;
 use core::ops::DerefMut;
 use kernel::bindings;
@@ -92,5 +93,50 @@ impl<T> Drop for IrqSpinGuard<'_, T> {
     fn drop(&mut self) {
         // SAFETY: By the invariant this thread holds the lock, and these are the flags.
         unsafe { own::rkvm_raw_spin_unlock_irqrestore(self.lock.raw.get(), self.flags) };
+    }
+}
+
+/// Such a lock in a static, where lockdep's part of it cannot be made before the module is loaded.
+///
+/// # Invariants
+///
+/// By the time of `lock`, `init` has been called.
+pub(crate) struct StaticIrqLock<T>(UnsafeCell<MaybeUninit<IrqSpinLock<T>>>);
+
+// SAFETY: `init` comes before all else, says the contract of `new`; then it is an `IrqSpinLock`.
+unsafe impl<T: Send> Sync for StaticIrqLock<T> {}
+
+impl<T> StaticIrqLock<T> {
+    /// A lock that is to be initialised.
+    ///
+    /// # Safety
+    ///
+    /// [`Self::init`] is called, and returns, before [`Self::lock`] is called.
+    pub(crate) const unsafe fn new() -> Self {
+        // INVARIANT: By the contract.
+        Self(UnsafeCell::new(MaybeUninit::uninit()))
+    }
+
+    /// Makes it a lock around `data`. `key` is its lockdep class.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else calls this or holds the lock meanwhile.
+    pub(crate) unsafe fn init(
+        &'static self,
+        data: T,
+        name: &'static CStr,
+        key: Pin<&'static LockClassKey>,
+    ) {
+        let slot = self.0.get().cast::<IrqSpinLock<T>>();
+        // SAFETY: The slot is memory for a lock, is the caller's for now, and never moves.
+        let Ok(()) = unsafe { IrqSpinLock::new(data, name, key).__pinned_init(slot) };
+    }
+
+    /// As [`IrqSpinLock::lock`].
+    #[inline]
+    pub(crate) fn lock(&'static self) -> IrqSpinGuard<'static, T> {
+        // SAFETY: It is initialised, by the invariant.
+        unsafe { (*self.0.get()).assume_init_ref() }.lock()
     }
 }
