@@ -2,13 +2,13 @@
 
 //! The part of a vCPU's architectural state that no backend holds.
 
-use crate::apics::Apics;
 use crate::backend::Loaded;
 use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
 use crate::msr_filter::MsrFilter;
+use crate::options::VmOptions;
 use crate::pv::PvState;
 use crate::run::debug;
 use crate::run::debug::Breakpoints;
@@ -147,8 +147,8 @@ impl Arch {
     }
 
     /// Brings CPUID up to date with the registers that show in it.
-    pub(crate) fn refresh_cpuid(&mut self, host: &Host, apics: &Apics, cr4: Cr4) {
-        let mwait_enabled = if apics.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT) {
+    pub(crate) fn refresh_cpuid(&mut self, host: &Host, options: &VmOptions, cr4: Cr4) {
+        let mwait_enabled = if options.has_quirk(KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT) {
             None
         } else {
             Some(self.msrs.has_mwait())

@@ -45,6 +45,7 @@ mod linux;
 mod mem;
 mod mmu;
 mod msr_filter;
+mod options;
 mod pv;
 mod run;
 mod run_page;

@@ -38,6 +38,7 @@ use crate::linux::task;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
 use crate::msr_filter::MsrRules;
+use crate::options::VmOptions;
 use crate::pv::steal::Watch;
 use crate::run_page::RunPages;
 use crate::system::Host;
@@ -111,6 +112,7 @@ pub(crate) struct Run<'a, L: Loaded> {
     pub(crate) apics: &'a Apics,
     pub(crate) irqs: &'a Irqs,
     pub(crate) msrs: &'a MsrRules,
+    pub(crate) options: &'a VmOptions,
     pub(crate) shared: &'a VcpuShared,
     pub(crate) page: &'a RunPages,
     pub(crate) host: &'a Host,
@@ -532,7 +534,7 @@ impl<L: Loaded> Run<'_, L> {
     /// host's CPU to sleep. #UD if the VMM wants that of a guest whose CPUID has not got them.
     fn monitor(&mut self) -> Result<Next> {
         let leaf = Leaf1Ecx::new(self.arch.cpuid.lookup(1, 0).ecx);
-        if !self.apics.has_quirk(MWAIT_NEVER_UD) && !leaf.has(Leaf1Ecx::MONITOR) {
+        if !self.options.has_quirk(MWAIT_NEVER_UD) && !leaf.has(Leaf1Ecx::MONITOR) {
             return self.raise(Fault::UD);
         }
         self.skip();

@@ -105,7 +105,7 @@ impl<B: Backend> State<B> {
             let clock = VcpuClock::new(vm.time.get().clone(), id);
             let mut arch = Arch::new(boots, clock)?;
             if vm
-                .apics
+                .options
                 .has_quirk(crate::bindings::KVM_X86_QUIRK_STUFF_FEATURE_MSRS)
             {
                 let arch_capabilities = vm.machine.host.arch_capabilities;
@@ -115,7 +115,7 @@ impl<B: Backend> State<B> {
             }
             arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
-                let config = lapic::config(id, boots, &vm.apics);
+                let config = lapic::config(id, boots, &vm.apics, &vm.options);
                 let virtualised = backend.virtualises_apics();
                 let apic = LocalApic::new(registers, config, shared.clone(), virtualised)?;
                 arch.apic = Some(KBox::new(apic, GFP_KERNEL_ACCOUNT)?);
@@ -210,6 +210,7 @@ impl<B: Backend> Vcpu<B> {
             shared: &self.shared,
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
+            options: &self.vm.options,
             host: &self.vm.machine.host,
         }
     }
@@ -308,6 +309,7 @@ impl<B: Backend> Vcpu<B> {
             apics: &self.vm.apics,
             irqs: &self.vm.irqs,
             msrs: &self.vm.msrs,
+            options: &self.vm.options,
             shared: &self.shared,
             page: &self.pages,
             host,

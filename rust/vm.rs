@@ -33,6 +33,7 @@ use crate::linux::user;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
 use crate::msr_filter::MsrRules;
+use crate::options::VmOptions;
 use crate::stats;
 use crate::stats::Description;
 use crate::system::Machine;
@@ -60,6 +61,7 @@ pub(crate) struct Vm<B: Backend> {
     pub(crate) time: Registered,
     #[pin]
     pub(crate) msrs: MsrRules,
+    pub(crate) options: VmOptions,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Held while a vCPU is made.
@@ -149,6 +151,7 @@ impl<B: Backend> Vm<B> {
                 irqfds,
                 time,
                 msrs <- MsrRules::new(),
+                options: VmOptions::new(),
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus::new()),
                 boot_cpu_id: AtomicU32::new(0),

@@ -119,7 +119,6 @@ impl Vpid {
         let mut bigger = KVVec::new();
         loop {
             // What was there is dropped after the lock.
-            let irqs = IrqsOff::new();
             let mut list = VMCSS.lock();
             let free = list.iter().position(Option::is_none);
             let index = free.unwrap_or(list.len());
@@ -131,7 +130,6 @@ impl Vpid {
                 // Room is made where the allocator may sleep, and things may have changed meanwhile.
                 if bigger.capacity() <= index {
                     drop(list);
-                    drop(irqs);
                     let room = (index * 2).max(64);
                     bigger = KVVec::with_capacity(room, GFP_KERNEL_ACCOUNT)?;
                     continue;
@@ -164,7 +162,6 @@ impl Drop for Vpid {
     fn drop(&mut self) {
         // Who drops the last reference may wait for another CPU, so that is not done in here.
         let _vmcs = {
-            let _irqs = IrqsOff::new();
             let mut list = VMCSS.lock();
             list.get_mut(usize::from(u16::MAX - self.0))
                 .and_then(Option::take)
@@ -220,10 +217,7 @@ impl Vmx {
 impl Drop for Vmx {
     fn drop(&mut self) {
         // Nobody drops a static. The list is empty by now, but its room is not given back.
-        let _room = {
-            let _irqs = IrqsOff::new();
-            core::mem::replace(&mut *VMCSS.lock(), KVVec::new())
-        };
+        let _room = core::mem::replace(&mut *VMCSS.lock(), KVVec::new());
     }
 }
 

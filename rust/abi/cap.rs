@@ -73,7 +73,7 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_TSC_DEADLINE_TIMER => 1,
         b::KVM_CAP_ADJUST_CLOCK => crate::vm::CLOCK_FLAGS as isize,
         b::KVM_CAP_MCE => crate::x86::mce::MAX_BANKS as isize,
-        b::KVM_CAP_DISABLE_QUIRKS2 => crate::apics::QUIRKS as isize,
+        b::KVM_CAP_DISABLE_QUIRKS2 => crate::options::QUIRKS as isize,
         b::KVM_CAP_EXIT_HYPERCALL => crate::run::hypercall::FOR_VMM as isize,
         b::KVM_CAP_IRQ_ROUTING => crate::irq::MAX_ROUTES as isize,
         b::KVM_CAP_X2APIC_API => crate::apics::X2APIC_API as isize,

@@ -13,6 +13,7 @@ use crate::lapic::GuestClock;
 use crate::lapic::LocalApic;
 use crate::linux::msr as host_msr;
 use crate::mem::GuestMemory;
+use crate::options::VmOptions;
 use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
@@ -36,6 +37,7 @@ pub(crate) struct Around<'a> {
     pub(crate) shared: &'a VcpuShared,
     pub(crate) apics: &'a Apics,
     pub(crate) irqs: &'a Irqs,
+    pub(crate) options: &'a VmOptions,
     pub(crate) host: &'a Host,
 }
 
@@ -109,7 +111,7 @@ pub(crate) fn apply(hw: &mut impl Loaded, arch: &mut Arch, around: &Around<'_>, 
                 around.apics.rebuild();
                 around.shared.request(Request::EoiVectors);
                 let cr4 = hw.cr4();
-                arch.refresh_cpuid(around.host, around.apics, cr4);
+                arch.refresh_cpuid(around.host, around.options, cr4);
             }
         }
     }
@@ -151,6 +153,7 @@ impl<'a, L: Loaded> Run<'a, L> {
             shared: self.shared,
             apics: self.apics,
             irqs: self.irqs,
+            options: self.options,
             host: self.host,
         }
     }
@@ -174,7 +177,7 @@ impl<L: Loaded> Run<'_, L> {
         let clock = clock(&mut self.hw);
         let apic = self.arch.apic.as_deref_mut()?;
         if apic.model.mode() != ApicMode::Xapic {
-            return self.apics.has_quirk(HOLE).then_some([0xff; 8]);
+            return self.options.has_quirk(HOLE).then_some([0xff; 8]);
         }
         let value = apic.model.mmio_read(offset, usize::from(len), &clock)?;
         // A register that is not there may have raised the error interrupt.
@@ -200,7 +203,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.apply(effect);
                 true
             }
-            None => self.apics.has_quirk(HOLE),
+            None => self.options.has_quirk(HOLE),
         }
     }
 

@@ -113,7 +113,7 @@ impl<L: Loaded> Run<'_, L> {
             self.shared.stats.tlb_flush.bump();
         }
         if then.update_cpuid {
-            self.arch.refresh_cpuid(self.host, self.apics, new);
+            self.arch.refresh_cpuid(self.host, self.options, new);
         }
         Ok(())
     }
@@ -210,7 +210,7 @@ impl<L: Loaded> Run<'_, L> {
             Ok(xcr0) => {
                 self.arch.xcr0 = xcr0.bits();
                 let cr4 = self.hw.cr4();
-                self.arch.refresh_cpuid(self.host, self.apics, cr4);
+                self.arch.refresh_cpuid(self.host, self.options, cr4);
                 self.skip();
                 Ok(Next::Guest)
             }

@@ -5,6 +5,7 @@
 
 use super::memory::EmuCpu;
 use super::memory::EmuMemory;
+use super::LinearRip;
 use super::Next;
 use super::Pending;
 use super::Run;
@@ -31,6 +32,8 @@ use kernel::prelude::*;
 pub(crate) struct PendingHypercall {
     /// Length of the instruction in bytes.
     len: u8,
+    /// Where it is.
+    at: LinearRip,
 }
 
 /// What a hypercall came to.
@@ -151,7 +154,7 @@ impl<L: Loaded> Run<'_, L> {
     /// KVM_HC_MAP_GPA_RANGE, of which only the VMM knows what to make.
     fn map_gpa_range(&mut self, args: [u64; 4], wide: bool) -> Result<(), Refusal> {
         let [gpa, pages, attributes, _] = args;
-        if !self.apics.exits_by_hypercall(b::KVM_HC_MAP_GPA_RANGE) {
+        if !self.options.exits_by_hypercall(b::KVM_HC_MAP_GPA_RANGE) {
             return Err(NOT_KNOWN);
         }
         let end = (gpa >> 12).checked_add(pages);
@@ -161,13 +164,18 @@ impl<L: Loaded> Run<'_, L> {
         let args = [gpa, pages, attributes];
         self.page
             .set_hypercall(b::KVM_HC_MAP_GPA_RANGE.into(), args, wide);
-        let len = self.hw.instruction_len();
-        self.arch.pending = Pending::Hypercall(PendingHypercall { len });
+        self.arch.pending = Pending::Hypercall(PendingHypercall {
+            len: self.hw.instruction_len(),
+            at: LinearRip::of(&mut self.hw),
+        });
         Ok(())
     }
 
     /// The VMM has done it.
     pub(super) fn complete_hypercall(&mut self, pending: PendingHypercall) -> Next {
+        if !pending.at.is_still(&mut self.hw) {
+            return Next::Guest;
+        }
         let value = self.page.hypercall_result();
         let wide = crate::arch::in_64bit_mode(&mut self.hw);
         let mask = if wide { u64::MAX } else { 0xffff_ffff };
@@ -178,7 +186,7 @@ impl<L: Loaded> Run<'_, L> {
 
     /// #UD in the guest, which is intercepted for the sake of guests that were made for AMD's processors.
     pub(super) fn undefined(&mut self, exception: Exception) -> Result<Next> {
-        if !self.apics.has_quirk(FIX_INSN) {
+        if !self.options.has_quirk(FIX_INSN) {
             self.hw.leave_undefined_to_guest();
         } else if let Some(result) = self.fix_vmmcall() {
             return match result {
@@ -197,7 +205,7 @@ impl<L: Loaded> Run<'_, L> {
         const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
         /// They differ in their last bytes: one write will do, and others may execute it meanwhile.
         const VMCALL_LAST: u8 = 0xc1;
-        let at = super::LinearRip::of(&mut self.hw).0;
+        let at = LinearRip::of(&mut self.hw).0;
         let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
         let (paging, cpl, mask) = (cpu.paging(), cpu.cpl(), cpu.mode().linear_mask());
         let mut memory = EmuMemory::new(self.memory, self.shared, &self.arch.devices);

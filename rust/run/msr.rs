@@ -304,7 +304,7 @@ fn write_misc_enable(
         .write(Msr::MISC_ENABLE, value, &features, by_host)?;
     if arch.msrs.has_mwait() != had_mwait {
         let cr4 = hw.cr4();
-        arch.refresh_cpuid(around.host, around.apics, cr4);
+        arch.refresh_cpuid(around.host, around.options, cr4);
     }
     Ok(())
 }

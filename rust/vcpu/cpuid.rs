@@ -47,7 +47,7 @@ impl<L: Loaded> Locked<'_, L> {
         let pv_features = self.arch.pv.adapt(&mut cpuid);
         let cr4 = self.hw.cr4();
         core::mem::swap(&mut self.arch.cpuid, &mut cpuid);
-        self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
+        self.arch.refresh_cpuid(self.host, self.around.options, cr4);
         if self.arch.has_run && self.arch.cpuid.entries() != cpuid.entries() {
             core::mem::swap(&mut self.arch.cpuid, &mut cpuid);
             return Err(EINVAL);

@@ -102,7 +102,7 @@ impl<L: Loaded> Locked<'_, L> {
 
     /// Whether the VMM knows of a field.
     fn shows(&self, field: u32) -> bool {
-        self.around.apics.shows_event_field(field)
+        self.around.options.shows_event_field(field)
     }
 
     /// A step that is due is an exception that waits. Where it is a part of the shadow behind STI or MOV

@@ -146,7 +146,7 @@ impl<L: Loaded> Locked<'_, L> {
             let value = cr::check_xsetbv(0, xcr.value, &features).map_err(|_| EINVAL)?;
             self.arch.xcr0 = value.bits();
             let cr4 = self.hw.cr4();
-            self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
+            self.arch.refresh_cpuid(self.host, self.around.options, cr4);
         }
         Ok(())
     }

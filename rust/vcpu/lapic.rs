@@ -10,6 +10,7 @@ use crate::apics::Apics;
 use crate::backend::Loaded;
 use crate::bindings as b;
 use crate::irq::Mode;
+use crate::options::VmOptions;
 use crate::run::apic;
 use crate::run::halt;
 use crate::run::msr;
@@ -27,7 +28,7 @@ use crate::x86::cpuid::features::Features;
 use kernel::prelude::*;
 
 /// The APIC of the vCPU `id`, before anybody has said what its CPUID is.
-pub(super) fn config(id: u32, boots: bool, apics: &Apics) -> Config {
+pub(super) fn config(id: u32, boots: bool, apics: &Apics, options: &VmOptions) -> Config {
     let role = if boots {
         Role::Bootstrap
     } else {
@@ -37,7 +38,7 @@ pub(super) fn config(id: u32, boots: bool, apics: &Apics) -> Config {
         ids: apics.ids(),
         bus: apics.bus(),
         // Firmware leaves it open, and guests without an MP table want it so.
-        lint0: if apics.has_quirk(b::KVM_X86_QUIRK_LINT0_REENABLED) {
+        lint0: if options.has_quirk(b::KVM_X86_QUIRK_LINT0_REENABLED) {
             Lint0Reset::ExtInt
         } else {
             Lint0Reset::Masked

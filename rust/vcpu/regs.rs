@@ -298,7 +298,7 @@ impl<L: Loaded> Locked<'_, L> {
         if sregs.cr8 <= 15 {
             self.set_cr8(sregs.cr8);
         }
-        self.arch.refresh_cpuid(self.host, self.around.apics, cr4);
+        self.arch.refresh_cpuid(self.host, self.around.options, cr4);
         Ok(())
     }
 

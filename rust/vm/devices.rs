@@ -9,7 +9,6 @@ use crate::abi::kvm_irq_level;
 use crate::abi::kvm_pit_config;
 use crate::abi::kvm_reinject_control;
 use crate::abi::MAX_VCPU_IDS;
-use crate::apics::QUIRKS;
 use crate::backend::Backend;
 use crate::backend::FreeInstructions;
 use crate::bindings::KVM_CAP_DISABLE_QUIRKS;
@@ -33,6 +32,7 @@ use crate::bindings::KVM_X86_DISABLE_EXITS_PAUSE;
 use crate::irq::Irqs;
 use crate::linux::cpu;
 use crate::linux::user;
+use crate::options::QUIRKS;
 use crate::x86::apic::timer::BusPeriod;
 use crate::x86::line::Signal;
 use crate::x86::line::Source;
@@ -164,7 +164,7 @@ impl<B: Backend> Vm<B> {
                 }
                 self.apics.set_bus_cycle(cap.args[0])
             }
-            KVM_CAP_EXIT_HYPERCALL => self.apics.set_hypercall_exits(cap.args[0]),
+            KVM_CAP_EXIT_HYPERCALL => self.options.set_hypercall_exits(cap.args[0]),
             KVM_CAP_X86_USER_SPACE_MSR => self.msrs.set_exits(cap.args[0]),
             KVM_CAP_MSR_PLATFORM_INFO => {
                 self.msrs.show_platform_info(cap.args[0] != 0);
@@ -173,13 +173,13 @@ impl<B: Backend> Vm<B> {
             KVM_CAP_X86_DISABLE_EXITS => self.disable_exits(cap.args[0]),
             KVM_CAP_EXCEPTION_PAYLOAD => {
                 let shown = cap.args[0] & 1 != 0;
-                self.apics
+                self.options
                     .show_event_field(KVM_VCPUEVENT_VALID_PAYLOAD, shown);
                 Ok(())
             }
             KVM_CAP_X86_TRIPLE_FAULT_EVENT => {
                 let shown = cap.args[0] & 1 != 0;
-                self.apics
+                self.options
                     .show_event_field(KVM_VCPUEVENT_VALID_TRIPLE_FAULT, shown);
                 Ok(())
             }
@@ -187,7 +187,7 @@ impl<B: Backend> Vm<B> {
             KVM_CAP_EXIT_ON_EMULATION_FAILURE if cap.args[0] <= 1 => Ok(()),
             KVM_CAP_DISABLE_QUIRKS2 if cap.args[0] & !u64::from(QUIRKS) != 0 => Err(EINVAL),
             KVM_CAP_DISABLE_QUIRKS | KVM_CAP_DISABLE_QUIRKS2 => {
-                self.apics.disable_quirks(cap.args[0]);
+                self.options.disable_quirks(cap.args[0]);
                 Ok(())
             }
             _ => Err(EINVAL),
