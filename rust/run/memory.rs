@@ -243,6 +243,7 @@ fn paging_of(hw: &mut impl Loaded, maxphyaddr: u8, gbpages: bool, pkru: u32) -> 
         pkru,
         maxphyaddr,
         gbpages,
+        pdptes: None,
     }
 }
 

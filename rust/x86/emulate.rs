@@ -144,6 +144,7 @@ pub trait Cpu: Fpu {
             pkru: if cr4.has(Cr4::PKE) { self.pkru() } else { 0 },
             maxphyaddr: self.maxphyaddr(),
             gbpages: self.gbpages(),
+            pdptes: None,
         }
     }
 }

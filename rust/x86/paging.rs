@@ -86,6 +86,8 @@ pub struct Paging {
     pub maxphyaddr: u8,
     /// Whether the guest's processor has 1 GiB pages.
     pub gbpages: bool,
+    /// The four entries of PAE paging as the processor loaded them with CR3; none: they are taken from memory.
+    pub pdptes: Option<[u64; 4]>,
 }
 
 /// Who accesses, and how.
@@ -148,6 +150,48 @@ pub struct Translation {
     pub writable: bool,
 }
 
+/// An entry that a walk passed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// Where it is.
+    pub gpa: u64,
+    /// What it was when the walk was over, with the bits that the walk has set.
+    pub value: u64,
+}
+
+/// A walk that has led somewhere: [`Paging::walk`].
+#[derive(Clone, Copy, Debug)]
+pub struct Walk {
+    /// Where it led.
+    pub translation: Translation,
+    /// The page is not executable.
+    pub nx: bool,
+    /// The page's protection key; means nothing for pages of supervisor mode.
+    pub key: u8,
+    /// The page is marked dirty.
+    pub dirty: bool,
+    path: Path,
+}
+
+impl Walk {
+    /// The size of the entries, in bytes.
+    #[inline]
+    #[must_use]
+    pub const fn entry_size(&self) -> u8 {
+        self.path.entry_size
+    }
+
+    /// The entry of a level: 1 for the entries that map 4 KiB. None if the walk did not come there, and for the table of four
+    /// of PAE paging.
+    #[inline]
+    #[must_use]
+    pub fn step(&self, level: u8) -> Option<Step> {
+        let above = self.path.top.checked_sub(level)?;
+        let steps = self.path.entries.get(..self.path.depth)?;
+        steps.get(usize::from(above)).copied()
+    }
+}
+
 /// Why a translation failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WalkError<E> {
@@ -193,18 +237,13 @@ const fn bit_range(low: u32, high: u32) -> u64 {
     (u64::MAX << low) & (u64::MAX >> (63 - high))
 }
 
-/// An entry passed on the way down, to have its accessed bit set.
-#[derive(Clone, Copy, Default)]
-struct Visited {
-    gpa: u64,
-    value: u64,
-}
-
-/// The entries of a walk that have an accessed bit.
-#[derive(Default)]
+/// The entries of a walk that have an accessed bit, from the top.
+#[derive(Clone, Copy, Debug, Default)]
 struct Path {
-    entries: [Visited; MAX_LEVELS],
+    entries: [Step; MAX_LEVELS],
     depth: usize,
+    /// The level of the first.
+    top: u8,
     entry_size: u8,
 }
 
@@ -273,34 +312,83 @@ impl Paging {
         access: PageAccess,
     ) -> Result<Translation, WalkError<M::Error>> {
         if !self.cr0.has(Cr0::PG) {
-            return Ok(Translation {
-                gpa: linear & 0xffff_ffff,
-                page_shift: 12,
-                user: true,
-                writable: true,
+            return Ok(Self::unpaged(linear));
+        }
+        let mut path = Path::default();
+        let leaf = self.resolve(memory, linear, access, &mut path)?;
+        Ok(leaf.translation)
+    }
+
+    /// Where an address leads with paging off.
+    const fn unpaged(linear: u64) -> Translation {
+        Translation {
+            gpa: linear & 0xffff_ffff,
+            page_shift: 12,
+            user: true,
+            writable: true,
+        }
+    }
+
+    /// The same as [`Self::translate`], and says which entries led there.
+    ///
+    /// # Errors
+    ///
+    /// See [`WalkError`].
+    pub fn walk<M: GuestMemory>(
+        &self,
+        memory: &mut M,
+        linear: u64,
+        access: PageAccess,
+    ) -> Result<Walk, WalkError<M::Error>> {
+        let mut path = Path::default();
+        if !self.cr0.has(Cr0::PG) {
+            return Ok(Walk {
+                translation: Self::unpaged(linear),
+                nx: false,
+                key: 0,
+                dirty: true,
+                path,
             });
         }
+        let leaf = self.resolve(memory, linear, access, &mut path)?;
+        Ok(Walk {
+            translation: leaf.translation,
+            nx: leaf.nx,
+            key: leaf.key as u8,
+            dirty: leaf.dirty || access.kind == AccessKind::Write,
+            path,
+        })
+    }
+
+    /// Walks, judges and marks.
+    fn resolve<M: GuestMemory>(
+        &self,
+        memory: &mut M,
+        linear: u64,
+        access: PageAccess,
+        path: &mut Path,
+    ) -> Result<Leaf, WalkError<M::Error>> {
         let error = self.access_error(access);
         for _ in 0..MAX_RESTARTS {
-            let mut path = Path::default();
-            let leaf = self.walk(memory, linear, error, &mut path)?;
+            path.depth = 0;
+            let leaf = self.descend(memory, linear, error, path)?;
             if access.probe {
-                return Ok(leaf.translation);
+                return Ok(leaf);
             }
             if let Some(extra) = self.violation(&leaf, access) {
                 return Err(WalkError::Fault(error | PfError::P | extra));
             }
             let write = access.kind == AccessKind::Write;
             let marked = leaf.accessed && (leaf.dirty || !write);
-            if marked || Self::mark(memory, &path, write)? {
-                return Ok(leaf.translation);
+            if marked || Self::mark(memory, path, write)? {
+                return Ok(leaf);
             }
         }
         Err(WalkError::Contended)
     }
 
     /// Goes down the tables; says where they lead and what they permit.
-    fn walk<M: GuestMemory>(
+    fn descend<M: GuestMemory>(
         &self,
         memory: &mut M,
         linear: u64,
@@ -318,6 +406,11 @@ impl Paging {
         let index_mask = (1u64 << index_bits) - 1;
         let reserved = self.reserved(format);
         path.entry_size = entry_size;
+        path.top = if format == Format::Pae {
+            2
+        } else {
+            levels as u8
+        };
         // The flags that all entries have, and those that any has.
         let (mut all, mut any) = (u64::MAX, 0);
 
@@ -328,15 +421,19 @@ impl Paging {
                 .wrapping_add(12);
             let index = (linear >> (shift & 63)) & index_mask;
             let gpa = table.wrapping_add(index.wrapping_mul(u64::from(entry_size)));
-            let entry = match Self::read_entry(memory, gpa, entry_size) {
-                Ok(entry) => entry,
-                Err(MemoryError::Mmio) => 0,
-                Err(MemoryError::Host(e)) => return Err(WalkError::Host(e)),
+            let pdpte = format == Format::Pae && level == 3;
+            let loaded = self.pdptes.filter(|_| pdpte);
+            let entry = match loaded {
+                Some(pdptes) => pdptes.get(index as usize & 3).copied().unwrap_or(0),
+                None => match Self::read_entry(memory, gpa, entry_size) {
+                    Ok(entry) => entry,
+                    Err(MemoryError::Mmio) => 0,
+                    Err(MemoryError::Host(e)) => return Err(WalkError::Host(e)),
+                },
             };
             if entry & PTE_P == 0 {
                 return Err(WalkError::Fault(error));
             }
-            let pdpte = format == Format::Pae && level == 3;
             let large = !pdpte && self.is_large(format, level, entry);
             if entry & (reserved | self.reserved_at(format, level, large)) != 0 {
                 return Err(WalkError::Fault(error | PfError::P | PfError::RSVD));
@@ -346,7 +443,7 @@ impl Paging {
                 all &= entry;
                 any |= entry;
                 if let Some(slot) = path.entries.get_mut(path.depth) {
-                    *slot = Visited { gpa, value: entry };
+                    *slot = Step { gpa, value: entry };
                     path.depth = path.depth.wrapping_add(1);
                 }
             }
@@ -490,22 +587,23 @@ impl Paging {
     /// Sets the accessed bits on the way and the dirty bit at its end. Says false if an entry is no longer what it was.
     fn mark<M: GuestMemory>(
         memory: &mut M,
-        path: &Path,
+        path: &mut Path,
         write: bool,
     ) -> Result<bool, WalkError<M::Error>> {
-        let mut left = path.depth;
-        for visited in path.entries.iter().take(path.depth) {
+        let (mut left, size) = (path.depth, path.entry_size);
+        for step in path.entries.iter_mut().take(path.depth) {
             left = left.wrapping_sub(1);
             let last = left == 0;
-            let mut wanted = visited.value | PTE_A;
+            let mut wanted = step.value | PTE_A;
             if last && write {
                 wanted |= PTE_D;
             }
-            if wanted == visited.value {
+            if wanted == step.value {
                 continue;
             }
-            match memory.compare_exchange(visited.gpa, path.entry_size, visited.value, wanted) {
-                Ok(true) | Err(MemoryError::Mmio) => {}
+            match memory.compare_exchange(step.gpa, size, step.value, wanted) {
+                Ok(true) => step.value = wanted,
+                Err(MemoryError::Mmio) => {}
                 Ok(false) => return Ok(false),
                 Err(MemoryError::Host(e)) => return Err(WalkError::Host(e)),
             }

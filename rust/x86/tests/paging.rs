@@ -45,6 +45,7 @@ fn paging(cr4: Cr4, efer: Efer) -> Paging {
         pkru: 0,
         maxphyaddr: 46,
         gbpages: true,
+        pdptes: None,
     }
 }
 
@@ -505,6 +506,44 @@ fn races_begin_the_walk_again() {
     assert_eq!(r, Err(WalkError::Contended));
 }
 
+#[test]
+fn a_walk_says_what_it_passed() {
+    let linear = 0x1234_5678;
+    let mut memory = TestMemory::default();
+    let slots = map(&mut memory, linear, 0x7000 | PWU, 4, 4);
+    let walk = long()
+        .walk(&mut memory, linear, access(Write, false))
+        .unwrap();
+    assert_eq!(walk.translation.gpa, 0x7678);
+    assert!(walk.dirty && !walk.nx);
+    assert_eq!(walk.entry_size(), 8);
+    assert_eq!((walk.step(5), walk.step(0)), (None, None));
+    for (level, slot) in (1..=4).rev().zip(slots) {
+        let step = walk.step(level).unwrap();
+        assert_eq!((step.gpa, step.value), (slot, memory.get64(slot)));
+        assert_eq!(step.value & (A | D), if level == 1 { A | D } else { A });
+    }
+    // A large page ends it early, and the table of four is no step.
+    let mut memory = TestMemory::default();
+    let slots = map(&mut memory, linear, 0x20_0000 | PWU | PS, 2, 3);
+    memory.put64(slots[0], TABLE[1] | 1);
+    let walk = pae()
+        .walk(&mut memory, linear, access(Read, false))
+        .unwrap();
+    assert!(!walk.dirty);
+    assert_eq!(walk.step(3), None);
+    assert_eq!(walk.step(2).map(|step| step.gpa), Some(slots[1]));
+    assert_eq!(walk.step(1), None);
+    // The processor's own copy of that table counts, whatever memory has.
+    let mut p = pae();
+    p.pdptes = Some([0; 4]);
+    let walked = p.walk(&mut memory, linear, access(Read, false));
+    assert!(matches!(walked, Err(WalkError::Fault(_))));
+    p.pdptes = Some([memory.get64(slots[0]), 0, 0, 0]);
+    memory.put64(slots[0], 0);
+    assert!(p.walk(&mut memory, linear, access(Read, false)).is_ok());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_000))]
 
@@ -528,7 +567,7 @@ proptest! {
             cr4: Cr4::new(cr4),
             efer: Efer::new(efer),
             rflags: Rflags::new(rflags),
-            pkru, maxphyaddr, gbpages,
+            pkru, maxphyaddr, gbpages, pdptes: None,
         };
         let first = p.translate(&mut memory, linear, access(kind, user));
         if let Ok(t) = first {
