@@ -42,6 +42,16 @@ impl KernelPage {
         })
     }
 
+    /// Allocates a zeroed page below 4 GiB: ENOMEM.
+    pub(crate) fn new_low() -> Result<Self> {
+        // SAFETY: May sleep, as every caller may.
+        let va = unsafe { bindings::rkvm_alloc_low_page() }.cast();
+        // INVARIANT: The page has just been allocated.
+        Ok(Self {
+            va: NonNull::new(va).ok_or(ENOMEM)?,
+        })
+    }
+
     /// The address in the kernel's direct map.
     #[inline]
     pub(crate) fn as_ptr(&self) -> *mut u8 {

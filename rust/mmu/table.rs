@@ -25,6 +25,12 @@ impl Words {
         Word(&self.0[level.index(gfn) & 511])
     }
 
+    /// The word with a number, of which the lowest nine bits count.
+    #[inline]
+    pub(super) fn word(&self, index: usize) -> Word<'_> {
+        Word(&self.0[index & 511])
+    }
+
     /// How many entries are not present, from that for `gfn` on in a table of `level`, and round to
     /// it again: 512 if the table is empty.
     pub(super) fn absent_from(&self, level: Level, gfn: u64) -> usize {
@@ -78,6 +84,24 @@ impl<'a> Word<'a> {
 }
 
 impl Word<'_> {
+    /// The bits, of an entry of any format.
+    #[inline]
+    pub(super) fn bits(self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Sets them. What was written before is seen by who finds them.
+    #[inline]
+    pub(super) fn put(self, bits: u64) {
+        self.0.store(bits, Ordering::Release);
+    }
+
+    /// Clears some of them; returns what they all were.
+    #[inline]
+    pub(super) fn clear_bits(self, bits: u64) -> u64 {
+        self.0.fetch_and(!bits, Ordering::SeqCst)
+    }
+
     /// Makes the next write through a leaf be noticed; returns if it would not have been. It is only
     /// sure to be once the vCPUs' translations have been flushed.
     #[inline]

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A vCPU's roots: what CR3 of the processor is while the guest has loaded something else there.
+//!
+//! A root belongs to what the guest's CR3 names and to how the guest translates. A vCPU keeps a few,
+//! so that a guest that switches between processes finds the last ones. With PAE paging, which is what
+//! the processor is in while the guest has two levels or no paging at all, a root is a table of
+//! four entries, in memory below 4 GiB, that lead to pages of the second level.
+//!
+//! Where the guest's CR3 leads outside of memory there is no table, and the root is empty: every access
+//! is a fault, and the guest's.
+
+use super::role::Format;
+use super::role::Regime;
+use super::role::Rights;
+use super::sync::Found;
+use super::Around;
+use super::Lack;
+use super::ShadowMmu;
+use super::Spare;
+use crate::linux::mm::cond_resched;
+use crate::linux::page::KernelPage;
+use crate::x86::paging::Paging;
+use kernel::prelude::*;
+
+/// How many roots a vCPU keeps.
+const ROOTS: usize = 4;
+/// Bytes in a table of four entries.
+const FOUR: usize = 32;
+
+/// What a root is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Key {
+    regime: Regime,
+    /// The guest's tables at the top, by their addresses: one, or four, as far as they are there.
+    tables: [Option<u64>; 4],
+}
+
+impl Key {
+    fn of(paging: &Paging) -> Self {
+        let regime = Regime::of(paging);
+        let tables = match regime.format {
+            Format::Off => [Some(0), Some(1 << 30), Some(2 << 30), Some(3 << 30)],
+            Format::Bits32 => [Some(paging.cr3.root() & 0xffff_f000); 4],
+            Format::Pae => paging
+                .pdptes
+                .unwrap_or_default()
+                .map(|entry| (entry & 1 != 0).then_some(entry & 0x000f_ffff_ffff_f000)),
+            Format::Long => [Some(paging.cr3.root()), None, None, None],
+        };
+        Self { regime, tables }
+    }
+}
+
+/// A root that a vCPU can run on.
+#[derive(Clone, Copy)]
+pub(super) struct Root {
+    key: Key,
+    /// Shadow pages, held as roots; zero for none.
+    pages: [u32; 4],
+    /// Its place in the page of tables of four.
+    slot: usize,
+    /// Tables below it may be old, whatever the guest says of its next CR3.
+    stale: bool,
+}
+
+impl Root {
+    #[inline]
+    pub(super) const fn regime(&self) -> Regime {
+        self.key.regime
+    }
+
+    /// The page that an address is looked up in.
+    #[inline]
+    pub(super) const fn page(&self, linear: u64) -> u32 {
+        match self.key.regime.format {
+            Format::Long => self.pages[0],
+            _ => self.pages[(linear >> 30) as usize & 3],
+        }
+    }
+}
+
+/// What a vCPU knows of its shadow pages.
+///
+/// Whoever drops it has [`ShadowMmu::put_roots`] called before.
+pub(crate) struct VcpuShadow {
+    /// The current one first, and then by when they were last used.
+    roots: [Option<Root>; ROOTS],
+    /// The tables of four entries.
+    fours: KernelPage,
+    /// What the guest's next CR3 brings.
+    next: Next,
+}
+
+/// What becomes of old translations when the guest loads CR3.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+enum Next {
+    /// They go.
+    #[default]
+    Flush,
+    /// They stay: bit 63 of the value said so.
+    Keep,
+}
+
+impl VcpuShadow {
+    /// A vCPU that has not run: ENOMEM.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(Self {
+            roots: [None; ROOTS],
+            fours: KernelPage::new_low()?,
+            next: Next::Flush,
+        })
+    }
+
+    /// The root that it runs on.
+    pub(super) fn root(&self) -> Option<&Root> {
+        self.roots[0].as_ref()
+    }
+
+    /// The guest loads CR3, and wants what it knows of the new one's translations to stay.
+    pub(crate) fn keep_translations(&mut self) {
+        self.next = Next::Keep;
+    }
+
+    /// The guest has all its translations go: those of other roots when they are loaded next.
+    pub(crate) fn flush_all(&mut self) {
+        for root in self.roots.iter_mut().flatten() {
+            root.stale = true;
+        }
+    }
+}
+
+impl ShadowMmu {
+    /// Finds or makes the root for what the guest has loaded, which is in accord with the guest's tables then as
+    /// far as it must be; what is to be loaded into CR3 of the processor: ENOMEM. `backed` says if there is memory at
+    /// a guest frame, and `nothing` is the address of an empty table. Sleeps.
+    pub(crate) fn load(
+        &self,
+        around: &Around<'_>,
+        vcpu: &mut VcpuShadow,
+        paging: &Paging,
+        backed: impl Fn(u64) -> bool,
+        nothing: u64,
+    ) -> Result<u64> {
+        let mut key = Key::of(paging);
+        if key.regime.format != Format::Off {
+            for table in &mut key.tables {
+                *table = table.filter(|gpa| backed(gpa >> 12));
+            }
+        }
+        let keep = core::mem::take(&mut vcpu.next) == Next::Keep;
+        self.drop_invalid(around, vcpu);
+        let same = |root: &Option<Root>| root.as_ref().is_some_and(|root| root.key == key);
+        match vcpu.roots.iter().position(same) {
+            Some(place) => vcpu.roots[..=place.min(ROOTS - 1)].rotate_right(1),
+            None => {
+                let root = self.make(around, vcpu, key)?;
+                vcpu.roots.rotate_right(1);
+                vcpu.roots[0] = Some(root);
+            }
+        }
+        let Some(root) = &mut vcpu.roots[0] else {
+            return Err(EINVAL);
+        };
+        if !keep || root.stale {
+            root.stale = false;
+            let pages = root.pages;
+            self.sync_below(around, &pages);
+        }
+        Ok(self.hardware_root(root, &vcpu.fours, nothing))
+    }
+
+    /// What is to be in CR3.
+    fn hardware_root(&self, root: &Root, fours: &KernelPage, nothing: u64) -> u64 {
+        let state = self.state.lock();
+        let phys = |number: u32| state.pages.get(number).map(|page| page.table.phys());
+        if root.key.regime.format == Format::Long {
+            return phys(root.pages[0]).unwrap_or(nothing);
+        }
+        let offset = root.slot % ROOTS * FOUR;
+        for (number, place) in root.pages.into_iter().zip((offset..).step_by(8)) {
+            // Present, and no other bit: the others are reserved, or say how it is cached.
+            fours.write(place, phys(number).map_or(0, |phys| phys | 1));
+        }
+        fours.phys() | offset as u64
+    }
+
+    /// Makes a root in the place of the one that was used least lately.
+    fn make(&self, around: &Around<'_>, vcpu: &mut VcpuShadow, key: Key) -> Result<Root> {
+        let slot = match vcpu.roots[ROOTS - 1].take() {
+            Some(old) => {
+                self.put(around, &old.pages);
+                old.slot
+            }
+            None => {
+                let taken = |slot: &usize| {
+                    vcpu.roots
+                        .iter()
+                        .flatten()
+                        .any(|root| root.slot == *slot)
+                };
+                (0..ROOTS).find(|slot| !taken(slot)).unwrap_or(0)
+            }
+        };
+        let mut root = Root {
+            key,
+            pages: [0; 4],
+            slot,
+            stale: false,
+        };
+        for (index, table) in key.tables.into_iter().enumerate() {
+            let Some(gpa) = table else { continue };
+            match self.hold(around, key.regime, gpa, index) {
+                Ok(number) => root.pages[index & 3] = number,
+                Err(e) => {
+                    self.put(around, &root.pages);
+                    return Err(e);
+                }
+            }
+        }
+        Ok(root)
+    }
+
+    /// Holds the page for one of the guest's tables at the top as a root: ENOMEM.
+    fn hold(&self, around: &Around<'_>, regime: Regime, gpa: u64, index: usize) -> Result<u32> {
+        let level = regime.root_level();
+        let linear = (index as u64) << 30;
+        let role = match regime.format {
+            Format::Off => super::role::Role::direct(level, Rights::ALL, 0),
+            _ => regime.table(level, Rights::ALL, linear),
+        };
+        let mut spare = Spare::new();
+        loop {
+            let held = self.with(around, |state| {
+                state.recycle();
+                let number = state.get_page(around, gpa >> 12, role, &mut spare)?;
+                if let Some(page) = state.pages.get_mut(number) {
+                    page.roots = page.roots.saturating_add(1);
+                }
+                Ok::<_, Lack>(number)
+            });
+            match held {
+                Ok(number) => return Ok(number),
+                Err(lack) => spare.provide(lack)?,
+            }
+        }
+    }
+
+    /// Gives pages back that were held as roots.
+    fn put(&self, around: &Around<'_>, pages: &[u32; 4]) {
+        self.with(around, |state| {
+            for number in pages {
+                if let Some(page) = state.pages.get_mut(*number) {
+                    page.roots = page.roots.saturating_sub(1);
+                    state.bury(*number);
+                }
+            }
+        });
+    }
+
+    /// Gives back roots that nobody can find any more: they map nothing.
+    fn drop_invalid(&self, around: &Around<'_>, vcpu: &mut VcpuShadow) {
+        for place in &mut vcpu.roots {
+            let Some(root) = place else { continue };
+            let whole = {
+                let state = self.state.lock();
+                root.pages
+                    .iter()
+                    .all(|n| *n == 0 || state.pages.get(*n).is_some_and(|page| page.valid))
+            };
+            if !whole {
+                let pages = root.pages;
+                *place = None;
+                self.put(around, &pages);
+            }
+        }
+        // No gaps, and the same order.
+        let mut left = [None; ROOTS];
+        for (place, root) in left.iter_mut().zip(vcpu.roots.iter().flatten()) {
+            *place = Some(*root);
+        }
+        vcpu.roots = left;
+    }
+
+    /// Gives all roots of a vCPU back.
+    pub(crate) fn put_roots(&self, around: &Around<'_>, vcpu: &mut VcpuShadow) {
+        for place in &mut vcpu.roots {
+            if let Some(root) = place.take() {
+                self.put(around, &root.pages);
+            }
+        }
+    }
+
+    /// The guest has all translations below its current root go.
+    pub(crate) fn sync_current(&self, around: &Around<'_>, vcpu: &mut VcpuShadow) {
+        if let Some(root) = &mut vcpu.roots[0] {
+            root.stale = false;
+            let pages = root.pages;
+            self.sync_below(around, &pages);
+        }
+    }
+
+    /// Brings tables below these pages into accord with the guest's.
+    fn sync_below(&self, around: &Around<'_>, pages: &[u32; 4]) {
+        loop {
+            let more = self.with(around, |state| {
+                let mut found = Found::new();
+                for number in pages {
+                    state.find_unsync(*number, &mut found);
+                }
+                if !found.pages().is_empty() {
+                    state.sync(around, found.pages());
+                }
+                found.is_full()
+            });
+            if !more {
+                return;
+            }
+            cond_resched();
+        }
+    }
+
+    /// The guest invalidates an address, in any of its roots.
+    pub(crate) fn invalidate(&self, around: &Around<'_>, vcpu: &VcpuShadow, linear: u64) {
+        self.with(around, |state| {
+            for root in vcpu.roots.iter().flatten() {
+                state.invalidate(root.page(linear), linear);
+            }
+        });
+    }
+}
