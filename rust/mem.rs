@@ -15,6 +15,7 @@ pub(crate) mod devices;
 pub(crate) mod fault;
 pub(crate) mod log;
 mod notify;
+pub(crate) mod private;
 pub(crate) mod ring;
 mod slots;
 mod tree;
@@ -27,7 +28,7 @@ use crate::bindings::KVM_MEM_READONLY;
 use crate::linux::mm::user_range_ok;
 use crate::linux::mmu_notifier::Listening;
 use crate::linux::srcu::SrcuCell;
-use crate::mmu::ept::EptCaps;
+use crate::mmu::caps::PagingCaps;
 use crate::mmu::ept::Level;
 use crate::mmu::Mmu;
 use crate::tlb::VcpuSet;
@@ -70,7 +71,7 @@ struct Inner {
 
 impl GuestMemory {
     /// Memory without a memslot, in the current task's address space: ENOMEM, EINTR if killed.
-    pub(crate) fn new(caps: EptCaps) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(caps: PagingCaps) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             inner <- Listening::new(try_pin_init!(Inner {
                 update <- new_mutex!((), "rkvm_memslots"),
@@ -82,10 +83,10 @@ impl GuestMemory {
         }? Error)
     }
 
-    /// The EPT pointer for the VMCS. Does not change.
+    /// The EPT pointer for the VMCS, if there is EPT. Does not change.
     #[inline]
-    pub(crate) fn eptp(&self) -> u64 {
-        self.inner.mmu.eptp()
+    pub(crate) fn eptp(&self) -> Option<u64> {
+        Some(self.inner.mmu.eptp())
     }
 
     /// The vCPUs that use this memory.
@@ -116,12 +117,17 @@ impl GuestMemory {
     ///
     /// When it returns, nothing uses what was there before.
     pub(crate) fn set_region(&self, region: &kvm_userspace_memory_region) -> Result {
-        let mut new = self.check_region(region)?;
+        let new = self.check_region(region)?;
+        self.set_slot(region.slot, new)
+    }
+
+    /// The same, with a slot that has been checked, or none.
+    fn set_slot(&self, id: u32, mut new: Option<Slot>) -> Result {
         let inner = &*self.inner;
         let _update = inner.update.lock();
         let (old, next) = {
             let slots = inner.slots.read();
-            let old = slots.by_id(region.slot).cloned();
+            let old = slots.by_id(id).cloned();
             match (&old, &new) {
                 (None, None) => return Err(EINVAL),
                 (Some(old), Some(new)) => {
@@ -140,7 +146,7 @@ impl GuestMemory {
                 }
                 new.log = inner.log_of(new, old.as_ref())?;
             }
-            (old, slots.with(region.slot, new.clone())?)
+            (old, slots.with(id, new.clone())?)
         };
         match (old, new) {
             (Some(old), Some(new)) if old.gfns == new.gfns => self.change_logging(&new, next),
@@ -153,6 +159,11 @@ impl GuestMemory {
             }
         }
         Ok(())
+    }
+
+    /// How many frames a guest can have: gfns are below.
+    fn gfn_limit(&self) -> u64 {
+        self.inner.mmu.format().gfn_limit
     }
 
     /// The slot that the user describes, with what can be said without knowing the others; none if
@@ -173,7 +184,7 @@ impl GuestMemory {
             return Ok(None);
         }
         let slot = Slot::new(region).ok_or(EINVAL)?;
-        if slot.gfns.end > self.inner.mmu.format().gfn_limit {
+        if slot.gfns.end > self.gfn_limit() {
             return Err(EINVAL);
         }
         Ok(Some(slot))

@@ -39,6 +39,7 @@
 //! work under the lock does not depend on how much is mapped: tables that go as a whole are unlinked,
 //! and what is in them is looked at when they are freed.
 
+pub(crate) mod caps;
 pub(crate) mod counts;
 pub(crate) mod ept;
 pub(crate) mod invalidation;
@@ -50,12 +51,13 @@ use crate::linux::mm::cond_resched;
 use crate::linux::mm::HostFrame;
 use crate::linux::mmu_notifier::HvaRange;
 use crate::linux::rwlock::RwLock;
+use crate::linux::unsupported;
 use crate::tlb::Request;
 use crate::tlb::VcpuSet;
+use caps::PagingCaps;
 use core::ops::Range;
 use counts::Counts;
 use ept::Access;
-use ept::EptCaps;
 use ept::Format;
 use ept::Frame;
 use ept::Level;
@@ -109,9 +111,12 @@ pub(crate) enum Mapped {
 }
 
 impl Mmu {
-    /// An MMU that maps nothing: ENOMEM.
-    pub(crate) fn new(caps: EptCaps) -> impl PinInit<Self, Error> {
+    /// An MMU that maps nothing: ENOMEM; EOPNOTSUPP without EPT.
+    pub(crate) fn new(caps: PagingCaps) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
+            let PagingCaps::Ept(caps) = caps else {
+                return Err(unsupported());
+            };
             let format = Format::new(&caps);
             let tables = Tables::new(format)?;
             let eptp = tables.eptp();

@@ -17,6 +17,7 @@ use crate::linux::fpu;
 use crate::linux::msr as host_msr;
 use crate::linux::page::PAGE_SIZE;
 use crate::linux::user;
+use crate::mmu::caps::PagingCaps;
 use crate::time::Followers;
 use crate::vm::Vm;
 use crate::x86::cpuid::features::GuestFeatures;
@@ -73,7 +74,8 @@ impl Host {
             rdtscp: features.rdtscp,
             xsaves: features.xsaves && host_msr::host_xss() == 0,
             fast_strings: host_msr::read_safe(Msr::MISC_ENABLE.0).is_ok_and(|v| v & 1 != 0),
-            pku: has_pku,
+            // Shadow tables have no keys.
+            pku: has_pku && matches!(backend.paging(), PagingCaps::Ept(_)),
             umip: backend.cr4_allowed() & crate::x86::regs::Cr4::UMIP.bits() != 0,
             spec_ctrl: true,
             arch_capabilities: true,

@@ -281,6 +281,10 @@ impl<B: Backend> Vcpu<B> {
             .machine
             .backend
             .load(state.hw, follows, &self.vm.notifiers);
+        if hw.is_restricted() {
+            let special = &self.vm.special;
+            hw.set_private_pages(special.tss(), special.identity_map());
+        }
         let syncs_regs = self.pages.syncs_regs();
         let prepared = if syncs_regs || state.arch.clock.is_behind_host() {
             let mut cpu = Locked {

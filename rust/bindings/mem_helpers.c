@@ -2,6 +2,7 @@
 /* C helpers of the guest-memory layers: see mem_helpers.h. */
 #include <linux/gfp.h>
 #include <linux/mm.h>
+#include <linux/mman.h>
 #include <linux/pgtable.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -116,6 +117,16 @@ int rkvm_user_cmpxchg(u64 addr, u8 len, u64 old, u64 new)
 	default:
 		return -EFAULT;
 	}
+}
+
+long rkvm_user_map(u64 size)
+{
+	return vm_mmap(NULL, 0, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, 0);
+}
+
+void rkvm_user_unmap(u64 addr, u64 size)
+{
+	vm_munmap(addr, size);
 }
 
 u64 rkvm_page_to_pfn(struct page *page) { return page_to_pfn(page); }

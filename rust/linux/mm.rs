@@ -207,6 +207,40 @@ pub(crate) fn send_hwpoison(hva: u64) {
     unsafe { own::rkvm_send_hwpoison(hva) };
 }
 
+/// Zeroed memory that the kernel has mapped into the address space of the current task, shared so that a `fork()` does not move it.
+/// The user can do with it what he likes, as with all of his.
+pub(crate) struct UserPages {
+    addr: u64,
+    size: u64,
+}
+
+impl UserPages {
+    /// Maps `size` bytes, whole pages: ENOMEM.
+    pub(crate) fn map(size: u64) -> Result<Self> {
+        // SAFETY: Maps anonymous memory where there is none.
+        let addr = unsafe { own::rkvm_user_map(size) };
+        if addr < 0 {
+            let errno = i32::try_from(addr).unwrap_or(-1);
+            return Err(Error::from_errno(errno));
+        }
+        Ok(Self {
+            addr: addr as u64,
+            size,
+        })
+    }
+
+    /// Where it is.
+    pub(crate) fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Unmaps it again. The current task runs in the same address space as then.
+    pub(crate) fn unmap(self) {
+        // SAFETY: Unmaps user memory, of which nobody relies on that it is there.
+        unsafe { own::rkvm_user_unmap(self.addr, self.size) };
+    }
+}
+
 /// Returns if `[addr, addr + size)` is user memory for the current task, by its bounds.
 pub(crate) fn user_range_ok(addr: u64, size: u64) -> bool {
     // SAFETY: Compares numbers.

@@ -31,6 +31,10 @@ impl<L: Loaded> Run<'_, L> {
                 let value = self.operand(gpr);
                 match cr {
                     0 => self.write_cr0(Cr0::new(value)),
+                    2 => {
+                        self.hw.set_cr2(value);
+                        Ok(())
+                    }
                     3 => self.write_cr3(value),
                     4 => self.write_cr4(Cr4::new(value)),
                     8 => return self.write_cr8(value, len),
@@ -39,6 +43,9 @@ impl<L: Loaded> Run<'_, L> {
             }
             CrAccess::Read { cr, gpr } => {
                 let value = match cr {
+                    0 => self.hw.cr0().bits(),
+                    2 => self.hw.cr2(),
+                    4 => self.hw.cr4().bits(),
                     3 => self.hw.cr3(),
                     8 => self.arch.cr8(),
                     _ => return self.raise(Fault::UD),
@@ -145,8 +152,8 @@ impl<L: Loaded> Run<'_, L> {
         load_pdptes(&mut self.hw, self.memory, cr3, &self.arch.features)
     }
 
-    /// MOV to and from a debug register.
-    pub(super) fn dr_access(&mut self, dr: u8, gpr: Gpr, write: bool) -> Result<Next> {
+    /// MOV to and from a debug register: an instruction of `len` bytes.
+    pub(super) fn dr_access(&mut self, dr: u8, gpr: Gpr, write: bool, len: u8) -> Result<Next> {
         let cr4 = self.hw.cr4();
         let register = match cr::debug_register(dr, cr4) {
             Ok(register) => register,
@@ -197,12 +204,12 @@ impl<L: Loaded> Run<'_, L> {
             };
             self.hw.set_gpr(gpr, value);
         }
-        self.skip();
+        super::skip(&mut self.hw, len);
         Ok(Next::Guest)
     }
 
-    /// XSETBV. The hardware has checked the privilege level.
-    pub(super) fn xsetbv(&mut self) -> Result<Next> {
+    /// XSETBV, an instruction of `len` bytes. The hardware has checked the privilege level.
+    pub(super) fn xsetbv(&mut self, len: u8) -> Result<Next> {
         let index = self.hw.gpr(Gpr::Rcx) as u32;
         let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
         let features = self.arch.features.limited_to(&self.host.supported);
@@ -211,7 +218,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.arch.xcr0 = xcr0.bits();
                 let cr4 = self.hw.cr4();
                 self.arch.refresh_cpuid(self.host, self.options, cr4);
-                self.skip();
+                super::skip(&mut self.hw, len);
                 Ok(Next::Guest)
             }
             Err(fault) => self.raise(fault),

@@ -447,7 +447,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Goes on with the instruction until the VMM is needed or it is done.
-    fn step_emulator(&mut self) -> Result<Next> {
+    pub(super) fn step_emulator(&mut self) -> Result<Next> {
         let outcome = loop {
             let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
             let arch = &mut *self.arch;
