@@ -7,6 +7,7 @@ use crate::bindings::KVM_X86_QUIRK_MISC_ENABLE_NO_MWAIT;
 use crate::lapic::LocalApic;
 use crate::linux::task::SignalMask;
 use crate::mem::devices::DeviceFrames;
+use crate::mem::shadow::VcpuTables;
 use crate::msr_filter::MsrFilter;
 use crate::options::VmOptions;
 use crate::pv::PvState;
@@ -80,6 +81,8 @@ pub(crate) struct Arch {
     pub(crate) emulator: KBox<Emulator>,
     /// Where devices are known to be.
     pub(crate) devices: DeviceFrames,
+    /// The tables that it runs on, where the guest's are shadowed.
+    pub(crate) shadow: Option<VcpuTables>,
     /// What the next KVM_RUN completes.
     pub(crate) pending: Pending,
     /// The thread that ran the vCPU last.
@@ -117,6 +120,7 @@ impl Arch {
             tsc_adjust: 0,
             emulator: KBox::new(Emulator::new(), GFP_KERNEL_ACCOUNT)?,
             devices: DeviceFrames::new(),
+            shadow: None,
             pending: Pending::Nothing,
             thread: 0,
             signal_mask: None,
@@ -188,7 +192,7 @@ pub(crate) fn init(hw: &mut impl Loaded, arch: &mut Arch) {
     hw.set_shadow(Shadow::None);
     hw.set_nmi_blocked(false);
     hw.end_halt();
-    hw.flush_guest_tlb();
+    crate::run::shadow::flush_guest(hw, arch);
     arch.events = PendingEvents::new();
     arch.events
         .hold_interrupts(arch.debugger.blocks_interrupts());

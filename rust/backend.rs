@@ -12,8 +12,8 @@ use crate::linux::irq::PreemptOff;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::FollowsThread;
 use crate::linux::preempt::NotifiersOn;
+use crate::mmu::caps::PagingCaps;
 use crate::mmu::ept::Access;
-use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::clock::tsc::GuestTsc;
@@ -23,6 +23,7 @@ use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
+use crate::x86::exception::PfError;
 use crate::x86::msr::filter::Access as MsrAccess;
 use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
@@ -120,6 +121,14 @@ pub(crate) enum Exit {
         /// The linear address that was accessed, if `gpa` is what it translates to.
         linear: Option<u64>,
     },
+    /// A page fault of the guest's, where its tables are shadowed: what is behind it is in ours or in its own.
+    GuestPageFault {
+        linear: u64,
+        error: PfError,
+    },
+    /// INVLPG, with the linear address.
+    InvalidatePage(u64),
+    Invpcid,
     /// An instruction that the guest does not have: #UD.
     Undefined,
     /// A hardware task switch, to the task with this selector. What a task gate has to push is not told.
@@ -159,6 +168,15 @@ pub(crate) struct FreeInstructions {
     pub(crate) pause: bool,
 }
 
+/// Pages of a guest's memory that the processor needs for itself: [`SpecialPages`](crate::vm::special::SpecialPages).
+#[derive(Clone, Copy)]
+pub(crate) struct PrivatePages {
+    /// A task-state segment for guests in real mode.
+    pub(crate) tss: bool,
+    /// A page directory for guests without paging.
+    pub(crate) identity_map: bool,
+}
+
 /// A way to run guests.
 pub(crate) trait Backend: Send + Sync + Sized + 'static {
     /// A vCPU's hardware state.
@@ -173,8 +191,10 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
     /// Sets what [`Self::machine`] answers.
     fn install(machine: Option<Arc<Machine<Self>>>);
 
-    /// What the page tables may use.
-    fn ept_caps(&self) -> EptCaps;
+    /// How the guest's addresses are translated, and what the tables for it may use.
+    fn paging(&self) -> PagingCaps;
+    /// What the processor needs of a guest's memory.
+    fn private_pages(&self) -> PrivatePages;
     /// Bits of CR4 that the hardware can hold for a running guest.
     fn cr4_allowed(&self) -> u64;
     /// Instructions that a guest can only have with the hardware's help.
@@ -184,10 +204,11 @@ pub(crate) trait Backend: Send + Sync + Sized + 'static {
     fn virtualises_apics(&self) -> bool;
 
     /// Makes the state of a vCPU, and the part of it that follows the thread. `apic` has its local APIC's
-    /// registers, if that is in the kernel; `free` says which instructions are the guest's own affair.
+    /// registers, if that is in the kernel; `free` says which instructions are the guest's own affair. `eptp` is there with
+    /// EPT, and not with shadow tables.
     fn new_vcpu(
         &self,
-        eptp: u64,
+        eptp: Option<u64>,
         apic: Option<ApicPages>,
         free: FreeInstructions,
     ) -> Result<(Self::Vcpu, Self::Follows)>;
@@ -231,9 +252,26 @@ pub(crate) trait Loaded {
     fn set_gdtr(&mut self, value: TableReg);
     fn idtr(&mut self) -> TableReg;
     fn set_idtr(&mut self, value: TableReg);
+    /// What the processor translates the guest's addresses with, where its own tables are shadowed: the value for CR3. Goes into
+    /// the hardware if it is another one.
+    fn set_shadow_root(&mut self, cr3: u64);
+    /// Whether CR0, CR3, CR4, EFER or the entries of PAE paging have been set to something else since this was last asked.
+    /// Where the guest's tables are shadowed; else false.
+    fn take_paging_change(&mut self) -> bool;
     /// The four entries of PAE paging, which the processor loads with CR3.
     fn pdptes(&mut self) -> [u64; 4];
     fn set_pdptes(&mut self, pdptes: &[u64; 4]);
+
+    /// Whether there are states of a guest that the hardware cannot run, or cannot deliver events in. Never changes.
+    fn is_restricted(&self) -> bool;
+    /// Whether the guest's state is one that the hardware cannot run: it has to be emulated until it can.
+    fn needs_emulation(&mut self) -> bool;
+    /// Whether the hardware cannot deliver events in the guest's state, because it is in real mode or needs to be emulated.
+    fn needs_delivery(&mut self) -> bool;
+    /// Whether the guest is in real mode and the hardware is not: exceptions of all kinds exit.
+    fn imitates_real_mode(&self) -> bool;
+    /// Where the pages of [`Backend::private_pages`] are. Before KVM_RUN.
+    fn set_private_pages(&mut self, tss: Option<u64>, identity_map: u64);
 
     /// MSRs that the hardware holds.
     fn read_msr(&mut self, msr: Msr) -> Option<u64>;

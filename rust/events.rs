@@ -21,6 +21,8 @@ use crate::x86::regs::Rflags;
 pub(crate) struct Delivery {
     /// The guest should exit as soon as the event is delivered.
     pub(crate) exit_at_once: bool,
+    /// The hardware cannot deliver the event as the guest is: it is to be done by software, and no entry before.
+    pub(crate) by_software: bool,
     /// RFLAGS.RF at the entry, if an event went with it.
     restart: Option<bool>,
 }
@@ -78,9 +80,16 @@ pub(crate) fn deliver(
             Injection::Nmi => stats.nmi_injections.bump(),
             Injection::Interrupt(_) => stats.irq_injections.bump(),
         }
+        if hw.needs_delivery() {
+            return Delivery {
+                by_software: true,
+                ..Delivery::default()
+            };
+        }
         hw.inject(injection);
     }
     Delivery {
+        by_software: false,
         exit_at_once: selection.exit_at_once,
         restart: selection.inject.map(|_| hw.rflags().has(Rflags::RF)),
     }

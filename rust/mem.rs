@@ -15,7 +15,9 @@ pub(crate) mod devices;
 pub(crate) mod fault;
 pub(crate) mod log;
 mod notify;
+pub(crate) mod private;
 pub(crate) mod ring;
+pub(crate) mod shadow;
 mod slots;
 mod tree;
 
@@ -27,12 +29,13 @@ use crate::bindings::KVM_MEM_READONLY;
 use crate::linux::mm::user_range_ok;
 use crate::linux::mmu_notifier::Listening;
 use crate::linux::srcu::SrcuCell;
-use crate::mmu::ept::EptCaps;
+use crate::mmu::caps::PagingCaps;
 use crate::mmu::ept::Level;
 use crate::mmu::Mmu;
 use crate::tlb::VcpuSet;
 use crate::x86::apic::base::DEFAULT_ADDRESS;
 use core::ops::Range;
+use core::sync::atomic::AtomicBool;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
@@ -66,11 +69,15 @@ struct Inner {
     #[pin]
     mmu: Mmu,
     log: LogMode,
+    /// Pages in all slots.
+    pages: AtomicU64,
+    /// The VMM has said how many pages shadow tables may take.
+    limited: AtomicBool,
 }
 
 impl GuestMemory {
     /// Memory without a memslot, in the current task's address space: ENOMEM, EINTR if killed.
-    pub(crate) fn new(caps: EptCaps) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(caps: PagingCaps) -> impl PinInit<Self, Error> {
         try_pin_init!(Self {
             inner <- Listening::new(try_pin_init!(Inner {
                 update <- new_mutex!((), "rkvm_memslots"),
@@ -78,13 +85,15 @@ impl GuestMemory {
                 version: AtomicU64::new(0),
                 mmu <- Mmu::new(caps),
                 log: LogMode::new(),
+                pages: AtomicU64::new(0),
+                limited: AtomicBool::new(false),
             }? Error)),
         }? Error)
     }
 
-    /// The EPT pointer for the VMCS. Does not change.
+    /// The EPT pointer for the VMCS, if there is EPT. Does not change.
     #[inline]
-    pub(crate) fn eptp(&self) -> u64 {
+    pub(crate) fn eptp(&self) -> Option<u64> {
         self.inner.mmu.eptp()
     }
 
@@ -116,12 +125,17 @@ impl GuestMemory {
     ///
     /// When it returns, nothing uses what was there before.
     pub(crate) fn set_region(&self, region: &kvm_userspace_memory_region) -> Result {
-        let mut new = self.check_region(region)?;
+        let new = self.check_region(region)?;
+        self.set_slot(region.slot, new)
+    }
+
+    /// The same, with a slot that has been checked, or none.
+    fn set_slot(&self, id: u32, mut new: Option<Slot>) -> Result {
         let inner = &*self.inner;
         let _update = inner.update.lock();
         let (old, next) = {
             let slots = inner.slots.read();
-            let old = slots.by_id(region.slot).cloned();
+            let old = slots.by_id(id).cloned();
             match (&old, &new) {
                 (None, None) => return Err(EINVAL),
                 (Some(old), Some(new)) => {
@@ -140,12 +154,15 @@ impl GuestMemory {
                 }
                 new.log = inner.log_of(new, old.as_ref())?;
             }
-            (old, slots.with(region.slot, new.clone())?)
+            (old, slots.with(id, new.clone())?)
         };
         match (old, new) {
             (Some(old), Some(new)) if old.gfns == new.gfns => self.change_logging(&new, next),
             (old, new) => {
+                let size = |slot: &Option<Slot>| slot.as_ref().map_or(0, Slot::pages);
+                let (went, came) = (size(&old), size(&new));
                 inner.replace_slot(old, next)?;
+                self.count_pages(went, came);
                 if let Some(new) = new {
                     // A page of the kernel's may have been here.
                     inner.zap_own(&new.gfns);
@@ -153,6 +170,24 @@ impl GuestMemory {
             }
         }
         Ok(())
+    }
+
+    /// So many pages have gone, and so many have come. Shadow tables may take 2 % of them, as in KVM, unless the
+    /// VMM has said how many.
+    fn count_pages(&self, went: u64, came: u64) {
+        let inner = &*self.inner;
+        // With `update` held.
+        let before = inner.pages.load(Ordering::Relaxed);
+        let pages = before.wrapping_sub(went).wrapping_add(came);
+        inner.pages.store(pages, Ordering::Relaxed);
+        if !inner.limited.load(Ordering::Relaxed) {
+            self.apply_shadow_limit((pages / 50) as usize);
+        }
+    }
+
+    /// How many frames a guest can have: gfns are below.
+    fn gfn_limit(&self) -> u64 {
+        self.inner.mmu.format().gfn_limit
     }
 
     /// The slot that the user describes, with what can be said without knowing the others; none if
@@ -173,7 +208,7 @@ impl GuestMemory {
             return Ok(None);
         }
         let slot = Slot::new(region).ok_or(EINVAL)?;
-        if slot.gfns.end > self.inner.mmu.format().gfn_limit {
+        if slot.gfns.end > self.gfn_limit() {
             return Err(EINVAL);
         }
         Ok(Some(slot))

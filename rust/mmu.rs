@@ -39,10 +39,12 @@
 //! work under the lock does not depend on how much is mapped: tables that go as a whole are unlinked,
 //! and what is in them is looked at when they are freed.
 
+pub(crate) mod caps;
 pub(crate) mod counts;
 pub(crate) mod ept;
 pub(crate) mod invalidation;
 mod log;
+pub(crate) mod shadow;
 mod table;
 mod tables;
 
@@ -52,6 +54,7 @@ use crate::linux::mmu_notifier::HvaRange;
 use crate::linux::rwlock::RwLock;
 use crate::tlb::Request;
 use crate::tlb::VcpuSet;
+use caps::PagingCaps;
 use core::ops::Range;
 use counts::Counts;
 use ept::Access;
@@ -62,6 +65,8 @@ use ept::Level;
 use invalidation::Invalidations;
 use invalidation::Sequence;
 use kernel::prelude::*;
+use shadow::Around;
+use shadow::ShadowMmu;
 use table::Table;
 use tables::Detached;
 use tables::Outcome;
@@ -79,6 +84,8 @@ pub(crate) struct Mmu {
     vcpus: VcpuSet,
     format: Format,
     eptp: u64,
+    /// In the place of `tables`, where there is no second stage.
+    shadow: Option<Pin<KBox<ShadowMmu>>>,
 }
 
 /// A frame that was looked up for a guest frame, and what must still hold when it is mapped.
@@ -110,8 +117,15 @@ pub(crate) enum Mapped {
 
 impl Mmu {
     /// An MMU that maps nothing: ENOMEM.
-    pub(crate) fn new(caps: EptCaps) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(caps: PagingCaps) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
+            let (caps, shadow) = match caps {
+                PagingCaps::Ept(caps) => (caps, None),
+                PagingCaps::Shadow(caps) => {
+                    let shadow = KBox::pin_init(ShadowMmu::new(caps), GFP_KERNEL_ACCOUNT)?;
+                    (EptCaps::of_shadow(&caps), Some(shadow))
+                }
+            };
             let format = Format::new(&caps);
             let tables = Tables::new(format)?;
             let eptp = tables.eptp();
@@ -121,14 +135,26 @@ impl Mmu {
                 vcpus <- VcpuSet::new(),
                 format,
                 eptp,
+                shadow,
             }? Error))
         })
     }
 
-    /// The EPT pointer for the VMCS. Does not change.
+    /// The EPT pointer for the VMCS, if there is EPT. Does not change.
     #[inline]
-    pub(crate) fn eptp(&self) -> u64 {
-        self.eptp
+    pub(crate) fn eptp(&self) -> Option<u64> {
+        self.shadow.is_none().then_some(self.eptp)
+    }
+
+    /// The shadow page tables, if there is no EPT.
+    #[inline]
+    pub(crate) fn shadow(&self) -> Option<&ShadowMmu> {
+        self.shadow.as_deref()
+    }
+
+    /// The physical address of a table that stays empty, where there is no EPT.
+    pub(crate) fn nothing(&self) -> u64 {
+        self.eptp & !0xfff
     }
 
     /// How entries are made.
@@ -214,6 +240,9 @@ impl Mmu {
     /// The lock is released between ranges when there are many: nothing says that all of them must go
     /// at once, and nobody maps them again meanwhile, as whoever calls this has made sure of that.
     pub(crate) fn zap(&self, gfns: impl Iterator<Item = Range<u64>>, may_sleep: bool) -> bool {
+        if let Some(shadow) = self.shadow() {
+            return shadow.zap(&Around::blind(&self.vcpus), gfns, may_sleep);
+        }
         let mut gfns = gfns.peekable();
         let mut removed = false;
         while gfns.peek().is_some() {
@@ -231,6 +260,9 @@ impl Mmu {
 
     /// Unmaps the frames of a memslot that goes, which nobody maps any more. Sleeps.
     pub(crate) fn zap_slot(&self, gfns: Range<u64>) {
+        if let Some(shadow) = self.shadow() {
+            return shadow.zap_slot(&Around::blind(&self.vcpus), gfns);
+        }
         self.remove(true, |tables, detached| {
             detached.be_thorough();
             tables.zap(gfns, detached);
@@ -239,6 +271,9 @@ impl Mmu {
 
     /// Unmaps everything.
     pub(crate) fn zap_all(&self, may_sleep: bool) {
+        if let Some(shadow) = self.shadow() {
+            return shadow.zap_all(&Around::blind(&self.vcpus), may_sleep);
+        }
         self.zap(core::iter::once(0..self.format.gfn_limit), may_sleep);
     }
 
@@ -265,6 +300,9 @@ impl Mmu {
     /// Clears accessed marks; returns if any was set. With `flush`, cached translations go too, so
     /// that the next access is seen. Does not sleep.
     pub(crate) fn clear_young(&self, gfns: impl Iterator<Item = Range<u64>>, flush: bool) -> bool {
+        if let Some(shadow) = self.shadow() {
+            return shadow.clear_young(&Around::blind(&self.vcpus), gfns, flush);
+        }
         if !self.format.ad {
             // The processor keeps no marks: what was mapped may have been used, and its next use
             // shows as a fault.
@@ -283,6 +321,9 @@ impl Mmu {
 
     /// Returns if any accessed mark is set. Does not sleep.
     pub(crate) fn test_young(&self, mut gfns: impl Iterator<Item = Range<u64>>) -> bool {
+        if let Some(shadow) = self.shadow() {
+            return shadow.test_young(&Around::blind(&self.vcpus), gfns);
+        }
         let tables = self.tables.read();
         gfns.any(|range| tables.test_young(range))
     }

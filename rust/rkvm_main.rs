@@ -81,6 +81,14 @@ module! {
             default: 1,
             description: "Use the VMX-preemption timer for the guest's, if there is one (default 1)",
         },
+        ept: u8 {
+            default: 1,
+            description: "Have the processor translate guest-physical addresses, if it can (default 1)",
+        },
+        unrestricted_guest: u8 {
+            default: 1,
+            description: "Let guests run without paging and in real mode, if the processor can (default 1)",
+        },
         tsc_scaling: u8 {
             default: 1,
             description: "Have the processor scale the guest's time-stamp counter, if it can (default 1)",
@@ -108,6 +116,16 @@ mod parameters {
     /// The VMX-preemption timer may be used.
     pub(crate) fn preemption_timer() -> bool {
         *crate::module_parameters::preemption_timer.value() != 0
+    }
+
+    /// Extended page tables may be used.
+    pub(crate) fn ept() -> bool {
+        *crate::module_parameters::ept.value() != 0
+    }
+
+    /// Guests may run without paging and in real mode.
+    pub(crate) fn unrestricted_guest() -> bool {
+        *crate::module_parameters::unrestricted_guest.value() != 0
     }
 
     /// The processor may scale guests' time-stamp counters.

@@ -16,6 +16,8 @@ pub(crate) mod memory;
 pub(crate) mod msr;
 mod port;
 mod pv;
+mod restricted;
+pub(crate) mod shadow;
 mod spin;
 mod system;
 
@@ -185,7 +187,11 @@ impl<L: Loaded> Run<'_, L> {
                     return Ok(());
                 }
                 self.sleep();
-            } else if let Some(exit) = self.enter_once() {
+            } else if self.hw.is_restricted() && self.needs_software() {
+                if self.step_without_hardware()? == Next::User {
+                    return Ok(());
+                }
+            } else if let Some(exit) = self.prepare_shadow().map(|()| self.enter_once())? {
                 if self.arch.clock.catches_up() {
                     self.shared.request(Request::Clock);
                 }
@@ -263,6 +269,10 @@ impl<L: Loaded> Run<'_, L> {
             &self.shared.stats,
         );
 
+        if delivery.by_software {
+            return None;
+        }
+
         let preempt = PreemptOff::new();
         self.hw.prepare(&preempt);
         if self.shared.set_cpu(preempt.cpu()) {
@@ -339,7 +349,10 @@ impl<L: Loaded> Run<'_, L> {
             let exit = self.hw.enter(irqs);
             self.shared.stats.exits.bump();
             match exit {
-                Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => self.cpuid(),
+                Exit::Cpuid if !self.arch.msrs.cpuid_faulting() => {
+                    let len = self.hw.instruction_len();
+                    self.cpuid(len);
+                }
                 // Reading changes nothing that an entry prepares; writing may. Nor may an
                 // exception be raised here: what was injected before is not concluded yet.
                 Exit::Rdmsr if self.rdmsr_at_once() => {}
@@ -425,24 +438,23 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(Next::Guest)
             }
             Exit::Cpuid => {
-                let cpl = crate::arch::cpl(&mut self.hw);
-                if self.arch.msrs.cpuid_faults(cpl) {
-                    return self.raise(Fault::gp(0));
-                }
-                self.cpuid();
-                Ok(Next::Guest)
+                let len = self.hw.instruction_len();
+                self.identify(len)
             }
             Exit::Port(access) => {
                 self.shared.stats.io_exits.bump();
                 let len = self.hw.instruction_len();
-                self.port_access(access, len)
+                self.port_access(access, len, None)
             }
             Exit::PageFault {
                 gpa,
                 access,
                 linear,
             } => self.page_fault(gpa, access, linear),
-            Exit::Hlt => self.halt(),
+            Exit::Hlt => {
+                let len = self.hw.instruction_len();
+                self.halt(len)
+            }
             // It has been run, and the loop looks for what came of it.
             Exit::Timer => Ok(Next::Guest),
             Exit::PriorityBelowThreshold => {
@@ -462,16 +474,31 @@ impl<L: Loaded> Run<'_, L> {
                 self.register_written(offset);
                 Ok(Next::Guest)
             }
-            Exit::Rdmsr => self.rdmsr(),
-            Exit::Wrmsr => self.wrmsr(),
+            Exit::Rdmsr => {
+                let len = self.hw.instruction_len();
+                self.rdmsr(len)
+            }
+            Exit::Wrmsr => {
+                let len = self.hw.instruction_len();
+                self.wrmsr(len)
+            }
             Exit::Cr(access) => {
                 let len = self.hw.instruction_len();
                 self.cr_access(access, len)
             }
-            Exit::Dr { dr, gpr, write } => self.dr_access(dr, gpr, write),
-            Exit::Xsetbv => self.xsetbv(),
+            Exit::Dr { dr, gpr, write } => {
+                let len = self.hw.instruction_len();
+                self.dr_access(dr, gpr, write, len)
+            }
+            Exit::Xsetbv => {
+                let len = self.hw.instruction_len();
+                self.xsetbv(len)
+            }
             Exit::Exception(exception) if self.is_for_debugger(exception.vector) => {
                 Ok(self.leave_for_debugger(&exception))
+            }
+            Exit::Exception(exception) if self.hw.imitates_real_mode() => {
+                self.real_mode_exception(exception)
             }
             Exit::Exception(exception) if exception.vector == Vector::AC => {
                 self.alignment_check(exception)
@@ -495,6 +522,14 @@ impl<L: Loaded> Run<'_, L> {
                 self.skip();
                 Ok(Next::Guest)
             }
+            Exit::GuestPageFault { linear, error } => self.guest_page_fault(linear, error),
+            Exit::InvalidatePage(linear) => {
+                self.invalidate_page(linear);
+                self.skip();
+                Ok(Next::Guest)
+            }
+            // Its operands are for the emulator to find.
+            Exit::Invpcid => self.emulate_one(),
             Exit::Rdpmc => self.raise(Fault::gp(0)),
             Exit::Monitor | Exit::Mwait => self.monitor(),
             Exit::Undefined => self.raise(Fault::UD),
@@ -517,9 +552,19 @@ impl<L: Loaded> Run<'_, L> {
         }
     }
 
-    /// CPUID, from the table that KVM_SET_CPUID2 made. All zero without one, as in KVM.
+    /// CPUID, unless the guest has it fault.
+    fn identify(&mut self, len: u8) -> Result<Next> {
+        let cpl = crate::arch::cpl(&mut self.hw);
+        if self.arch.msrs.cpuid_faults(cpl) {
+            return self.raise(Fault::gp(0));
+        }
+        self.cpuid(len);
+        Ok(Next::Guest)
+    }
+
+    /// CPUID, of `len` bytes, from the table that KVM_SET_CPUID2 made. All zero without one, as in KVM.
     #[inline]
-    fn cpuid(&mut self) {
+    fn cpuid(&mut self, len: u8) {
         let function = self.hw.gpr(Gpr::Rax) as u32;
         let index = self.hw.gpr(Gpr::Rcx) as u32;
         let regs = self.arch.cpuid.lookup(function, index);
@@ -527,7 +572,7 @@ impl<L: Loaded> Run<'_, L> {
         self.hw.set_gpr(Gpr::Rbx, u64::from(regs.ebx));
         self.hw.set_gpr(Gpr::Rcx, u64::from(regs.ecx));
         self.hw.set_gpr(Gpr::Rdx, u64::from(regs.edx));
-        self.skip();
+        skip(&mut self.hw, len);
     }
 
     /// MONITOR and MWAIT do nothing, as if what is waited for were there already: a guest must not put the

@@ -65,8 +65,12 @@ macro_rules! vcpu_stats {
 vcpu_stats! {
     /// The processor left the guest.
     exits,
-    /// EPT violations.
+    /// EPT violations, or page faults where the guest's tables are shadowed.
     pf_taken,
+    /// Page faults that were the guest's own.
+    pf_guest,
+    /// The guest executed INVLPG, which exits where its tables are shadowed.
+    invlpg,
     /// Those that were resolved by mapping what was missing.
     pf_fixed,
     /// Those that were accesses to devices.

@@ -8,6 +8,7 @@ use crate::abi::kvm_cpuid2;
 use crate::abi::kvm_device_attr;
 use crate::abi::kvm_msr_list;
 use crate::backend::Backend;
+use crate::bindings::KVM_CAP_PRE_FAULT_MEMORY;
 use crate::bindings::KVM_CAP_TSC_CONTROL;
 use crate::bindings::KVM_CAP_VM_TSC_CONTROL;
 use crate::linux::file;
@@ -15,8 +16,10 @@ use crate::linux::file::FileObject;
 use crate::linux::file::Opened;
 use crate::linux::fpu;
 use crate::linux::msr as host_msr;
+use crate::mmu::caps::PagingCaps;
 use crate::linux::page::PAGE_SIZE;
 use crate::linux::user;
+use crate::mmu::caps::PagingCaps;
 use crate::time::Followers;
 use crate::vm::Vm;
 use crate::x86::cpuid::features::GuestFeatures;
@@ -73,7 +76,8 @@ impl Host {
             rdtscp: features.rdtscp,
             xsaves: features.xsaves && host_msr::host_xss() == 0,
             fast_strings: host_msr::read_safe(Msr::MISC_ENABLE.0).is_ok_and(|v| v & 1 != 0),
-            pku: has_pku,
+            // Shadow tables have no keys.
+            pku: has_pku && matches!(backend.paging(), PagingCaps::Ept(_)),
             umip: backend.cr4_allowed() & crate::x86::regs::Cr4::UMIP.bits() != 0,
             spec_ctrl: true,
             arch_capabilities: true,
@@ -133,6 +137,10 @@ impl<B: Backend> Machine<B> {
     pub(crate) fn check_extension(&self, cap: usize) -> isize {
         match u32::try_from(cap) {
             Ok(KVM_CAP_TSC_CONTROL | KVM_CAP_VM_TSC_CONTROL) => self.host.tsc_scaling.into(),
+            // A guest-physical address alone says nothing of what is to be put into shadow tables.
+            Ok(KVM_CAP_PRE_FAULT_MEMORY) => {
+                matches!(self.backend.paging(), PagingCaps::Ept(_)).into()
+            }
             _ => abi::cap::check(cap),
         }
     }

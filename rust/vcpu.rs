@@ -38,6 +38,7 @@ use crate::linux::task;
 use crate::linux::task::SignalMask;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
+use crate::mem::shadow::VcpuTables;
 use crate::pv::steal::Preemption;
 use crate::pv::steal::Watch;
 use crate::run::apic::Around;
@@ -113,6 +114,7 @@ impl<B: Backend> State<B> {
             } else {
                 arch.msrs.clear_feature_msrs();
             }
+            arch.shadow = VcpuTables::new(&vm.memory)?;
             arch.pv.halts_freely = vm.free_instructions().hlt;
             if let Some(registers) = registers {
                 let config = lapic::config(id, boots, &vm.apics, &vm.options);
@@ -281,6 +283,10 @@ impl<B: Backend> Vcpu<B> {
             .machine
             .backend
             .load(state.hw, follows, &self.vm.notifiers);
+        if hw.is_restricted() {
+            let special = &self.vm.special;
+            hw.set_private_pages(special.tss(), special.identity_map());
+        }
         let syncs_regs = self.pages.syncs_regs();
         let prepared = if syncs_regs || state.arch.clock.is_behind_host() {
             let mut cpu = Locked {

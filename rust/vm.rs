@@ -7,6 +7,7 @@
 
 mod clock;
 mod devices;
+pub(crate) mod special;
 
 pub(crate) use clock::tsc_khz;
 pub(crate) use clock::CLOCK_FLAGS;
@@ -47,6 +48,7 @@ use kernel::str::CString;
 use kernel::sync::Arc;
 use kernel::sync::ArcBorrow;
 use kernel::sync::Mutex;
+use special::SpecialPages;
 
 /// A virtual machine.
 #[pin_data]
@@ -62,6 +64,9 @@ pub(crate) struct Vm<B: Backend> {
     #[pin]
     pub(crate) msrs: MsrRules,
     pub(crate) options: VmOptions,
+    /// What the processor needs in its memory.
+    #[pin]
+    pub(crate) special: SpecialPages,
     /// For the vCPUs' threads.
     pub(crate) notifiers: NotifiersOn,
     /// Held while a vCPU is made.
@@ -129,16 +134,17 @@ impl Vcpus {
 /// Above it, a gap of three pages for the TSS must fit below 4 GiB.
 const MAX_TSS_ADDR: usize = 0xffff_d000;
 /// The fewest pages that KVM takes for shadow page tables.
-const MIN_MMU_PAGES: usize = 64;
+const MIN_MMU_PAGES: usize = crate::mmu::shadow::MIN_PAGES;
 
 impl<B: Backend> Vm<B> {
     /// A VM without memory or vCPUs, for the current process.
     pub(crate) fn new(machine: Arc<Machine<B>>) -> Result<Arc<Self>> {
-        let caps = machine.backend.ept_caps();
+        let caps = machine.backend.paging();
         let pid = current!().pid();
         let memory = Arc::pin_init(GuestMemory::new(caps), GFP_KERNEL_ACCOUNT)?;
         let apics = Apics::new()?;
         let irqs = Irqs::new(&apics)?;
+        let special = SpecialPages::new(memory.clone(), machine.backend.private_pages());
         let irqfds = IrqFds::new(irqs.clone())?;
         let time = machine.clocks.new_clock()?;
         Arc::pin_init(
@@ -152,6 +158,7 @@ impl<B: Backend> Vm<B> {
                 time,
                 msrs <- MsrRules::new(),
                 options: VmOptions::new(),
+                special <- special,
                 notifiers: NotifiersOn::new(),
                 vcpus <- new_mutex!(Vcpus::new()),
                 boot_cpu_id: AtomicU32::new(0),
@@ -167,6 +174,7 @@ impl<B: Backend> Vm<B> {
     fn create_vcpu(this: ArcBorrow<'_, Self>, id: usize) -> Result<isize> {
         let mut vcpus = this.vcpus.lock();
         vcpus.check(id)?;
+        this.special.make()?;
         let ring = match vcpus.ring {
             0 => None,
             bytes => Some(DirtyRing::new(bytes)?),
@@ -238,28 +246,32 @@ impl<B: Backend> Vm<B> {
 
     /// KVM_SET_TSS_ADDR. An unrestricted guest needs no TSS in its memory: the address is checked and
     /// forgotten.
-    fn set_tss_addr(addr: usize) -> Result<isize> {
+    fn set_tss_addr(&self, addr: usize) -> Result<isize> {
         if addr > MAX_TSS_ADDR {
             return Err(EINVAL);
         }
+        self.special.set_tss(addr as u64)?;
         Ok(0)
     }
 
-    /// KVM_SET_NR_MMU_PAGES: how many pages shadow page tables may take. There are none; the number is
-    /// checked and forgotten.
-    fn set_nr_mmu_pages(pages: usize) -> Result<isize> {
+    /// KVM_SET_NR_MMU_PAGES: how many pages shadow page tables may take. With EPT there are none, and the number
+    /// is checked and forgotten.
+    fn set_nr_mmu_pages(&self, pages: usize) -> Result<isize> {
         if pages < MIN_MMU_PAGES {
             return Err(EINVAL);
         }
+        self.memory.set_shadow_limit(pages);
         Ok(0)
     }
 
-    /// KVM_SET_IDENTITY_MAP_ADDR. As KVM_SET_TSS_ADDR; it must come before the first vCPU.
+    /// KVM_SET_IDENTITY_MAP_ADDR. As KVM_SET_TSS_ADDR; it must come before the first vCPU, which makes the page.
     fn set_identity_map_addr(&self, arg: usize) -> Result<isize> {
-        user::read::<u64>(arg)?;
-        if !self.vcpus.lock().is_empty() {
+        let addr = user::read::<u64>(arg)?;
+        let vcpus = self.vcpus.lock();
+        if !vcpus.is_empty() {
             return Err(EINVAL);
         }
+        self.special.set_identity_map(addr);
         Ok(0)
     }
 }
@@ -314,8 +326,8 @@ impl<B: Backend> FileObject for Vm<B> {
             }
             ioctl::GET_STATS_FD => stats::new_fd(c"kvm-vm-stats", &this.stats_id, this.into()),
             ioctl::CHECK_EXTENSION => Ok(this.check_extension(arg)),
-            ioctl::SET_TSS_ADDR => Self::set_tss_addr(arg),
-            ioctl::SET_NR_MMU_PAGES => Self::set_nr_mmu_pages(arg),
+            ioctl::SET_TSS_ADDR => this.set_tss_addr(arg),
+            ioctl::SET_NR_MMU_PAGES => this.set_nr_mmu_pages(arg),
             ioctl::SET_IDENTITY_MAP_ADDR => this.set_identity_map_addr(arg),
             ioctl::GET_TSC_KHZ => Ok(this.time.khz() as isize),
             ioctl::SET_TSC_KHZ => this.set_tsc_khz(arg).map(|()| 0),

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The Intel backend: VMX with EPT and unrestricted guests.
+//! The Intel backend: VMX, with EPT and unrestricted guests if the processor has them.
 //!
 //! VMX itself belongs to the kernel: it is turned on for a CPU while somebody holds a reference to
 //! it there, and rkvm holds one on every CPU that is online, as kvm-intel does when it is loaded:
@@ -13,6 +13,7 @@ mod fields;
 mod load;
 mod msr_bitmap;
 mod power;
+mod restricted;
 mod spec_ctrl;
 mod vcpu;
 mod vmcs;
@@ -22,18 +23,21 @@ use crate::apics::ApicPages;
 use crate::backend::Backend;
 use crate::backend::Features;
 use crate::backend::FreeInstructions;
+use crate::backend::PrivatePages;
 use crate::bindings;
 use crate::linux::cpu::HotplugState;
-use crate::linux::irq::IrqsOff;
 use crate::linux::msr;
 use crate::linux::power::PowerState;
 use crate::linux::preempt::Followed;
 use crate::linux::preempt::NotifiersOn;
 use crate::linux::spinlock::StaticIrqLock;
 use crate::linux::unsupported;
+use crate::mmu::caps::PagingCaps;
+use crate::mmu::caps::ShadowCaps;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
 use crate::x86::msr::Msr;
+use crate::x86::regs::Efer;
 use caps::VmxCaps;
 use fields::SecondaryControls;
 use kernel::prelude::*;
@@ -235,8 +239,15 @@ impl Backend for Vmx {
         let _old = core::mem::replace(&mut *MACHINE.lock(), machine);
     }
 
-    fn ept_caps(&self) -> EptCaps {
-        EptCaps {
+    fn paging(&self) -> PagingCaps {
+        if !self.caps.ept {
+            return PagingCaps::Shadow(ShadowCaps {
+                phys_bits: self.host.phys_bits,
+                nx: Efer::new(self.host.efer).has(Efer::NXE),
+                nx_huge: self.host.multihit,
+            });
+        }
+        PagingCaps::Ept(EptCaps {
             ad_bits: self.caps.ept_ad,
             page_2m: self.caps.ept_2m,
             page_1g: self.caps.ept_1g,
@@ -245,6 +256,13 @@ impl Backend for Vmx {
             phys_bits: self.host.phys_bits,
             pml: self.caps.pml,
             nx_huge: self.host.multihit,
+        })
+    }
+
+    fn private_pages(&self) -> PrivatePages {
+        PrivatePages {
+            tss: !self.caps.unrestricted,
+            identity_map: self.caps.ept && !self.caps.unrestricted,
         }
     }
 
@@ -267,7 +285,7 @@ impl Backend for Vmx {
 
     fn new_vcpu(
         &self,
-        eptp: u64,
+        eptp: Option<u64>,
         apic: Option<ApicPages>,
         free: FreeInstructions,
     ) -> Result<(VmxVcpu, Loadable)> {

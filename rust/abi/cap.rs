@@ -45,7 +45,6 @@ pub(crate) fn check(cap: usize) -> isize {
         | b::KVM_CAP_BINARY_STATS_FD
         | b::KVM_CAP_COALESCED_PIO
         | b::KVM_CAP_MEMORY_FAULT_INFO
-        | b::KVM_CAP_PRE_FAULT_MEMORY
         | b::KVM_CAP_CHECK_EXTENSION_VM
         | b::KVM_CAP_ENABLE_CAP_VM
         | b::KVM_CAP_IRQCHIP

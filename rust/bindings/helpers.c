@@ -301,6 +301,12 @@ void rkvm_shut_down_cpus(void (*f)(void *))
 }
 
 void *rkvm_alloc_page(void) { return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT); }
+
+void *rkvm_alloc_low_page(void)
+{
+	return (void *)get_zeroed_page(GFP_KERNEL_ACCOUNT | __GFP_DMA32);
+}
+
 void rkvm_free_page(void *va) { free_page((unsigned long)va); }
 u64 rkvm_virt_to_phys(const void *va) { return virt_to_phys((void *)va); }
 

@@ -177,6 +177,7 @@ bool rkvm_machine_goes_down(void);
 void rkvm_shut_down_cpus(void (*f)(void *));
 
 void *rkvm_alloc_page(void);
+void *rkvm_alloc_low_page(void);
 void rkvm_free_page(void *va);
 u64 rkvm_virt_to_phys(const void *va);
 int rkvm_vma_insert_page(struct vm_area_struct *vma, u64 offset, void *va);

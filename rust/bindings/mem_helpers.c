@@ -2,6 +2,7 @@
 /* C helpers of the guest-memory layers: see mem_helpers.h. */
 #include <linux/gfp.h>
 #include <linux/mm.h>
+#include <linux/mman.h>
 #include <linux/pgtable.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -86,6 +87,19 @@ int rkvm_user_write_nofault(u64 dst, const void *src, u64 len)
 	return copy_to_user_nofault((void __user *)dst, src, len);
 }
 
+int rkvm_user_read_nofault(void *dst, u64 src, u64 len)
+{
+	int r;
+
+	if (!current->mm)
+		return -EFAULT;
+	/* An aligned entry of a page table is read whole; copy_from_user_nofault() does not promise that. */
+	pagefault_disable();
+	r = rkvm_user_read(dst, src, len);
+	pagefault_enable();
+	return r;
+}
+
 /* One function for each size: the macro has a label, and a function has each but once. */
 #define DEFINE_USER_CMPXCHG(type)					\
 static int user_cmpxchg_##type(u64 addr, u64 old, u64 new)		\
@@ -116,6 +130,16 @@ int rkvm_user_cmpxchg(u64 addr, u8 len, u64 old, u64 new)
 	default:
 		return -EFAULT;
 	}
+}
+
+long rkvm_user_map(u64 size)
+{
+	return vm_mmap(NULL, 0, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, 0);
+}
+
+void rkvm_user_unmap(u64 addr, u64 size)
+{
+	vm_munmap(addr, size);
 }
 
 u64 rkvm_page_to_pfn(struct page *page) { return page_to_pfn(page); }

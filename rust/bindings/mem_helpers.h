@@ -38,8 +38,13 @@ int rkvm_user_read(void *dst, u64 src, u64 len);
 int rkvm_user_write(u64 dst, const void *src, u64 len);
 /* Without faults: -EFAULT too if the page is not there. In any context. */
 int rkvm_user_write_nofault(u64 dst, const void *src, u64 len);
+int rkvm_user_read_nofault(void *dst, u64 src, u64 len);
 /* 1, 2, 4 or 8 bytes. 0: exchanged; 1: they were not @old; or -EFAULT. */
 int rkvm_user_cmpxchg(u64 addr, u8 len, u64 old, u64 new);
+
+/* Anonymous shared memory of the current task: its address, or an error. */
+long rkvm_user_map(u64 size);
+void rkvm_user_unmap(u64 addr, u64 size);
 
 /* Host pages. */
 u64 rkvm_page_to_pfn(struct page *page);

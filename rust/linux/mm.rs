@@ -207,6 +207,40 @@ pub(crate) fn send_hwpoison(hva: u64) {
     unsafe { own::rkvm_send_hwpoison(hva) };
 }
 
+/// Zeroed memory that the kernel has mapped into the address space of the current task, shared so that a `fork()` does not move it.
+/// The user can do with it what he likes, as with all of his.
+pub(crate) struct UserPages {
+    addr: u64,
+    size: u64,
+}
+
+impl UserPages {
+    /// Maps `size` bytes, whole pages: ENOMEM.
+    pub(crate) fn map(size: u64) -> Result<Self> {
+        // SAFETY: Maps anonymous memory where there is none.
+        let addr = unsafe { own::rkvm_user_map(size) };
+        if addr < 0 {
+            let errno = i32::try_from(addr).unwrap_or(-1);
+            return Err(Error::from_errno(errno));
+        }
+        Ok(Self {
+            addr: addr as u64,
+            size,
+        })
+    }
+
+    /// Where it is.
+    pub(crate) fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Unmaps it again. The current task runs in the same address space as then.
+    pub(crate) fn unmap(self) {
+        // SAFETY: Unmaps user memory, of which nobody relies on that it is there.
+        unsafe { own::rkvm_user_unmap(self.addr, self.size) };
+    }
+}
+
 /// Returns if `[addr, addr + size)` is user memory for the current task, by its bounds.
 pub(crate) fn user_range_ok(addr: u64, size: u64) -> bool {
     // SAFETY: Compares numbers.
@@ -238,6 +272,16 @@ pub(crate) fn write_user_atomically(addr: u64, data: &[u8]) -> Result {
     // SAFETY: The buffer has that length; the user side is checked.
     kernel::error::to_result(unsafe {
         own::rkvm_user_write_nofault(addr, data.as_ptr().cast(), data.len() as u64)
+    })
+}
+
+/// Reads user memory if it is at hand: EFAULT, also if a page would have to be brought. In any context, with the
+/// current task's address space. 1, 2, 4 and 8 bytes, if aligned, are read at once.
+#[inline]
+pub(crate) fn read_user_atomically(addr: u64, buf: &mut [u8]) -> Result {
+    // SAFETY: The buffer has that length; the user side is checked.
+    kernel::error::to_result(unsafe {
+        own::rkvm_user_read_nofault(buf.as_mut_ptr().cast(), addr, buf.len() as u64)
     })
 }
 

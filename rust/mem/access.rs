@@ -73,6 +73,7 @@ impl GuestMemory {
                 for gfn in gpa >> 12..=last >> 12 {
                     slot.mark_dirty(gfn, vcpu);
                 }
+                self.shadow_written(gpa, n as u64);
                 result.map(|()| n).map_err(|_| MemError::Fault)
             })?;
             rest = rest.get(done..).ok_or(MemError::Fault)?;
@@ -85,6 +86,23 @@ impl GuestMemory {
     /// `vcpu`; returns if they were. Other lengths and misaligned addresses are a
     /// [`MemError::Fault`]. Sleeps.
     pub(crate) fn cmpxchg(
+        &self,
+        gpa: u64,
+        len: u8,
+        old: u64,
+        new: u64,
+        vcpu: &VcpuShared,
+    ) -> Result<bool, MemError> {
+        let done = self.mark_entry(gpa, len, old, new, vcpu)?;
+        if done {
+            self.shadow_written(gpa, len.into());
+        }
+        Ok(done)
+    }
+
+    /// The same for a walk of the guest's tables that marks an entry accessed or dirty: what was made from
+    /// the entry before stays good.
+    pub(crate) fn mark_entry(
         &self,
         gpa: u64,
         len: u8,

@@ -126,6 +126,7 @@ impl GuestStruct {
                 result
             };
             if let Some(done) = memory.at(place.version, write) {
+                memory.shadow_written(self.gpa.wrapping_add(offset), data.len() as u64);
                 return done.map_err(|_| MemError::Fault);
             }
         }

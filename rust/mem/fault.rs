@@ -3,6 +3,7 @@
 //! The guest has touched what EPT does not map, or not so: find out what is there, and map it.
 
 use super::slots::Slot;
+use super::slots::Slots;
 use super::GuestMemory;
 use crate::linux::mm;
 use crate::linux::mm::HostFrame;
@@ -34,6 +35,20 @@ pub(crate) enum Fault {
     BadHva(u64),
 }
 
+/// The slot that a fault is in; else the answer to it, or none if the slot is going.
+pub(super) fn slot_of(slots: &Slots, gfn: u64, access: Access) -> Result<&Slot, Option<Fault>> {
+    let Some(slot) = slots.find(gfn) else {
+        return Err(Some(Fault::Mmio));
+    };
+    if slot.leaving {
+        return Err(None);
+    }
+    if access.write && slot.read_only {
+        return Err(Some(Fault::Mmio));
+    }
+    Ok(slot)
+}
+
 impl GuestMemory {
     /// Resolves an EPT violation of `vcpu` at `gpa`: ENOMEM. Sleeps. The current task runs in this
     /// memory's address space, or the answer is [`Fault::BadHva`].
@@ -55,17 +70,11 @@ impl GuestMemory {
     /// One attempt; `None` if something changed meanwhile.
     fn try_map(&self, gfn: u64, access: Access, vcpu: &VcpuShared) -> Result<Option<Fault>> {
         let slots = self.inner.slots.read();
-        let Some(slot) = slots.find(gfn) else {
-            return Ok(Some(Fault::Mmio));
+        let slot = match slot_of(&slots, gfn, access) {
+            Ok(slot) => slot,
+            Err(answer) => return Ok(answer),
         };
-        if slot.leaving {
-            return Ok(None);
-        }
-        if access.write && slot.read_only {
-            return Ok(Some(Fault::Mmio));
-        }
         let mmu = &self.inner.mmu;
-        let logged = slot.log.is_some();
         // With the MMU lock held the thread is not preempted: the mark does not come long after others
         // may write to the page.
         let mark = || {
@@ -73,34 +82,12 @@ impl GuestMemory {
                 slot.mark_dirty(gfn, vcpu);
             }
         };
-        if logged && access.write && mmu.write_again(gfn, mark) {
+        if slot.log.is_some() && access.write && mmu.write_again(gfn, mark) {
             return Ok(Some(Fault::Mapped(Level::Page4K)));
         }
-        let hva = slot.hva_of(gfn);
-        // Before the look-up: see mmu/invalidation.rs.
-        let noted = mmu.changes().sequence();
-        if mmu.changes().in_progress(&page_of(hva)) {
-            return Ok(None);
-        }
-        // A frame of another address space would be one that nobody tells us about.
-        if !self.inner.is_current() {
-            return Ok(Some(Fault::BadHva(hva)));
-        }
-        let mut frame = match mm::host_frame(hva, access.write, !slot.read_only) {
-            Ok(frame) => frame,
-            Err(NoFrame::Interrupted) => return Ok(Some(Fault::Interrupted)),
-            Err(NoFrame::Poisoned) => return Ok(Some(Fault::HwPoison(hva))),
-            Err(NoFrame::BadAddress) => return Ok(Some(Fault::BadHva(hva))),
-        };
-        frame.writable &= !slot.read_only;
-        let mapping = Mapping {
-            gfn,
-            level: self.leaf_level(slot, gfn, &frame, access),
-            frame,
-            hva,
-            noted,
-            access,
-            logged,
+        let mapping = match self.look_up(slot, gfn, access) {
+            Ok(mapping) => mapping,
+            Err(answer) => return Ok(answer),
         };
         let mapped = mmu.map(mapping, mark)?;
         Ok(match mapped {
@@ -109,9 +96,49 @@ impl GuestMemory {
         })
     }
 
+    /// What is to be mapped at a frame of a slot; else the answer to the fault, or none if something is changing.
+    pub(super) fn look_up(
+        &self,
+        slot: &Slot,
+        gfn: u64,
+        access: Access,
+    ) -> Result<Mapping, Option<Fault>> {
+        let mmu = &self.inner.mmu;
+        let hva = slot.hva_of(gfn);
+        // Before the look-up: see mmu/invalidation.rs.
+        let noted = mmu.changes().sequence();
+        if mmu.changes().in_progress(&page_of(hva)) {
+            return Err(None);
+        }
+        // A frame of another address space would be one that nobody tells us about.
+        if !self.inner.is_current() {
+            return Err(Some(Fault::BadHva(hva)));
+        }
+        let mut frame = match mm::host_frame(hva, access.write, !slot.read_only) {
+            Ok(frame) => frame,
+            Err(NoFrame::Interrupted) => return Err(Some(Fault::Interrupted)),
+            Err(NoFrame::Poisoned) => return Err(Some(Fault::HwPoison(hva))),
+            Err(NoFrame::BadAddress) => return Err(Some(Fault::BadHva(hva))),
+        };
+        frame.writable &= !slot.read_only;
+        Ok(Mapping {
+            gfn,
+            level: self.leaf_level(slot, gfn, &frame, access),
+            frame,
+            hva,
+            noted,
+            access,
+            logged: slot.log.is_some(),
+        })
+    }
+
     /// Maps a page of the kernel's at a guest frame that no memslot has; returns if so. ENOMEM. Should a
     /// memslot come to have it, the page is unmapped. It stays as long as this memory.
     pub(crate) fn map_own(&self, gfn: u64, page: &KernelPage) -> Result<bool> {
+        // Only EPT can tell the guest's accesses to it from others.
+        if self.inner.mmu.shadow().is_some() {
+            return Ok(false);
+        }
         // Who adds a memslot waits for this section, and unmaps the page after that.
         let slots = self.inner.slots.read();
         if slots.find(gfn).is_some() {
@@ -144,6 +171,9 @@ impl GuestMemory {
     /// If nothing could be done: EINTR; ENOENT if there is no memslot; EFAULT if the user has nothing
     /// mapped there; ENOMEM. Sleeps. The current task runs in this memory's address space.
     pub(crate) fn map_ahead(&self, range: &mut Range<u64>, vcpu: &VcpuShared) -> Result {
+        if self.inner.mmu.shadow().is_some() {
+            return Err(EOPNOTSUPP);
+        }
         let first = range.start;
         while range.start < range.end {
             if let Err(e) = self.map_leaf_ahead(range, vcpu) {

@@ -14,7 +14,7 @@ use core::ops::Range;
 use kernel::prelude::*;
 use kernel::sync::Arc;
 
-/// How many memslots a VM can have; their numbers are below (KVM_CAP_NR_MEMSLOTS). As many as in KVM:
+/// How many memslots a user can give a VM; their numbers are below (KVM_CAP_NR_MEMSLOTS). As many as in KVM:
 /// numbers there are 16-bit and signed, and three are KVM's own.
 pub(crate) const MAX_SLOTS: u32 = 32764;
 
@@ -63,6 +63,11 @@ impl Slot {
             log: None,
             leaving: false,
         })
+    }
+
+    /// How many pages it has.
+    pub(crate) fn pages(&self) -> u64 {
+        self.gfns.end.wrapping_sub(self.gfns.start)
     }
 
     /// The user address of `gfn`, which is in the slot.

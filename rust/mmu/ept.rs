@@ -24,6 +24,22 @@ pub(crate) struct EptCaps {
     pub(crate) nx_huge: bool,
 }
 
+impl EptCaps {
+    /// What is common to all tables, for shadow tables.
+    pub(crate) const fn of_shadow(caps: &super::caps::ShadowCaps) -> Self {
+        Self {
+            ad_bits: true,
+            page_2m: true,
+            page_1g: false,
+            five_level: false,
+            walk_wb: true,
+            phys_bits: caps.phys_bits,
+            pml: false,
+            nx_huge: caps.nx_huge,
+        }
+    }
+}
+
 /// How a guest touches memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Access {

@@ -12,6 +12,7 @@
 //! host's mappings in between still finds the entries and does its own flush.
 
 use super::ept::Level;
+use super::shadow::Around;
 use super::table::Table;
 use super::Mmu;
 use crate::linux::mm::cond_resched;
@@ -26,6 +27,9 @@ impl Mmu {
     /// Makes the next write to each of `gfns` be noticed, once the translations are flushed
     /// ([`flush`](Self::flush)); returns if that is necessary. Sleeps.
     pub(crate) fn watch_writes(&self, gfns: Range<u64>) -> bool {
+        if let Some(shadow) = self.shadow() {
+            return shadow.watch_writes(&Around::blind(&self.vcpus), gfns);
+        }
         let mut changed = false;
         let mut at = gfns.start;
         while at < gfns.end {
@@ -59,6 +63,9 @@ impl Mmu {
     /// `mapped` first, with the MMU lock held. Does not sleep.
     #[inline]
     pub(crate) fn write_again(&self, gfn: u64, mapped: impl Fn()) -> bool {
+        if self.shadow.is_some() {
+            return false;
+        }
         let tables = self.tables.read();
         let may = tables.write_again(gfn);
         if may {
@@ -70,6 +77,14 @@ impl Mmu {
     /// Removes the small leaves of the 2 MiB that each of `gfns` is in, so that large ones can come
     /// back. Sleeps.
     pub(crate) fn remove_small(&self, gfns: impl Iterator<Item = u64>) {
+        if self.shadow.is_some() {
+            let span = |gfn: u64| {
+                let first = gfn & !Level::Page2M.mask();
+                first..first.saturating_add(Level::Page2M.pages())
+            };
+            self.zap(gfns.map(span), true);
+            return;
+        }
         self.remove(true, |tables, detached| {
             for gfn in gfns {
                 tables.remove_small(gfn, detached);
@@ -80,11 +95,17 @@ impl Mmu {
     /// Waits until no fault is between having mapped a page and having said so (`mapped`). Does not
     /// sleep.
     pub(crate) fn wait_for_faults(&self) {
+        if let Some(shadow) = self.shadow() {
+            return shadow.wait_for_faults();
+        }
         drop(self.tables.write());
     }
 
     /// Makes every vCPU drop its cached translations before it runs the guest on. Does not sleep.
     pub(crate) fn flush(&self) {
+        if let Some(shadow) = self.shadow() {
+            return shadow.flush(&Around::blind(&self.vcpus));
+        }
         self.vcpus.request_all_and_wait(Request::TlbFlush);
     }
 }

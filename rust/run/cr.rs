@@ -31,6 +31,10 @@ impl<L: Loaded> Run<'_, L> {
                 let value = self.operand(gpr);
                 match cr {
                     0 => self.write_cr0(Cr0::new(value)),
+                    2 => {
+                        self.hw.set_cr2(value);
+                        Ok(())
+                    }
                     3 => self.write_cr3(value),
                     4 => self.write_cr4(Cr4::new(value)),
                     8 => return self.write_cr8(value, len),
@@ -39,6 +43,9 @@ impl<L: Loaded> Run<'_, L> {
             }
             CrAccess::Read { cr, gpr } => {
                 let value = match cr {
+                    0 => self.hw.cr0().bits(),
+                    2 => self.hw.cr2(),
+                    4 => self.hw.cr4().bits(),
                     3 => self.hw.cr3(),
                     8 => self.arch.cr8(),
                     _ => return self.raise(Fault::UD),
@@ -84,7 +91,7 @@ impl<L: Loaded> Run<'_, L> {
         }
         self.hw.set_cr0(change.cr0);
         if change.consequences.flush_tlb {
-            self.hw.flush_guest_tlb();
+            super::shadow::flush_guest(&mut self.hw, self.arch);
             self.shared.stats.tlb_flush.bump();
         }
         Ok(())
@@ -92,11 +99,12 @@ impl<L: Loaded> Run<'_, L> {
 
     fn write_cr3(&mut self, value: u64) -> Result<(), Fault> {
         let (cr4, efer) = (self.hw.cr4(), self.hw.efer());
-        let (cr3, _) = cr::check_cr3(value, cr4, efer, &self.arch.features)?;
+        let (cr3, flush) = cr::check_cr3(value, cr4, efer, &self.arch.features)?;
         if self.hw.cr0().has(Cr0::PG) && cr4.has(Cr4::PAE) && !efer.has(Efer::LMA) {
             self.load_pdptes(cr3.bits())?;
         }
         self.hw.set_cr3(cr3.bits());
+        self.loaded_cr3(!flush);
         Ok(())
     }
 
@@ -109,7 +117,7 @@ impl<L: Loaded> Run<'_, L> {
         }
         self.hw.set_cr4(new);
         if then.flush_tlb {
-            self.hw.flush_guest_tlb();
+            super::shadow::flush_guest(&mut self.hw, self.arch);
             self.shared.stats.tlb_flush.bump();
         }
         if then.update_cpuid {
@@ -145,8 +153,8 @@ impl<L: Loaded> Run<'_, L> {
         load_pdptes(&mut self.hw, self.memory, cr3, &self.arch.features)
     }
 
-    /// MOV to and from a debug register.
-    pub(super) fn dr_access(&mut self, dr: u8, gpr: Gpr, write: bool) -> Result<Next> {
+    /// MOV to and from a debug register: an instruction of `len` bytes.
+    pub(super) fn dr_access(&mut self, dr: u8, gpr: Gpr, write: bool, len: u8) -> Result<Next> {
         let cr4 = self.hw.cr4();
         let register = match cr::debug_register(dr, cr4) {
             Ok(register) => register,
@@ -197,12 +205,12 @@ impl<L: Loaded> Run<'_, L> {
             };
             self.hw.set_gpr(gpr, value);
         }
-        self.skip();
+        super::skip(&mut self.hw, len);
         Ok(Next::Guest)
     }
 
-    /// XSETBV. The hardware has checked the privilege level.
-    pub(super) fn xsetbv(&mut self) -> Result<Next> {
+    /// XSETBV, an instruction of `len` bytes. The hardware has checked the privilege level.
+    pub(super) fn xsetbv(&mut self, len: u8) -> Result<Next> {
         let index = self.hw.gpr(Gpr::Rcx) as u32;
         let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
         let features = self.arch.features.limited_to(&self.host.supported);
@@ -211,7 +219,7 @@ impl<L: Loaded> Run<'_, L> {
                 self.arch.xcr0 = xcr0.bits();
                 let cr4 = self.hw.cr4();
                 self.arch.refresh_cpuid(self.host, self.options, cr4);
-                self.skip();
+                super::skip(&mut self.hw, len);
                 Ok(Next::Guest)
             }
             Err(fault) => self.raise(fault),

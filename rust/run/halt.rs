@@ -37,10 +37,10 @@ use crate::x86::segment::SegReg;
 use kernel::prelude::*;
 
 impl<L: Loaded> Run<'_, L> {
-    /// HLT.
-    pub(super) fn halt(&mut self) -> Result<Next> {
+    /// HLT, an instruction of `len` bytes.
+    pub(super) fn halt(&mut self, len: u8) -> Result<Next> {
         self.shared.stats.halt_exits.bump();
-        self.skip();
+        super::skip(&mut self.hw, len);
         if self.arch.apic.is_none() {
             // Only the VMM knows what may wake the vCPU.
             self.page.set_exit_reason(abi::exit::HLT);

@@ -56,6 +56,8 @@ pub(super) struct EmuCpu<'a, L: Loaded> {
     maxphyaddr: u8,
     gbpages: bool,
     pkru: u32,
+    /// The processor's entries of PAE paging are ours.
+    shadowed: bool,
 }
 
 impl<'a, L: Loaded> EmuCpu<'a, L> {
@@ -67,6 +69,7 @@ impl<'a, L: Loaded> EmuCpu<'a, L> {
             maxphyaddr: arch.features.maxphyaddr,
             gbpages: arch.features.has(Features::GBPAGES),
             pkru: arch.pkru,
+            shadowed: arch.shadow.is_some(),
         }
     }
 }
@@ -228,7 +231,11 @@ impl<L: Loaded> x86::emulate::Cpu for EmuCpu<'_, L> {
     }
 
     fn paging(&mut self) -> Paging {
-        paging_of(self.hw, self.maxphyaddr, self.gbpages, self.pkru)
+        let mut paging = paging_of(self.hw, self.maxphyaddr, self.gbpages, self.pkru);
+        if self.shadowed {
+            paging.pdptes = Some(self.hw.pdptes());
+        }
+        paging
     }
 }
 
@@ -247,10 +254,16 @@ fn paging_of(hw: &mut impl Loaded, maxphyaddr: u8, gbpages: bool, pkru: u32) -> 
     }
 }
 
+/// The same for a vCPU.
+pub(super) fn paging(hw: &mut impl Loaded, arch: &Arch) -> Paging {
+    let gbpages = arch.features.has(Features::GBPAGES);
+    paging_of(hw, arch.features.maxphyaddr, gbpages, arch.pkru)
+}
+
 /// Guest memory that the VMM has promised and the host cannot reach, by a guest-physical address in
 /// it: KVM_RUN returns EFAULT.
 #[derive(Clone, Copy)]
-pub(super) struct Unbacked(u64);
+pub(super) struct Unbacked(pub(super) u64);
 
 /// Guest memory as the emulator sees it, which never asks for more than one page at once, and the
 /// vCPU that it emulates.
@@ -321,8 +334,7 @@ pub(crate) fn probe(
     linear: u64,
 ) -> Option<u64> {
     let mut memory = EmuMemory::new(memory, vcpu, &arch.devices);
-    let gbpages = arch.features.has(Features::GBPAGES);
-    let paging = paging_of(hw, arch.features.maxphyaddr, gbpages, arch.pkru);
+    let paging = paging(hw, arch);
     let found = paging.translate(&mut memory, linear, PageAccess::PROBE);
     found.ok().map(|translation| translation.gpa)
 }
@@ -380,7 +392,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Offers a write to the devices that take any: then the instruction is done, whatever it is, and
     /// need not be looked at. What it wrote to registers besides would be lost: who has a device do so
     /// knows that its driver uses plain stores.
-    fn took_any_write(&mut self, gpa: u64, access: Access) -> bool {
+    pub(super) fn took_any_write(&mut self, gpa: u64, access: Access) -> bool {
         let plain = access.write && !access.read && !access.exec;
         // Most guests have no such device, and the questions to the hardware cost most.
         if !plain || !self.bus.takes_any_write() || self.hw.vectoring().is_some() {
@@ -424,7 +436,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Emulates the instruction at RIP, which accessed a device at `gpa`.
-    fn emulate(&mut self, gpa: u64, hint: Option<Hint>) -> Result<Next> {
+    pub(super) fn emulate(&mut self, gpa: u64, hint: Option<Hint>) -> Result<Next> {
         // An event whose delivery touches a device cannot be delivered: there is nothing to resume.
         if self.hw.vectoring().is_some() {
             let raw = self.hw.raw_exit();
@@ -448,7 +460,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Goes on with the instruction until the VMM is needed or it is done.
-    fn step_emulator(&mut self) -> Result<Next> {
+    pub(super) fn step_emulator(&mut self) -> Result<Next> {
         let outcome = loop {
             let mut cpu = EmuCpu::new(&mut self.hw, &self.fpu, self.arch);
             let arch = &mut *self.arch;
@@ -485,7 +497,10 @@ impl<L: Loaded> Run<'_, L> {
             }
             Outcome::Fault(fault) => self.raise(fault),
             Outcome::Service { service, len } => self.serve(service, len),
-            Outcome::Unhandled => self.not_emulated(),
+            Outcome::Unhandled => match self.unprotect_table() {
+                Some(next) => Ok(next),
+                None => self.not_emulated(),
+            },
             Outcome::Host(at) => {
                 if self.arch.emulator.in_progress() {
                     // If the VMM mends it, the device is not to be read a second time.

@@ -50,30 +50,30 @@ impl<L: Loaded> Run<'_, L> {
         }
     }
 
-    /// RDMSR.
-    pub(super) fn rdmsr(&mut self) -> Result<Next> {
+    /// RDMSR, an instruction of `len` bytes.
+    pub(super) fn rdmsr(&mut self, len: u8) -> Result<Next> {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
         match self.guest_read(msr) {
             Ok(value) => {
                 self.finish_rdmsr(value);
-                self.skip();
+                super::skip(&mut self.hw, len);
                 Ok(Next::Guest)
             }
-            Err(error) => self.msr_failed(msr, None, error),
+            Err(error) => self.msr_failed(msr, None, error, len),
         }
     }
 
-    /// WRMSR.
-    pub(super) fn wrmsr(&mut self) -> Result<Next> {
+    /// WRMSR, the same.
+    pub(super) fn wrmsr(&mut self, len: u8) -> Result<Next> {
         let msr = Msr(self.hw.gpr(Gpr::Rcx) as u32);
         let value = self.hw.gpr(Gpr::Rdx) << 32 | self.hw.gpr(Gpr::Rax) & 0xffff_ffff;
         match self.guest_write(msr, value) {
             Ok(effect) => {
                 self.apply(effect);
-                self.skip();
+                super::skip(&mut self.hw, len);
                 Ok(Next::Guest)
             }
-            Err(error) => self.msr_failed(msr, Some(value), error),
+            Err(error) => self.msr_failed(msr, Some(value), error, len),
         }
     }
 
@@ -104,6 +104,7 @@ impl<L: Loaded> Run<'_, L> {
         msr: Msr,
         value: Option<u64>,
         error: MsrError,
+        len: u8,
     ) -> Result<Next> {
         if !self.msrs.asks_vmm(error) {
             return self.raise(Fault::gp(0));
@@ -111,7 +112,7 @@ impl<L: Loaded> Run<'_, L> {
         self.page.set_msr(msr, value, msr_filter::reason(error));
         self.arch.pending = Pending::Msr(PendingMsr {
             read: value.is_none(),
-            len: self.hw.instruction_len(),
+            len,
             at: LinearRip::of(&mut self.hw),
         });
         Ok(Next::User)

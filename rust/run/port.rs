@@ -42,10 +42,17 @@ pub(crate) struct PendingPort {
 }
 
 impl<L: Loaded> Run<'_, L> {
-    /// The guest executed an I/O instruction of `len` bytes.
-    pub(super) fn port_access(&mut self, access: PortAccess, len: u8) -> Result<Next> {
+    /// The guest executed an I/O instruction of `len` bytes. For a string instruction, `known` is what the hardware does not
+    /// have to be asked for.
+    pub(super) fn port_access(
+        &mut self,
+        access: PortAccess,
+        len: u8,
+        known: Option<StringIo>,
+    ) -> Result<Next> {
         if access.string {
-            return self.string_access(access, len);
+            let io = known.unwrap_or_else(|| self.string_io(&access));
+            return self.string_access(access, len, &io);
         }
         if !access.input {
             let value = (self.hw.gpr(Gpr::Rax) as u32).to_le_bytes();
@@ -100,13 +107,14 @@ impl<L: Loaded> Run<'_, L> {
         Ok(Next::User)
     }
 
-    fn string_access(&mut self, access: PortAccess, len: u8) -> Result<Next> {
+    /// What the hardware says of a string instruction.
+    fn string_io(&mut self, access: &PortAccess) -> StringIo {
         let (seg, address_size) = match self.hw.string_io_info() {
             Some(info) => info,
             // The few processors that do not tell: no override is the rule.
             None => (SegReg::Ds, crate::arch::mode(&mut self.hw).address_size()),
         };
-        let io = StringIo {
+        StringIo {
             input: access.input,
             size: match access.size {
                 1 => Size::Byte,
@@ -116,7 +124,10 @@ impl<L: Loaded> Run<'_, L> {
             rep: access.rep,
             address_size,
             seg,
-        };
+        }
+    }
+
+    fn string_access(&mut self, access: PortAccess, len: u8, io: &StringIo) -> Result<Next> {
         let mut buf = [0; CHUNK];
         // A step ends after each iteration.
         let room = match self.hw.rflags().has(Rflags::TF) {

@@ -11,16 +11,19 @@ use super::Run;
 use crate::backend::CrAccess;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
+use crate::linux::msr as host_msr;
 use crate::x86::emulate::Cause;
 use crate::x86::emulate::Outcome;
 use crate::x86::emulate::Service;
 use crate::x86::emulate::TaskSwitch;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
+use crate::x86::exception::Fault;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Dr7;
 use crate::x86::regs::Efer;
+use crate::x86::regs::Gpr;
 use crate::x86::regs::Rflags;
 use crate::x86::segment::SegReg;
 use kernel::prelude::*;
@@ -88,7 +91,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// The new task is there, and with it the event that brought it.
-    fn arrive(&mut self, event: Option<Vectoring>) {
+    pub(super) fn arrive(&mut self, event: Option<Vectoring>) {
         if event.is_some() {
             self.arch.events.redeliver(None);
         }
@@ -119,8 +122,42 @@ impl<L: Loaded> Run<'_, L> {
     /// What an emulated instruction of `len` bytes asks for.
     pub(super) fn serve(&mut self, service: Service, len: u8) -> Result<Next> {
         match service {
+            Service::WriteControl { number, from } => {
+                let access = CrAccess::Write {
+                    cr: number,
+                    gpr: from,
+                };
+                self.cr_access(access, len)
+            }
+            Service::ReadControl { number, to } => {
+                let access = CrAccess::Read {
+                    cr: number,
+                    gpr: to,
+                };
+                self.cr_access(access, len)
+            }
+            Service::ClearTaskSwitched => self.cr_access(CrAccess::Clts, len),
             Service::LoadMsw(source) => self.cr_access(CrAccess::Lmsw(source), len),
-            // The bitmap of the permissions is on a device.
+            Service::WriteDebug { number, from } => self.dr_access(number, from, true, len),
+            Service::ReadDebug { number, to } => self.dr_access(number, to, false, len),
+            Service::InvalidatePage(linear) => {
+                self.invalidate_page(linear);
+                self.complete(len)
+            }
+            Service::Halt => self.halt(len),
+            // As at exits by them.
+            Service::InvalidateCaches | Service::WriteBackCaches => self.complete(len),
+            Service::ReadMsr => self.rdmsr(len),
+            Service::WriteMsr => self.wrmsr(len),
+            Service::ReadTsc => {
+                let now = self.hw.tsc().at(host_msr::rdtsc());
+                self.hw.set_gpr(Gpr::Rax, now & 0xffff_ffff);
+                self.hw.set_gpr(Gpr::Rdx, now >> 32);
+                self.complete(len)
+            }
+            Service::ReadCounter => self.raise(Fault::gp(0)),
+            Service::Identify => self.identify(len),
+            Service::WriteXcr => self.xsetbv(len),
             Service::Port { port, size, input } => {
                 let access = PortAccess {
                     port,
@@ -129,11 +166,24 @@ impl<L: Loaded> Run<'_, L> {
                     string: false,
                     rep: false,
                 };
-                self.port_access(access, len)
+                self.port_access(access, len, None)
             }
-            // The others have no memory that could be a device's, so that the processor exits by them and not
-            // by that: the guest has changed its code in between.
-            _ => self.not_emulated(),
+            Service::PortString { port, io } => {
+                let access = PortAccess {
+                    port,
+                    size: io.size.bytes(),
+                    input: io.input,
+                    string: true,
+                    rep: io.rep,
+                };
+                self.port_access(access, len, Some(io))
+            }
         }
+    }
+
+    /// Goes past an instruction of `len` bytes.
+    fn complete(&mut self, len: u8) -> Result<Next> {
+        super::skip(&mut self.hw, len);
+        Ok(Next::Guest)
     }
 }

@@ -292,7 +292,9 @@ impl<L: Loaded> Locked<'_, L> {
             hw.set_segment(reg, &segment_from_abi(reg, seg));
         }
         hw.set_segment(SegReg::Cs, &cs);
-        hw.flush_guest_tlb();
+        crate::run::shadow::flush_guest(hw, self.arch);
+        // The VMM may have written to the guest's tables as well, as when it restores all of a machine.
+        self.vm.forget_shadow();
 
         // Only the low four bits are a priority; KVM drops the value then.
         if sregs.cr8 <= 15 {

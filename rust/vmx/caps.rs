@@ -9,6 +9,7 @@ use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
 use crate::linux::msr;
 use crate::linux::unsupported;
+use crate::x86::regs::Cr0;
 use kernel::prelude::*;
 
 const MSR_FEATURE_CONTROL: u32 = 0x3a;
@@ -43,7 +44,15 @@ pub(crate) struct VmxCaps {
     pub(crate) secondary: SecondaryControls,
     pub(crate) exit: ExitControls,
     pub(crate) entry: EntryControls,
-    /// Bits of CR0 that must be set in VMX operation, but for PE and PG: the guest is unrestricted.
+    /// Guest-physical addresses are translated by extended page tables. Else the guest's own tables are shadowed.
+    pub(crate) ept: bool,
+    /// Guests run without paging, and in real mode.
+    pub(crate) unrestricted: bool,
+    /// An entry and an exit load IA32_EFER.
+    pub(crate) loads_efer: bool,
+    /// An entry and an exit load IA32_PAT. With shadow tables they do not, so that the guest runs with the host's.
+    pub(crate) loads_pat: bool,
+    /// Bits of CR0 that must be set in VMX operation: not PE and PG, if the guest is unrestricted.
     pub(crate) cr0_required: u64,
     /// Bits of CR4 that may be set in VMX operation.
     pub(crate) cr4_allowed: u64,
@@ -131,8 +140,59 @@ impl VmxCaps {
         let primary = Allowed::read(
             "primary controls",
             pick(MSR_VMX_TRUE_PROCBASED, MSR_VMX_PROCBASED),
-        )?
-        .choose(
+        )?;
+        let secondary = if primary.allowed & PrimaryControls::SECONDARY.bits() != 0 {
+            Allowed::read("secondary controls", MSR_VMX_PROCBASED2)?.choose(
+                0,
+                (SecondaryControls::EPT
+                    | SecondaryControls::UNRESTRICTED_GUEST
+                    | SecondaryControls::VPID
+                    | SecondaryControls::WBINVD
+                    | SecondaryControls::RDTSCP
+                    | SecondaryControls::INVPCID
+                    | SecondaryControls::ENCLS
+                    | SecondaryControls::PML
+                    | SecondaryControls::PAUSE_LOOP
+                    | SecondaryControls::TSC_SCALING
+                    | APICV)
+                    .with_if(
+                        // IA32_XSS is not switched: a guest that saved by it would see the host's state.
+                        SecondaryControls::XSAVES,
+                        msr::host_xss() == 0,
+                    )
+                    .bits(),
+            )?
+        } else {
+            0
+        };
+        let mut secondary = SecondaryControls::new(secondary);
+
+        // Only processors with either of the two have the MSR.
+        let translation = SecondaryControls::EPT | SecondaryControls::VPID;
+        let ept_vpid = if secondary.has_any(translation) {
+            msr::read_safe(MSR_VMX_EPT_VPID).map_err(|_| unsupported())?
+        } else {
+            0
+        };
+        let has = |bit: u32| ept_vpid & 1 << bit != 0;
+        // Four levels, write-back tables, and an INVEPT to flush with.
+        let usable = has(6) && has(14) && has(20) && (has(25) || has(26));
+        let ept = secondary.has(SecondaryControls::EPT) && usable && crate::parameters::ept();
+        let unrestricted = ept
+            && secondary.has(SecondaryControls::UNRESTRICTED_GUEST)
+            && crate::parameters::unrestricted_guest();
+        secondary = secondary
+            .with_if(SecondaryControls::EPT, ept)
+            .with_if(SecondaryControls::UNRESTRICTED_GUEST, unrestricted);
+        if !(has(32) && (has(41) || has(42))) {
+            secondary = secondary.without(SecondaryControls::VPID);
+        }
+
+        // With EPT, CR3 and INVLPG are the guest's own business, and only processors without the newer MSRs insist on their
+        // exits. Otherwise, how the guest translates its addresses is for us to know.
+        let translation =
+            PrimaryControls::CR3_LOAD | PrimaryControls::CR3_STORE | PrimaryControls::INVLPG;
+        let primary = primary.choose(
             (PrimaryControls::TSC_OFFSETTING
                 | PrimaryControls::HLT
                 | PrimaryControls::MWAIT
@@ -144,82 +204,53 @@ impl VmxCaps {
                 | PrimaryControls::UNCONDITIONAL_IO
                 | PrimaryControls::MSR_BITMAPS
                 | PrimaryControls::INTERRUPT_WINDOW
-                | PrimaryControls::NMI_WINDOW
-                | PrimaryControls::SECONDARY)
+                | PrimaryControls::NMI_WINDOW)
+                .with_if(translation, !ept)
                 .bits(),
-            (PrimaryControls::TPR_SHADOW | PrimaryControls::PAUSE).bits(),
+            (PrimaryControls::TPR_SHADOW | PrimaryControls::PAUSE | PrimaryControls::SECONDARY)
+                .bits(),
         )?;
         let tpr_shadow = primary & PrimaryControls::TPR_SHADOW.bits() != 0;
-        // The windows are opened when there is something to inject; CR3 and INVLPG are the guest's
-        // own business with EPT, and only processors without the newer MSRs insist on their exits.
-        let primary = PrimaryControls::new(primary).without(
-            PrimaryControls::INTERRUPT_WINDOW
-                | PrimaryControls::NMI_WINDOW
-                | PrimaryControls::CR3_LOAD
-                | PrimaryControls::CR3_STORE
-                | PrimaryControls::INVLPG
-                | PrimaryControls::TPR_SHADOW
-                | PrimaryControls::PAUSE,
-        );
+        // The windows are opened when there is something to inject.
+        let primary = PrimaryControls::new(primary)
+            .without(
+                PrimaryControls::INTERRUPT_WINDOW
+                    | PrimaryControls::NMI_WINDOW
+                    | PrimaryControls::TPR_SHADOW
+                    | PrimaryControls::PAUSE,
+            )
+            .with_if(translation, !ept);
 
-        let secondary = Allowed::read("secondary controls", MSR_VMX_PROCBASED2)?.choose(
-            (SecondaryControls::EPT | SecondaryControls::UNRESTRICTED_GUEST).bits(),
-            (SecondaryControls::VPID
-                | SecondaryControls::WBINVD
-                | SecondaryControls::RDTSCP
-                | SecondaryControls::INVPCID
-                | SecondaryControls::ENCLS
-                | SecondaryControls::PML
-                | SecondaryControls::PAUSE_LOOP
-                | SecondaryControls::TSC_SCALING
-                | APICV)
-                .with_if(
-                    // IA32_XSS is not switched: a guest that saved by it would see the host's state.
-                    SecondaryControls::XSAVES,
-                    msr::host_xss() == 0,
-                )
-                .bits(),
-        )?;
-        let mut secondary = SecondaryControls::new(secondary);
-
+        // Processors without EPT have no such loads either. They are not needed there: a guest's EFER differs from the
+        // host's in LMA and LME, which every entry and exit loads, and in SCE.
         let exit = Allowed::read("exit controls", pick(MSR_VMX_TRUE_EXIT, MSR_VMX_EXIT))?.choose(
-            (ExitControls::SAVE_DEBUG
-                | ExitControls::HOST_64
-                | ExitControls::ACK_INTERRUPT
-                | ExitControls::LOAD_PAT
-                | ExitControls::LOAD_EFER)
+            (ExitControls::SAVE_DEBUG | ExitControls::HOST_64 | ExitControls::ACK_INTERRUPT)
+                .with_if(ExitControls::LOAD_PAT | ExitControls::LOAD_EFER, ept)
                 .bits(),
-            0,
+            ExitControls::LOAD_EFER.bits(),
         )?;
+        let exit = ExitControls::new(exit);
 
         let entry = Allowed::read("entry controls", pick(MSR_VMX_TRUE_ENTRY, MSR_VMX_ENTRY))?
             .choose(
-                (EntryControls::LOAD_DEBUG
-                    | EntryControls::IA32E
-                    | EntryControls::LOAD_PAT
-                    | EntryControls::LOAD_EFER)
+                (EntryControls::LOAD_DEBUG | EntryControls::IA32E)
+                    .with_if(EntryControls::LOAD_PAT | EntryControls::LOAD_EFER, ept)
                     .bits(),
-                0,
+                EntryControls::LOAD_EFER.bits(),
             )?;
         let entry = EntryControls::new(entry).without(EntryControls::IA32E);
-
-        let ept = msr::read_safe(MSR_VMX_EPT_VPID).map_err(|_| unsupported())?;
-        let has = |bit: u32| ept & 1 << bit != 0;
-        // Four levels, write-back tables, and an INVEPT to flush with.
-        if !has(6) || !has(14) || !has(20) || !(has(25) || has(26)) {
-            pr_err!("this CPU's EPT lacks 4-level walks, write-back tables or INVEPT\n");
-            return Err(unsupported());
-        }
-        if !(has(32) && (has(41) || has(42))) {
-            secondary = secondary.without(SecondaryControls::VPID);
-        }
+        let loads_efer = entry.has(EntryControls::LOAD_EFER) && exit.has(ExitControls::LOAD_EFER);
+        let exit = exit.with_if(ExitControls::LOAD_EFER, loads_efer);
+        let entry = entry.with_if(EntryControls::LOAD_EFER, loads_efer);
 
         // On only while a guest's writes are logged.
-        let pml = secondary.has(SecondaryControls::PML) && has(21) && crate::parameters::pml();
+        let pml =
+            ept && secondary.has(SecondaryControls::PML) && has(21) && crate::parameters::pml();
         let secondary = secondary.without(SecondaryControls::PML);
 
-        // Of a vCPU that has an APIC in the kernel.
-        let apicv = tpr_shadow
+        // Of a vCPU that has an APIC in the kernel. The processor cannot deliver to a guest in an imitated real mode.
+        let apicv = unrestricted
+            && tpr_shadow
             && secondary.has(APICV)
             && pin.has(PinControls::POSTED_INTERRUPTS)
             && crate::parameters::apicv();
@@ -234,15 +265,24 @@ impl VmxCaps {
         .then_some((misc & 0x1f) as u8);
         let pin = pin.without(PinControls::PREEMPTION_TIMER | PinControls::POSTED_INTERRUPTS);
 
+        let fixed = Cr0::new(msr::read_safe(MSR_VMX_CR0_FIXED0).map_err(|_| unsupported())?);
+        let cr0_required = fixed
+            .with_if(Cr0::PE | Cr0::PG, !unrestricted)
+            .with_if(Cr0::WP, !ept)
+            .bits();
+
         Ok(Self {
             revision: basic as u32 & 0x7fff_ffff,
             pin,
             primary,
             secondary,
-            exit: ExitControls::new(exit),
+            exit,
             entry,
-            cr0_required: msr::read_safe(MSR_VMX_CR0_FIXED0).map_err(|_| unsupported())?
-                & !(1 << 31 | 1),
+            ept,
+            unrestricted,
+            loads_efer,
+            loads_pat: ept,
+            cr0_required,
             cr4_allowed: msr::read_safe(MSR_VMX_CR4_FIXED1).map_err(|_| unsupported())?,
             ept_2m: has(16),
             ept_1g: has(17),

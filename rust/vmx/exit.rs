@@ -29,6 +29,7 @@ use crate::x86::event::Injection;
 use crate::x86::event::Interrupt;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
+use crate::x86::exception::PfError;
 use crate::x86::exception::Vector;
 use crate::x86::msr::filter::Access as MsrAccess;
 use crate::x86::msr::Msr;
@@ -55,6 +56,7 @@ mod reason {
     pub(super) const GETSEC: u32 = 11;
     pub(super) const HLT: u32 = 12;
     pub(super) const INVD: u32 = 13;
+    pub(super) const INVLPG: u32 = 14;
     pub(super) const RDPMC: u32 = 15;
     pub(super) const RSM: u32 = 17;
     pub(super) const VMCALL: u32 = 18;
@@ -79,6 +81,7 @@ mod reason {
     pub(super) const INVVPID: u32 = 53;
     pub(super) const WBINVD: u32 = 54;
     pub(super) const XSETBV: u32 = 55;
+    pub(super) const INVPCID: u32 = 58;
     pub(super) const ENCLS: u32 = 60;
     pub(super) const PML_FULL: u32 = 62;
     /// The entry failed after the host state was loaded.
@@ -163,6 +166,12 @@ impl LoadedVcpu<'_> {
             self.restore_nmi_blocking(info.nmi_unblocked());
         }
         let error = info.has_error_code().then(|| self.read(f::EXIT_ERROR_CODE));
+        if vector == Vector::PF {
+            return Exit::GuestPageFault {
+                linear: self.read(f::EXIT_QUALIFICATION),
+                error: PfError::new(error.unwrap_or(0)),
+            };
+        }
         if vector == Vector::DB {
             self.keep_step_over_shadow();
         }
@@ -238,6 +247,8 @@ impl LoadedVcpu<'_> {
             reason::CPUID => Exit::Cpuid,
             reason::HLT => Exit::Hlt,
             reason::INVD => Exit::Invd,
+            reason::INVLPG => Exit::InvalidatePage(self.read(f::EXIT_QUALIFICATION)),
+            reason::INVPCID => Exit::Invpcid,
             reason::RDPMC => Exit::Rdpmc,
             reason::VMCALL => Exit::Vmcall,
             reason::CR_ACCESS => {
@@ -293,9 +304,15 @@ impl LoadedVcpu<'_> {
     fn flush_tlb(&mut self) {
         let caps = &self.vmx.caps;
         if core::mem::take(&mut self.v.flush_memory) {
-            let kind = if caps.invept_single { 1 } else { 2 };
-            // SAFETY: VMX is on, and the type was found among the capabilities.
-            unsafe { vmcs::invept(kind, self.v.eptp) };
+            match self.v.eptp {
+                Some(eptp) => {
+                    let kind = if caps.invept_single { 1 } else { 2 };
+                    // SAFETY: VMX is on, and the type was found among the capabilities.
+                    unsafe { vmcs::invept(kind, eptp) };
+                }
+                // There are no others than linear ones.
+                None => self.v.flush_guest = true,
+            }
         }
         if core::mem::take(&mut self.v.flush_guest) && caps.secondary.has(SecondaryControls::VPID) {
             let kind = if caps.invvpid_single { 1 } else { 2 };
@@ -437,12 +454,44 @@ impl Loaded for LoadedVcpu<'_> {
         LoadedVcpu::set_idtr(self, value);
     }
 
+    fn set_shadow_root(&mut self, cr3: u64) {
+        LoadedVcpu::set_shadow_root(self, cr3);
+    }
+
+    fn take_paging_change(&mut self) -> bool {
+        self.v.restricted.take_paging_change()
+    }
+
     fn pdptes(&mut self) -> [u64; 4] {
         LoadedVcpu::pdptes(self)
     }
 
     fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
         LoadedVcpu::set_pdptes(self, pdptes);
+    }
+
+    #[inline]
+    fn is_restricted(&self) -> bool {
+        self.v.restricted.on
+    }
+
+    #[inline]
+    fn needs_emulation(&mut self) -> bool {
+        LoadedVcpu::needs_emulation(self)
+    }
+
+    #[inline]
+    fn needs_delivery(&mut self) -> bool {
+        self.v.real || LoadedVcpu::needs_emulation(self)
+    }
+
+    #[inline]
+    fn imitates_real_mode(&self) -> bool {
+        self.v.real
+    }
+
+    fn set_private_pages(&mut self, tss: Option<u64>, identity_map: u64) {
+        LoadedVcpu::set_private_pages(self, tss, identity_map);
     }
 
     fn read_msr(&mut self, msr: Msr) -> Option<u64> {

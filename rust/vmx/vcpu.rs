@@ -16,6 +16,7 @@ use super::fields::SecondaryControls;
 use super::fields::SegmentFields;
 use super::load::Loadable;
 use super::msr_bitmap::MsrBitmap;
+use super::restricted::Restricted;
 use super::spec_ctrl::SpecCtrl;
 use super::vmcs::vmread;
 use super::vmcs::vmwrite;
@@ -48,7 +49,7 @@ const CR0_GUEST_OWNED: u64 =
     Cr0::MP.bits() | Cr0::EM.bits() | Cr0::TS.bits() | Cr0::WP.bits() | Cr0::AM.bits();
 
 /// CR4 bits that the guest changes without an exit: those that change neither paging nor CPUID and
-/// that every processor with EPT has.
+/// that every processor with VMX has.
 const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
     | Cr4::TSD.bits()
     | Cr4::DE.bits()
@@ -61,6 +62,9 @@ const CR4_GUEST_OWNED: u64 = Cr4::PVI.bits()
 /// delivering exceptions within exceptions for ever, with no interrupt window between. #UD may be another
 /// processor's instruction.
 const EXCEPTIONS: u32 = 1 << 18 | 1 << 17 | UNDEFINED | 1 << 1;
+
+/// #PF, in the bitmap of exceptions.
+const PAGE_FAULT: u32 = 1 << 14;
 
 /// INT3, in the bitmap of exceptions.
 const BREAKPOINT: u32 = 1 << 3;
@@ -95,6 +99,14 @@ pub(crate) struct VmxVcpu {
     cr3: u64,
     cr4: u64,
     efer: Efer,
+    /// The bits of CR0 and CR4 that the guest changes without an exit.
+    cr0_owned: u64,
+    cr4_owned: u64,
+    /// The exceptions that exit, in any mode.
+    exits: u32,
+    /// The guest is in real mode, and the hardware in virtual-8086 mode.
+    pub(super) real: bool,
+    pub(super) restricted: Restricted,
     /// CR4.PKE, which the guest cannot change without an exit.
     pub(super) pke: bool,
     /// The guest may be halted without an exit.
@@ -109,7 +121,8 @@ pub(crate) struct VmxVcpu {
     cstar: u64,
     pub(super) host_cr3: u64,
     pub(super) host_cr4: u64,
-    pub(super) eptp: u64,
+    /// Where the extended page tables are, if there are any.
+    pub(super) eptp: Option<u64>,
     pub(super) vpid: super::Vpid,
     /// The TLB is flushed before the next entry.
     pub(super) flush_memory: bool,
@@ -143,7 +156,7 @@ impl VmxVcpu {
     /// The state after power-up, but for what the VMCS holds.
     pub(super) fn new(
         vmx: &Vmx,
-        eptp: u64,
+        eptp: Option<u64>,
         vpid: super::Vpid,
         apic: Option<ApicPages>,
         free: FreeInstructions,
@@ -163,6 +176,20 @@ impl VmxVcpu {
             cr3: 0,
             cr4: 0,
             efer: Efer::empty(),
+            cr0_owned: match vmx.caps.ept {
+                true => CR0_GUEST_OWNED,
+                false => CR0_GUEST_OWNED & !Cr0::WP.bits(),
+            },
+            cr4_owned: match vmx.caps.ept {
+                true => CR4_GUEST_OWNED,
+                false => CR4_GUEST_OWNED & !Cr4::PGE.bits(),
+            },
+            exits: match vmx.caps.ept {
+                true => EXCEPTIONS,
+                false => EXCEPTIONS | PAGE_FAULT,
+            },
+            real: false,
+            restricted: Restricted::new(vmx),
             pke: false,
             pin: vmx.caps.pin,
             primary: vmx
@@ -233,10 +260,12 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::VMCS_LINK_POINTER, u64::MAX);
         self.write(f::PIN_CONTROLS, self.v.pin.bits());
         self.write(f::PRIMARY_CONTROLS, self.v.primary.bits());
-        self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
+        if self.v.primary.has(PrimaryControls::SECONDARY) {
+            self.write(f::SECONDARY_CONTROLS, self.v.secondary.bits());
+        }
         self.write(f::EXIT_CONTROLS, caps.exit.bits());
         self.write(f::ENTRY_CONTROLS, self.v.entry_controls.bits());
-        self.write(f::EXCEPTION_BITMAP, EXCEPTIONS);
+        self.write_exceptions();
         self.write(f::PAGE_FAULT_ERROR_MASK, 0);
         self.write(f::PAGE_FAULT_ERROR_MATCH, 0);
         self.write(f::CR3_TARGET_COUNT, 0);
@@ -245,7 +274,9 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::ENTRY_MSR_LOAD_COUNT, 0);
         self.write(f::ENTRY_INTR_INFO, 0);
         self.write(f::MSR_BITMAP, self.v.msr_bitmap.phys());
-        self.write(f::EPT_POINTER, self.v.eptp);
+        if let Some(eptp) = self.v.eptp {
+            self.write(f::EPT_POINTER, eptp);
+        }
         if self.v.secondary.has(SecondaryControls::VPID) {
             self.write(f::VPID, self.v.vpid.id());
         }
@@ -261,10 +292,15 @@ impl<'a> LoadedVcpu<'a> {
         }
         self.initialise_write_log();
         self.initialise_apic();
-        self.write(f::CR0_MASK, !CR0_GUEST_OWNED);
-        self.write(f::CR4_MASK, !(CR4_GUEST_OWNED));
+        self.write(f::CR0_MASK, !self.v.cr0_owned);
+        self.write(f::CR4_MASK, !self.v.cr4_owned);
+        self.write(f::CR0_SHADOW, 0);
+        self.write(f::CR4_SHADOW, 0);
+        self.write(f::GUEST_CR0, 0);
+        self.write(f::GUEST_CR3, 0);
+        self.write(f::GUEST_CR4, 0);
         self.write(f::GUEST_DEBUGCTL, 0);
-        self.write(f::GUEST_PAT, self.v.pat);
+        self.load_pat();
         self.write(f::GUEST_PENDING_DEBUG, 0);
         self.write(f::GUEST_INTERRUPTIBILITY, 0);
         self.write(f::GUEST_ACTIVITY, 0);
@@ -287,8 +323,13 @@ impl<'a> LoadedVcpu<'a> {
         self.write(f::HOST_TR, host.tr);
         self.write(f::HOST_SYSENTER_CS, host.sysenter_cs);
         self.write(f::HOST_SYSENTER_EIP, host.sysenter_eip);
-        self.write(f::HOST_PAT, host.pat);
-        self.write(f::HOST_EFER, host.efer);
+        let (pat, efer) = (host.pat, host.efer);
+        if self.vmx.caps.loads_pat {
+            self.write(f::HOST_PAT, pat);
+        }
+        if self.vmx.caps.loads_efer {
+            self.write(f::HOST_EFER, efer);
+        }
         self.write(
             f::HOST_RIP,
             (&raw const bindings::rkvm_vmx_exit_point) as u64,
@@ -316,7 +357,11 @@ impl<'a> LoadedVcpu<'a> {
             self.write(f::GUEST_RSP, self.v.rsp);
         }
         if dirty & Cached::RFLAGS != 0 {
-            self.write(f::GUEST_RFLAGS, self.v.rflags);
+            let mut flags = Rflags::new(self.v.rflags);
+            if self.v.real {
+                flags = self.v.restricted.imitate_flags(flags);
+            }
+            self.write(f::GUEST_RFLAGS, flags.bits());
         }
     }
 
@@ -370,7 +415,20 @@ impl<'a> LoadedVcpu<'a> {
 
     #[inline]
     pub(super) fn rflags(&mut self) -> Rflags {
-        Rflags::new(self.cached(Cached::RFLAGS, f::GUEST_RFLAGS, |v| &mut v.rflags))
+        if self.v.valid.0 & Cached::RFLAGS == 0 {
+            self.v.valid.0 |= Cached::RFLAGS;
+            let mut flags = Rflags::new(self.read(f::GUEST_RFLAGS));
+            if self.v.real {
+                flags = self.v.restricted.real_flags(flags);
+            }
+            self.v.rflags = flags.bits();
+        }
+        Rflags::new(self.v.rflags)
+    }
+
+    /// What RFLAGS has been set to since the guest ran.
+    pub(super) fn set_flags(&self) -> Option<Rflags> {
+        (self.v.dirty.0 & Cached::RFLAGS != 0).then(|| Rflags::new(self.v.rflags))
     }
 
     #[inline]
@@ -383,19 +441,26 @@ impl<'a> LoadedVcpu<'a> {
     pub(super) fn cr0(&mut self) -> Cr0 {
         let hardware = self.cached(Cached::CR0, f::GUEST_CR0, |v| &mut v.cr0);
         let shadow = self.read(f::CR0_SHADOW);
-        Cr0::new(hardware & CR0_GUEST_OWNED | shadow & !CR0_GUEST_OWNED)
+        let owned = self.v.cr0_owned;
+        Cr0::new(hardware & owned | shadow & !owned)
     }
 
     /// Sets CR0 and, with it, whether long mode is active.
     pub(super) fn set_cr0(&mut self, cr0: Cr0) {
+        if self.v.restricted.on {
+            self.leave_cr0(cr0);
+        }
         // Caching is the host's affair (memory types come from EPT), so CD and NW stay out of the
-        // hardware, and NE is set there because VMX demands it.
+        // hardware, and NE is set there because VMX demands it, and what else it does.
         let hardware = cr0.without(Cr0::CD | Cr0::NW).bits() | self.vmx.caps.cr0_required;
         self.write(f::GUEST_CR0, hardware);
         self.write(f::CR0_SHADOW, cr0.bits());
         self.v.cr0 = hardware;
         self.v.valid.0 |= Cached::CR0;
         self.v.flush_guest = true;
+        if self.v.restricted.on {
+            self.settle_cr0(cr0);
+        }
         let active = cr0.has(Cr0::PG) && self.v.efer.has(Efer::LME);
         if active != self.v.efer.has(Efer::LMA) {
             self.set_efer(self.v.efer.with_if(Efer::LMA, active));
@@ -403,24 +468,37 @@ impl<'a> LoadedVcpu<'a> {
     }
 
     pub(super) fn cr3(&mut self) -> u64 {
+        if let Some(cr3) = self.v.restricted.cr3() {
+            return cr3;
+        }
         self.cached(Cached::CR3, f::GUEST_CR3, |v| &mut v.cr3)
     }
 
     pub(super) fn set_cr3(&mut self, cr3: u64) {
+        self.v.flush_guest = true;
+        if self.keep_cr3(cr3) {
+            return;
+        }
         self.write(f::GUEST_CR3, cr3);
         self.v.cr3 = cr3;
         self.v.valid.0 |= Cached::CR3;
-        self.v.flush_guest = true;
     }
 
     pub(super) fn cr4(&mut self) -> Cr4 {
         let hardware = self.cached(Cached::CR4, f::GUEST_CR4, |v| &mut v.cr4);
         let shadow = self.read(f::CR4_SHADOW);
-        Cr4::new(hardware & CR4_GUEST_OWNED | shadow & !CR4_GUEST_OWNED)
+        let owned = self.v.cr4_owned;
+        Cr4::new(hardware & owned | shadow & !owned)
     }
 
     pub(super) fn set_cr4(&mut self, cr4: Cr4) {
-        let hardware = cr4.with(Cr4::VMXE).bits();
+        let hardware = if self.v.restricted.on {
+            let old = self.cr4();
+            self.v.restricted.note_paging(old, cr4);
+            self.hardware_cr4(cr4).bits()
+        } else {
+            cr4.with(Cr4::VMXE).bits()
+        };
         self.write(f::GUEST_CR4, hardware);
         self.write(f::CR4_SHADOW, cr4.bits());
         self.v.cr4 = hardware;
@@ -435,8 +513,16 @@ impl<'a> LoadedVcpu<'a> {
     }
 
     pub(super) fn set_efer(&mut self, efer: Efer) {
-        self.v.efer = efer;
-        self.write(f::GUEST_EFER, efer.bits());
+        let old = core::mem::replace(&mut self.v.efer, efer);
+        let mut hardware = efer;
+        if self.v.restricted.on {
+            self.v.restricted.note_paging(old, efer);
+            self.v.restricted.uncheck();
+            hardware = self.hardware_efer(efer);
+        }
+        if self.vmx.caps.loads_efer {
+            self.write(f::GUEST_EFER, hardware.bits());
+        }
         let controls = self
             .v
             .entry_controls
@@ -457,6 +543,9 @@ impl<'a> LoadedVcpu<'a> {
     }
 
     pub(super) fn segment(&mut self, seg: SegReg) -> Segment {
+        if self.v.real {
+            return self.real_segment(seg);
+        }
         let fields = SegmentFields::of(seg);
         Segment {
             selector: self.read(fields.selector),
@@ -467,10 +556,18 @@ impl<'a> LoadedVcpu<'a> {
     }
 
     pub(super) fn segment_attr(&mut self, seg: SegReg) -> SegAttr {
+        if self.v.real {
+            return self.real_segment_attr(seg);
+        }
         SegAttr::from_vmx(self.read(SegmentFields::of(seg).attr))
     }
 
     pub(super) fn set_segment(&mut self, seg: SegReg, value: &Segment) {
+        self.v.restricted.uncheck();
+        if self.v.real {
+            self.set_real_segment(seg, value);
+            return;
+        }
         let fields = SegmentFields::of(seg);
         self.write(fields.selector, value.selector);
         self.write(fields.base, value.base);
@@ -503,6 +600,9 @@ impl<'a> LoadedVcpu<'a> {
     }
 
     pub(super) fn pdptes(&self) -> [u64; 4] {
+        if self.v.restricted.shadowed {
+            return *self.v.restricted.pdptes();
+        }
         [
             self.read(f::GUEST_PDPTE0),
             self.read(f::GUEST_PDPTE1),
@@ -512,6 +612,10 @@ impl<'a> LoadedVcpu<'a> {
     }
 
     pub(super) fn set_pdptes(&mut self, pdptes: &[u64; 4]) {
+        if self.v.restricted.shadowed {
+            self.v.restricted.set_pdptes(pdptes);
+            return;
+        }
         self.write(f::GUEST_PDPTE0, pdptes[0]);
         self.write(f::GUEST_PDPTE1, pdptes[1]);
         self.write(f::GUEST_PDPTE2, pdptes[2]);
@@ -541,6 +645,8 @@ impl<'a> LoadedVcpu<'a> {
 
     /// Whether the MSR was one of these. The value has been checked.
     pub(super) fn write_msr(&mut self, msr: Msr, value: u64) -> bool {
+        // The bases are parts of segments.
+        self.v.restricted.uncheck();
         match msr {
             Msr::FS_BASE => self.write(SegmentFields::of(SegReg::Fs).base, value),
             Msr::GS_BASE => self.write(SegmentFields::of(SegReg::Gs).base, value),
@@ -555,7 +661,7 @@ impl<'a> LoadedVcpu<'a> {
             Msr::SPEC_CTRL => return self.set_spec_ctrl(value).is_ok(),
             Msr::PAT => {
                 self.v.pat = value;
-                self.write(f::GUEST_PAT, value);
+                self.load_pat();
             }
             Msr::CSTAR => self.v.cstar = value,
             Msr::DEBUGCTL => self.write(f::GUEST_DEBUGCTL, value),
@@ -622,17 +728,27 @@ impl<'a> LoadedVcpu<'a> {
 
     /// Has the guest exit at INT3, or not.
     pub(super) fn intercept_int3(&mut self, on: bool) {
-        let exits = self.read(f::EXCEPTION_BITMAP);
-        self.write(
-            f::EXCEPTION_BITMAP,
-            exits & !BREAKPOINT | if on { BREAKPOINT } else { 0 },
-        );
+        self.v.exits = self.v.exits & !BREAKPOINT | if on { BREAKPOINT } else { 0 };
+        self.write_exceptions();
     }
 
     /// The guest's #UD does not exit any more.
     pub(super) fn leave_undefined_to_guest(&mut self) {
-        let exits = self.read(f::EXCEPTION_BITMAP);
-        self.write(f::EXCEPTION_BITMAP, exits & !UNDEFINED);
+        self.v.exits &= !UNDEFINED;
+        self.write_exceptions();
+    }
+
+    /// Tells the processor which exceptions exit: in an imitated real mode it could deliver none.
+    pub(super) fn write_exceptions(&mut self) {
+        let exits = if self.v.real { u32::MAX } else { self.v.exits };
+        self.write(f::EXCEPTION_BITMAP, exits);
+    }
+
+    /// The guest's PAT, unless it has to do with the host's.
+    fn load_pat(&mut self) {
+        if self.vmx.caps.loads_pat {
+            self.write(f::GUEST_PAT, self.v.pat);
+        }
     }
 
     /// Turns a primary control on or off.

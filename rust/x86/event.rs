@@ -499,8 +499,9 @@ impl PendingEvents {
         }
     }
 
-    /// The event whose delivery was broken off.
-    fn begun(&self) -> Option<Injection> {
+    /// The event whose delivery has begun, or was broken off.
+    #[must_use]
+    pub fn begun(&self) -> Option<Injection> {
         if let Some(exception) = self.exception_injected {
             Some(Injection::Exception(exception))
         } else if self.nmi_injected {

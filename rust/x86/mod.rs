@@ -11,6 +11,7 @@
 //! | [`regs`] | general registers ([`Gpr`](regs::Gpr), [`Gprs`](regs::Gprs)), RFLAGS, CR0, CR3, CR4, EFER, XCR0, DR6, DR7 as types |
 //! | [`exception`] | vectors, page-fault error codes, [`Fault`](exception::Fault): an exception to inject |
 //! | [`segment`] | segment registers in the format of the VMCS, [`CpuMode`](segment::CpuMode), [`linearize`](segment::linearize) |
+//! | [`vmentry`] | [`needs_emulation`](vmentry::needs_emulation): segments that a processor without "unrestricted guest" cannot be entered with |
 //! | [`paging`] | [`Paging::translate`](paging::Paging::translate): a linear address to a guest-physical one, or a page fault |
 //! | [`insn`], [`decode`] | bytes to an [`Insn`](insn::Insn) |
 //! | [`emulate`] | [`Emulator::step`](emulate::Emulator::step): one instruction, resumed across device accesses |
@@ -75,3 +76,4 @@ pub mod pit;
 pub mod pv;
 pub mod regs;
 pub mod segment;
+pub mod vmentry;

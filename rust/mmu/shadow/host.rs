@@ -114,6 +114,30 @@ impl ShadowMmu {
         }
     }
 
+    /// Waits until no fault is between having put a translation in and having said so.
+    pub(crate) fn wait_for_faults(&self) {
+        drop(self.state.lock());
+    }
+
+    /// Has every vCPU drop what it knows of the tables before it runs the guest on. Does not sleep.
+    pub(crate) fn flush(&self, around: &Around<'_>) {
+        self.with(around, |state| state.flush(around));
+    }
+
+    /// `len` bytes were written at `gpa`, all in one page, by somebody else than the guest's processors: what
+    /// was made from them goes.
+    #[inline]
+    pub(crate) fn written(&self, around: &Around<'_>, gpa: u64, len: u64) {
+        self.with(around, |state| state.written(gpa >> 12, gpa & 0xfff, len));
+    }
+
+    /// Forgets the tables that a frame was for the guest, so that it can write to it.
+    pub(crate) fn unprotect(&self, around: &Around<'_>, gfn: u64) {
+        self.with(around, |state| {
+            state.zap_pages_of(gfn);
+        });
+    }
+
     /// Clears accessed marks; returns if any was set. With `flush`, cached translations go too. Does
     /// not sleep.
     pub(crate) fn clear_young(

@@ -90,6 +90,10 @@ pub(crate) struct VcpuShadow {
     fours: KernelPage,
     /// What the guest's next CR3 brings.
     next: Next,
+    /// The guest has loaded CR3, or had its translations go: the root is to be loaded before the next entry.
+    reload: bool,
+    /// The frame of the table that an instruction writes to which is being emulated.
+    pub(crate) table: Option<u64>,
 }
 
 /// What becomes of old translations when the guest loads CR3.
@@ -109,6 +113,8 @@ impl VcpuShadow {
             roots: [None; ROOTS],
             fours: KernelPage::new_low()?,
             next: Next::Flush,
+            reload: true,
+            table: None,
         })
     }
 
@@ -117,9 +123,21 @@ impl VcpuShadow {
         self.roots[0].as_ref()
     }
 
-    /// The guest loads CR3, and wants what it knows of the new one's translations to stay.
+    /// The next load of a root is none of CR3.
     pub(crate) fn keep_translations(&mut self) {
         self.next = Next::Keep;
+    }
+
+    /// The guest loads CR3; `keep`: and wants what it knows of the new one's translations to stay.
+    pub(crate) fn loads_cr3(&mut self, keep: bool) {
+        self.next = if keep { Next::Keep } else { Next::Flush };
+        self.reload = true;
+    }
+
+    /// Whether a root is to be loaded before the next entry.
+    #[inline]
+    pub(crate) fn wants_load(&self) -> bool {
+        self.reload
     }
 
     /// The guest has all its translations go: those of other roots when they are loaded next.
@@ -127,6 +145,7 @@ impl VcpuShadow {
         for root in self.roots.iter_mut().flatten() {
             root.stale = true;
         }
+        self.reload = true;
     }
 }
 
@@ -149,6 +168,7 @@ impl ShadowMmu {
             }
         }
         let keep = core::mem::take(&mut vcpu.next) == Next::Keep;
+        vcpu.reload = false;
         self.drop_invalid(around, vcpu);
         let same = |root: &Option<Root>| root.as_ref().is_some_and(|root| root.key == key);
         match vcpu.roots.iter().position(same) {
@@ -288,15 +308,6 @@ impl ShadowMmu {
             if let Some(root) = place.take() {
                 self.put(around, &root.pages);
             }
-        }
-    }
-
-    /// The guest has all translations below its current root go.
-    pub(crate) fn sync_current(&self, around: &Around<'_>, vcpu: &mut VcpuShadow) {
-        if let Some(root) = &mut vcpu.roots[0] {
-            root.stale = false;
-            let pages = root.pages;
-            self.sync_below(around, &pages);
         }
     }
 

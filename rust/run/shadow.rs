@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Exits of guests whose page tables are shadowed (see [`crate::mmu::shadow`]): page faults, and what
+//! tells the processor that translations have changed.
+
+use super::memory::Unbacked;
+use super::Next;
+use super::Run;
+use crate::arch::Arch;
+use crate::backend::Loaded;
+use crate::linux::mm::cond_resched;
+use crate::linux::mm::send_hwpoison;
+use crate::linux::task;
+use crate::mem::fault::Fault as MemFault;
+use crate::mem::shadow::ShadowFault;
+use crate::mem::shadow::WalkMemory;
+use crate::mmu::ept::Access;
+use crate::mmu::shadow::ShadowWant;
+use crate::x86::emulate::Hint;
+use crate::x86::exception::Fault;
+use crate::x86::exception::PfError;
+use crate::x86::paging::PageAccess;
+use crate::x86::paging::Paging;
+use crate::x86::paging::Walk;
+use crate::x86::paging::WalkError;
+use crate::x86::segment::AccessKind;
+use kernel::prelude::*;
+
+/// Levels of a guest's tables.
+const LEVELS: u8 = 5;
+
+/// The guest has all that its processor knows of translations go.
+pub(crate) fn flush_guest(hw: &mut impl Loaded, arch: &mut Arch) {
+    hw.flush_guest_tlb();
+    if let Some(shadow) = &mut arch.shadow {
+        shadow.flush_all();
+    }
+}
+
+impl<L: Loaded> Run<'_, L> {
+    /// The state that decides how the guest's addresses are translated.
+    fn guest_paging(&mut self) -> Paging {
+        let mut paging = super::memory::paging(&mut self.hw, self.arch);
+        paging.pdptes = Some(self.hw.pdptes());
+        paging
+    }
+
+    /// Before an entry: the tables for what the guest has in its registers. Sleeps.
+    #[inline]
+    pub(super) fn prepare_shadow(&mut self) -> Result {
+        let changed = self.hw.take_paging_change();
+        match &self.arch.shadow {
+            Some(shadow) if changed || shadow.wants_load() => self.load_shadow(),
+            _ => Ok(()),
+        }
+    }
+
+    fn load_shadow(&mut self) -> Result {
+        let paging = self.guest_paging();
+        if let Some(shadow) = &mut self.arch.shadow {
+            let cr3 = self.memory.load_shadow(shadow, &paging)?;
+            self.hw.set_shadow_root(cr3);
+            self.hw.flush_guest_tlb();
+        }
+        Ok(())
+    }
+
+    /// A page fault: the guest's own, or one of the shadow tables, which are filled then.
+    pub(super) fn guest_page_fault(&mut self, linear: u64, error: PfError) -> Result<Next> {
+        self.shared.stats.pf_taken.bump();
+        let write = error.has(PfError::W);
+        let kind = match (error.has(PfError::I), write) {
+            (true, _) => AccessKind::Fetch,
+            (_, true) => AccessKind::Write,
+            _ => AccessKind::Read,
+        };
+        let user = error.has(PfError::U);
+        let page_access = PageAccess {
+            kind,
+            user,
+            // Code of user mode does not access as the supervisor itself.
+            implicit: !user && crate::arch::cpl(&mut self.hw) == 3,
+            probe: false,
+        };
+        let access = Access {
+            read: kind == AccessKind::Read,
+            write,
+            exec: kind == AccessKind::Fetch,
+        };
+        let paging = self.guest_paging();
+        loop {
+            let mut memory = WalkMemory::new(self.memory, self.shared);
+            let walk = match paging.walk(&mut memory, linear, page_access) {
+                Ok(walk) => walk,
+                Err(WalkError::Fault(error)) => {
+                    self.shared.stats.pf_guest.bump();
+                    return self.raise(Fault::page(linear, error));
+                }
+                Err(WalkError::Contended) => return Ok(Next::Guest),
+                Err(WalkError::Host(gpa)) => return Err(self.unbacked(Unbacked(gpa))),
+            };
+            let gpa = walk.translation.gpa;
+            if self.arch.devices.contain(self.memory, gpa) {
+                return self.device_access(gpa, access, linear);
+            }
+            let want = ShadowWant {
+                linear,
+                walk: &walk,
+                write,
+                user,
+            };
+            let Some(shadow) = &self.arch.shadow else {
+                return Ok(Next::Guest);
+            };
+            match self.memory.map_shadow(shadow, &want, access, self.shared)? {
+                ShadowFault::Fault(MemFault::Mapped(_)) => {
+                    self.shared.stats.pf_fixed.bump();
+                    return Ok(Next::Guest);
+                }
+                ShadowFault::Fault(MemFault::Mmio) => {
+                    self.arch.devices.note(self.memory, gpa);
+                    return self.device_access(gpa, access, linear);
+                }
+                // The loop finds the signal.
+                ShadowFault::Fault(MemFault::Interrupted) => return Ok(Next::Guest),
+                ShadowFault::Fault(MemFault::HwPoison(hva)) => {
+                    send_hwpoison(hva);
+                    return Ok(Next::Guest);
+                }
+                ShadowFault::Fault(MemFault::BadHva(_)) => {
+                    return Err(self.unbacked(Unbacked(gpa)));
+                }
+                ShadowFault::Table => return self.write_table(&walk, linear),
+                ShadowFault::Emulate => return self.emulate_access(gpa, linear, write),
+                ShadowFault::Stale => {
+                    if task::signal_pending() {
+                        return Ok(Next::Guest);
+                    }
+                    cond_resched();
+                    // The root may be what has gone.
+                    if let Some(shadow) = &mut self.arch.shadow {
+                        shadow.keep_translations();
+                    }
+                    self.load_shadow()?;
+                }
+            }
+        }
+    }
+
+    /// The guest accesses what no memslot has.
+    fn device_access(&mut self, gpa: u64, access: Access, linear: u64) -> Result<Next> {
+        if self.took_any_write(gpa, access) {
+            return Ok(Next::Guest);
+        }
+        self.emulate_access(gpa, linear, access.write)
+    }
+
+    /// Emulates the instruction that accesses a page.
+    fn emulate_access(&mut self, gpa: u64, linear: u64, write: bool) -> Result<Next> {
+        self.shared.stats.pf_emulate.bump();
+        self.emulate(gpa, Some(Hint { linear, gpa, write }))
+    }
+
+    /// The guest writes to one of its tables. The instruction is emulated, which tells the shadow what it
+    /// changes. What cannot be is executed after all, on a frame that is no table for as long.
+    fn write_table(&mut self, walk: &Walk, linear: u64) -> Result<Next> {
+        let gpa = walk.translation.gpa;
+        let used = (1..=LEVELS)
+            .filter_map(|level| walk.step(level))
+            .any(|step| step.gpa >> 12 == gpa >> 12);
+        if let Some(shadow) = &mut self.arch.shadow {
+            // The way to the table leads through itself: it would be one again before it is written.
+            shadow.table = (!used).then_some(gpa >> 12);
+        }
+        if self.hw.vectoring().is_some() {
+            if let Some(next) = self.unprotect_table() {
+                return Ok(next);
+            }
+        }
+        let next = self.emulate_access(gpa, linear, true);
+        if let Some(shadow) = &mut self.arch.shadow {
+            shadow.table = None;
+        }
+        next
+    }
+
+    /// Lets the guest write to the table that it is writing to, if it can be let.
+    pub(super) fn unprotect_table(&mut self) -> Option<Next> {
+        let gfn = self.arch.shadow.as_mut()?.table.take()?;
+        self.memory.unprotect_shadow(gfn);
+        Some(Next::Guest)
+    }
+
+    /// INVLPG, or INVPCID of one address.
+    pub(super) fn invalidate_page(&mut self, linear: u64) {
+        self.shared.stats.invlpg.bump();
+        if let Some(shadow) = &self.arch.shadow {
+            self.memory.invalidate_shadow(shadow, linear);
+        }
+        self.hw.flush_guest_tlb();
+    }
+
+    /// The guest has loaded CR3; `keep`: and keeps what it knows of the translations there.
+    pub(super) fn loaded_cr3(&mut self, keep: bool) {
+        if let Some(shadow) = &mut self.arch.shadow {
+            shadow.loads_cr3(keep);
+        }
+    }
+}
