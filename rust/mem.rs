@@ -106,6 +106,9 @@ impl GuestMemory {
     /// How many leaves of 4 KiB, 2 MiB and 1 GiB there are, and how many tables.
     pub(crate) fn mapped(&self) -> ([u64; 3], u64) {
         const SIZES: [Level; 3] = [Level::Page4K, Level::Page2M, Level::Page1G];
+        if let Some(counts) = self.shadow_counts() {
+            return ([counts.small, counts.large, 0], counts.pages);
+        }
         self.inner
             .mmu
             .with_counts(|counts| (SIZES.map(|size| counts.leaves(size)), counts.tables()))

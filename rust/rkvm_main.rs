@@ -89,6 +89,10 @@ module! {
             default: 1,
             description: "Let guests run without paging and in real mode, if the processor can (default 1)",
         },
+        mmu_audit: u32 {
+            default: 0,
+            description: "Check all shadow page tables at each so many page faults of a vCPU (default 0: never)",
+        },
         tsc_scaling: u8 {
             default: 1,
             description: "Have the processor scale the guest's time-stamp counter, if it can (default 1)",
@@ -126,6 +130,11 @@ mod parameters {
     /// Guests may run without paging and in real mode.
     pub(crate) fn unrestricted_guest() -> bool {
         *crate::module_parameters::unrestricted_guest.value() != 0
+    }
+
+    /// At each so many page faults of a vCPU all shadow tables are checked; 0: never.
+    pub(crate) fn mmu_audit() -> u32 {
+        *crate::module_parameters::mmu_audit.value()
     }
 
     /// The processor may scale guests' time-stamp counters.

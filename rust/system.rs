@@ -16,7 +16,6 @@ use crate::linux::file::FileObject;
 use crate::linux::file::Opened;
 use crate::linux::fpu;
 use crate::linux::msr as host_msr;
-use crate::mmu::caps::PagingCaps;
 use crate::linux::page::PAGE_SIZE;
 use crate::linux::user;
 use crate::mmu::caps::PagingCaps;

@@ -352,8 +352,18 @@ impl<B: Backend> stats::Source for Vm<B> {
         Description::instant("pages_4k"),
         Description::instant("pages_2m"),
         Description::instant("pages_1g"),
-        // Pages of memory that the EPT tables take.
+        // Pages of memory that the EPT tables take, or shadow tables.
         Description::instant("page_table_pages"),
+        // Shadow tables: pages that were made, that went, and why; writes to the guest's tables that were noticed, and
+        // tables that became writable; leaves that were put in unasked.
+        Description::cumulative("mmu_cache_miss"),
+        Description::cumulative("mmu_shadow_zapped"),
+        Description::cumulative("mmu_recycled"),
+        Description::cumulative("mmu_flooded"),
+        Description::cumulative("mmu_pte_write"),
+        Description::cumulative("mmu_unsync"),
+        Description::cumulative("mmu_sync"),
+        Description::cumulative("mmu_prefetch"),
     ];
 
     fn values(&self, f: &mut dyn FnMut(u64) -> Result) -> Result {
@@ -364,6 +374,20 @@ impl<B: Backend> stats::Source for Vm<B> {
         for n in leaves {
             f(n)?;
         }
-        f(tables)
+        f(tables)?;
+        let shadow = self.memory.shadow_counts().unwrap_or_default();
+        for n in [
+            shadow.made,
+            shadow.zapped,
+            shadow.recycled,
+            shadow.flooded,
+            shadow.writes,
+            shadow.unsynced,
+            shadow.synced,
+            shadow.prefetched,
+        ] {
+            f(n)?;
+        }
+        Ok(())
     }
 }

@@ -37,7 +37,6 @@ use crate::mmu::caps::ShadowCaps;
 use crate::mmu::ept::EptCaps;
 use crate::system::Machine;
 use crate::x86::msr::Msr;
-use crate::x86::regs::Efer;
 use caps::VmxCaps;
 use fields::SecondaryControls;
 use kernel::prelude::*;
@@ -243,7 +242,6 @@ impl Backend for Vmx {
         if !self.caps.ept {
             return PagingCaps::Shadow(ShadowCaps {
                 phys_bits: self.host.phys_bits,
-                nx: Efer::new(self.host.efer).has(Efer::NXE),
                 nx_huge: self.host.multihit,
             });
         }

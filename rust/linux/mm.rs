@@ -84,6 +84,26 @@ fn get_page_fast_writable(hva: u64) -> Option<HostPage> {
     NonNull::new(page).map(|page| HostPage { page })
 }
 
+/// The frame behind `hva` in the current task's address space, if it is at hand, and writable if `write`. Does not
+/// sleep.
+pub(crate) fn host_frame_at_hand(hva: u64, write: bool) -> Option<HostFrame> {
+    let flags = if write { bindings::FOLL_WRITE } else { 0 };
+    let mut page = core::ptr::null_mut();
+    // SAFETY: One page is asked for and there is room for one.
+    let got = unsafe { bindings::get_user_pages_fast_only(hva as usize, 1, flags, &mut page) };
+    if got != 1 {
+        return None;
+    }
+    // INVARIANT: A reference was taken, and is now the `HostPage`'s.
+    let page = NonNull::new(page).map(|page| HostPage { page })?;
+    Some(HostFrame {
+        pfn: page.pfn(),
+        writable: write,
+        mmio: false,
+        page: Some(page),
+    })
+}
+
 /// Finds the frame behind `hva` in the current task's address space, faulting it in. Sleeps.
 ///
 /// `write`: it must be writable. `try_write`: prefer a writable mapping even if not `write`, but do

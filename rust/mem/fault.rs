@@ -10,6 +10,7 @@ use crate::linux::mm::HostFrame;
 use crate::linux::mm::NoFrame;
 use crate::linux::page::KernelPage;
 use crate::linux::task::signal_pending;
+use crate::linux::unsupported;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::Level;
 use crate::mmu::page_of;
@@ -172,7 +173,7 @@ impl GuestMemory {
     /// mapped there; ENOMEM. Sleeps. The current task runs in this memory's address space.
     pub(crate) fn map_ahead(&self, range: &mut Range<u64>, vcpu: &VcpuShared) -> Result {
         if self.inner.mmu.shadow().is_some() {
-            return Err(EOPNOTSUPP);
+            return Err(unsupported());
         }
         let first = range.start;
         while range.start < range.end {

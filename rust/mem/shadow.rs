@@ -10,6 +10,9 @@ use super::slots::Slots;
 use super::GuestMemory;
 use crate::linux::mm;
 use crate::mmu::ept::Access;
+use crate::mmu::ept::Level;
+use crate::mmu::page_of;
+use crate::mmu::shadow::AtHand;
 use crate::mmu::shadow::Around;
 use crate::mmu::shadow::ShadowCounts;
 use crate::mmu::shadow::ShadowMapped;
@@ -95,6 +98,10 @@ impl GuestMemory {
             };
             let changes = self.inner.mmu.changes();
             let mapped = shadow.map(around, changes, vcpu_shadow, mapping, want, mark)?;
+            if mapped == ShadowMapped::Done(Level::Page4K) {
+                let find = |gfn: u64| self.at_hand(slots, gfn);
+                shadow.prefetch(around, vcpu_shadow, want.linear, &find);
+            }
             Ok(match mapped {
                 ShadowMapped::Done(level) => ShadowFault::Fault(Fault::Mapped(level)),
                 ShadowMapped::Stale => ShadowFault::Stale,
@@ -103,6 +110,38 @@ impl GuestMemory {
             })
         });
         attempt.unwrap_or(Ok(ShadowFault::Stale))
+    }
+
+    /// What backs a frame, if it is at hand and could be written: one that could not might be about to be replaced by a
+    /// copy. With the lock of the shadow tables held: who takes it away later waits for that, and finds what was made of it.
+    fn at_hand(&self, slots: &Slots, gfn: u64) -> Option<AtHand> {
+        let slot = slots.find(gfn).filter(|slot| !slot.leaving && !slot.read_only)?;
+        let hva = slot.hva_of(gfn);
+        if self.inner.mmu.changes().in_progress(&page_of(hva)) || !self.inner.is_current() {
+            return None;
+        }
+        Some(AtHand {
+            frame: mm::host_frame_at_hand(hva, true)?,
+            logged: slot.log.is_some(),
+        })
+    }
+
+    /// Checks all shadow tables, and says what is wrong.
+    pub(crate) fn audit_shadow(&self) {
+        let right = self.with_shadow(|shadow, around, slots| {
+            let host = |gfn: u64| {
+                let slot = slots.find(gfn).filter(|slot| !slot.leaving)?;
+                let hva = slot.hva_of(gfn);
+                if self.inner.mmu.changes().in_progress(&page_of(hva)) {
+                    return None;
+                }
+                mm::host_frame_at_hand(hva, false).map(|frame| frame.pfn)
+            };
+            shadow.audit(around, &host)
+        });
+        if right == Some(false) {
+            kernel::warn_on!(true);
+        }
     }
 
     /// Loads the root for what the guest has in its registers; what CR3 of the processor is to be: ENOMEM. Sleeps.

@@ -20,8 +20,6 @@ pub(crate) struct ShadowCaps {
     /// The host's physical-address width (CPUID 0x8000_0008 EAX bits 7:0): the guest's addresses end
     /// there too.
     pub(crate) phys_bits: u8,
-    /// Entries can forbid execution (EFER.NXE).
-    pub(crate) nx: bool,
     /// Large pages must not be executable (the iTLB-multihit erratum).
     pub(crate) nx_huge: bool,
 }

@@ -22,6 +22,8 @@
 //! | [`pages`] | the cache: found, made, recycled |
 //! | [`sync`] | tables that the guest writes to unnoticed |
 //! | [`fault`] | a translation is put in |
+//! | [`prefetch`] | and its neighbours |
+//! | [`audit`] | the oracle |
 //! | [`host`] | the host changes, ages or watches what is mapped |
 //! | [`roots`] | a vCPU's roots: CR3 loads, INVLPG |
 //!
@@ -39,19 +41,22 @@
 //! the host takes something away, or a table of the guest's is write-protected. Pages that were taken
 //! out are freed then as well.
 
+mod audit;
 mod dir;
 mod fault;
 mod host;
 mod lists;
 mod page;
 mod pages;
-pub(crate) mod role;
+mod prefetch;
+mod role;
 mod roots;
 mod spte;
 mod sync;
 
 pub(crate) use fault::ShadowMapped;
 pub(crate) use fault::ShadowWant;
+pub(crate) use prefetch::AtHand;
 pub(crate) use roots::VcpuShadow;
 
 use super::caps::ShadowCaps;
@@ -108,6 +113,8 @@ pub(crate) struct ShadowCounts {
     pub(crate) unsynced: u64,
     /// Tables that were brought into accord with the guest's.
     pub(crate) synced: u64,
+    /// Leaves that were put in beside those that were wanted.
+    pub(crate) prefetched: u64,
 }
 
 /// All that the lock guards.

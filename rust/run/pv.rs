@@ -128,7 +128,10 @@ impl<L: Loaded> Run<'_, L> {
         };
         self.watch.set_running(byte);
         if flushes && was & steal::FLUSH_TLB != 0 {
-            super::shadow::flush_guest(&mut self.hw, self.arch);
+            self.hw.flush_guest_tlb();
+            if let Some(shadow) = &mut self.arch.shadow {
+                shadow.flush_all();
+            }
             self.shared.stats.tlb_flush.bump();
         }
         // Memory that has gone away gets nothing; the guest does not see a difference.

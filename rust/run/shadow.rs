@@ -45,6 +45,20 @@ impl<L: Loaded> Run<'_, L> {
         paging
     }
 
+    /// Checks all tables, if it is time.
+    fn audit(&mut self) {
+        let interval = crate::parameters::mmu_audit();
+        if interval == 0 {
+            return;
+        }
+        if let Some(shadow) = &mut self.arch.shadow {
+            shadow.faults = shadow.faults.wrapping_add(1);
+            if shadow.faults % interval == 0 {
+                self.memory.audit_shadow();
+            }
+        }
+    }
+
     /// Before an entry: the tables for what the guest has in its registers. Sleeps.
     #[inline]
     pub(super) fn prepare_shadow(&mut self) -> Result {
@@ -62,6 +76,7 @@ impl<L: Loaded> Run<'_, L> {
             self.hw.set_shadow_root(cr3);
             self.hw.flush_guest_tlb();
         }
+        self.audit();
         Ok(())
     }
 
@@ -115,6 +130,7 @@ impl<L: Loaded> Run<'_, L> {
             match self.memory.map_shadow(shadow, &want, access, self.shared)? {
                 ShadowFault::Fault(MemFault::Mapped(_)) => {
                     self.shared.stats.pf_fixed.bump();
+                    self.audit();
                     return Ok(Next::Guest);
                 }
                 ShadowFault::Fault(MemFault::Mmio) => {

@@ -131,13 +131,7 @@ impl ShadowPage {
         &mut self.links[index & 511]
     }
 
-    /// The frame that entry `index` maps, if the page is direct.
-    pub(super) fn direct_gfn(&self, index: usize) -> u64 {
-        let span = self.role.level.pages();
-        self.gfn.wrapping_add(span.wrapping_mul(index as u64 & 511))
-    }
-
-    /// It stands for a table of the guest's.
+    /// It stands for no table of the guest's.
     #[inline]
     pub(super) const fn is_direct(&self) -> bool {
         matches!(self.role.source, Source::Direct { .. })

@@ -94,6 +94,8 @@ pub(crate) struct VcpuShadow {
     reload: bool,
     /// The frame of the table that an instruction writes to which is being emulated.
     pub(crate) table: Option<u64>,
+    /// How many faults there were, for the oracle.
+    pub(crate) faults: u32,
 }
 
 /// What becomes of old translations when the guest loads CR3.
@@ -115,6 +117,7 @@ impl VcpuShadow {
             next: Next::Flush,
             reload: true,
             table: None,
+            faults: 0,
         })
     }
 

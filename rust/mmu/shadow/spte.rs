@@ -26,8 +26,6 @@ impl Spte {
     const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
     const KEY_SHIFT: u32 = 59;
     const NX: u64 = 1 << 63;
-    /// What an access is judged by.
-    const RIGHTS: u64 = Self::WRITE | Self::USER | Self::NX | 15 << Self::KEY_SHIFT;
 
     /// Not present.
     pub(super) const NONE: Self = Self(0);
@@ -124,7 +122,7 @@ impl Spte {
     /// What the processor may have cached of this leaf allows something that `new` does not, or leads
     /// elsewhere.
     #[inline]
-    pub(super) const fn is_less_in(self, new: Self) -> bool {
+    pub(super) fn is_less_in(self, new: Self) -> bool {
         let (old, new) = (self.0, new.0);
         let allows = |bits: u64| bits & (Self::WRITE | Self::USER) | !bits & Self::NX;
         (old ^ new) & (Self::ADDRESS | Self::LARGE | Self::UNCACHED) != 0
@@ -139,8 +137,6 @@ impl Spte {
     pub(super) const ALL_WRITES: u64 = Self::WRITE | Self::WRITABLE;
     /// The mark of an access.
     pub(super) const YOUNG: u64 = Self::ACCESSED;
-    /// What differs between entries that were made for the same leaf of the guest's.
-    pub(super) const JUDGED: u64 = Self::RIGHTS;
 }
 
 /// What a leaf is made of.
