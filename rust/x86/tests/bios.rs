@@ -16,7 +16,7 @@ use rkvm_x86::segment::Segment;
 use std::collections::VecDeque;
 use std::path::Path;
 
-const RAM: usize = 16 << 20;
+const RAM: usize = 256 << 20;
 
 /// A PC's board: CMOS, the interrupt controllers' and timer's registers as plain cells, a PCI host bridge, and debug ports.
 #[derive(Default)]
@@ -60,11 +60,14 @@ impl Pc {
                 0x16 => 2,
                 0x17 | 0x30 => 0,
                 0x18 | 0x31 => 0x3c,
-                0x10 | 0x12 | 0x2d | 0x34 | 0x35 | 0x38 | 0x3d | 0x5b..=0x5f => 0,
+                0x35 => 0x0f,
+                0x10 | 0x12 | 0x2d | 0x34 | 0x38 | 0x3d | 0x5b..=0x5f => 0,
                 0x14 => 2,
                 _ => 0,
             },
             0x402 | 0xe9 => 0xe9,
+            0x3fd => 0x60,
+            0x3f8..=0x3fc => 0,
             0x61 => (self.reads as u8 & 0x10) << 1 | self.reads as u8 & 0x10,
             0x60 => self.keyboard.pop_front().unwrap_or(0),
             0x64 => u8::from(!self.keyboard.is_empty()),
@@ -88,7 +91,7 @@ impl Pc {
         self.cells[usize::from(port)] = value;
         match port {
             0x70 => self.cmos_at = value,
-            0x402 | 0x403 | 0xe9 => self.log.push(value.into()),
+            0x402 | 0x403 | 0xe9 | 0x3f8 => self.log.push(value.into()),
             0xcf8..=0xcfb => {
                 let shift = 8 * u32::from(port & 3);
                 self.pci_at = self.pci_at & !(0xff << shift) | u32::from(value) << shift;
@@ -212,4 +215,40 @@ fn bochs_legacy() {
         40_000_000,
         &["Bochs", "No bootable device"],
     );
+}
+
+#[test]
+fn linux() {
+    let rom = std::fs::read("/root/.cache/rkvm/root-0667d775fc06/usr/share/seabios/bios-256k.bin").unwrap();
+    let mut board = board(rom);
+    while !board.ports.log.contains("No bootable") {
+        board.run(100_000);
+    }
+    board.ports.log.clear();
+    let image = std::fs::read(std::env::var("VMLINUZ").unwrap()).unwrap();
+    let setup = (usize::from(image[0x1f1]) + 1) * 512;
+    let mut head = image[..setup].to_vec();
+    head[0x210] = 0xff;
+    head[0x211] |= 0x80;
+    head[0x224..0x226].copy_from_slice(&0xde00u16.to_le_bytes());
+    head[0x228..0x22c].copy_from_slice(&0x9e000u32.to_le_bytes());
+    board.memory.put(0x90000, &head);
+    board.memory.put(0x9e000, b"earlyprintk=serial,ttyS0,115200 console=ttyS0 nokaslr debug\0");
+    board.memory.put(0x100000, &image[setup..]);
+    for reg in [SegReg::Ss, SegReg::Ds, SegReg::Es, SegReg::Fs, SegReg::Gs] {
+        *board.cpu.seg(reg) = Segment::real_mode(0x9000);
+    }
+    *board.cpu.seg(SegReg::Cs) = Segment::real_mode(0x9020);
+    board.cpu.rip = 0;
+    board.cpu.gprs.set(rkvm_x86::regs::Gpr::Rsp, 0xe000);
+    board.cpu.rflags = rkvm_x86::regs::Rflags::FIXED;
+    board.modes.clear();
+    let from = board.steps;
+    let mut end = End::Steps;
+    while end == End::Steps && board.steps - from < 900_000_000 {
+        end = board.run(10_000_000);
+        let place = board.place(); println!("{} {:?} {}", board.steps, board.modes, place.lines().next().unwrap());
+    }
+    let place = board.place();
+    println!("{end:?} after {}: {:?}\n{}\n{}", board.steps - from, board.modes, place, board.ports.log);
 }

@@ -25,6 +25,7 @@ use rkvm_x86::regs::Gpr;
 use rkvm_x86::regs::Rflags;
 use rkvm_x86::segment::CpuMode;
 use rkvm_x86::segment::SegReg;
+use rkvm_x86::segment::Segment;
 use rkvm_x86::vmentry::needs_emulation;
 use std::collections::BTreeMap;
 
@@ -146,6 +147,9 @@ impl<P: Ports> Board<P> {
         let mut cpu = TestCpu::real();
         cpu.cr0 = Cr0::ET;
         cpu.idtr.limit = 0x3ff;
+        for reg in [SegReg::Ldtr, SegReg::Tr] {
+            *cpu.seg(reg) = Segment::reset(reg);
+        }
         Self {
             cpu,
             memory: Memory {
@@ -165,18 +169,18 @@ impl<P: Ports> Board<P> {
     }
 
     /// What a processor would say of itself if it stopped here.
-    pub fn place(&mut self) -> String {
-        let cs = *self.cpu.seg(SegReg::Cs);
+    pub fn place(&self) -> String {
+        let cs = self.cpu.segments[SegReg::Cs as usize];
         let trail: Vec<_> = self.trail.iter().rev().take(12).collect();
         format!(
             "{:?} {:x}:{:x} (linear {:x}), bytes {:02x?}\n{:x?}\nlast {trail:x?}, faults {:?}",
-            self.cpu.mode(),
+            self.cpu.clone().mode(),
             cs.selector,
             self.cpu.rip,
             cs.base.wrapping_add(self.cpu.rip),
             self.emulator.insn_bytes(),
             self.cpu,
-            self.faults,
+            &self.faults[self.faults.len().saturating_sub(8)..],
         )
     }
 
