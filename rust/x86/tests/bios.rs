@@ -11,6 +11,9 @@ use common::board::End;
 use common::board::Ports;
 use rkvm_x86::insn::Size;
 use rkvm_x86::regs::Cr0;
+use rkvm_x86::regs::Gpr;
+use rkvm_x86::regs::Rflags;
+use rkvm_x86::segment::CpuMode;
 use rkvm_x86::segment::SegReg;
 use rkvm_x86::segment::Segment;
 use std::collections::VecDeque;
@@ -166,89 +169,139 @@ fn board(rom: Vec<u8>) -> Board<Pc> {
     board
 }
 
-fn boot(path: &str, steps: u64, words: &[&str]) {
-    let Ok(rom) = std::fs::read(Path::new(path)) else {
-        println!("no {path}");
-        return;
-    };
-    let mut board = board(rom);
+/// A file of the build root's. BIOS_DIR in the environment is another place for them.
+fn file(name: &str) -> Option<Vec<u8>> {
+    let dir = std::env::var("BIOS_DIR").unwrap_or("/usr/share".to_string());
+    let path = Path::new(&dir).join(name);
+    let bytes = std::fs::read(&path).ok();
+    if bytes.is_none() {
+        println!("no {}", path.display());
+    }
+    bytes
+}
+
+/// Runs until the BIOS has said all of this.
+fn boot(board: &mut Board<Pc>, steps: u64, words: &[&str]) {
     let mut end = End::Steps;
     while board.steps < steps && end == End::Steps {
         end = board.run(100_000);
         if words.iter().all(|word| board.ports.log.contains(word)) {
-            println!("{path}: {} steps, {:?}", board.steps, board.modes);
+            println!("{} steps, {:?}", board.steps, board.modes);
             return;
         }
     }
-    let place = board.place();
     panic!(
-        "{path}: {end:?} after {} steps, {:?}\n{}\nlog:\n{}",
+        "{end:?} after {} steps, {:?}\n{}\nlog:\n{}",
         board.steps,
         board.modes,
-        place,
+        board.place(),
         board.ports.log
     );
 }
 
-#[test]
-fn seabios() {
+/// SeaBIOS runs in big real mode, 16-bit and 32-bit protected mode.
+fn seabios() -> Option<Board<Pc>> {
+    let mut board = board(file("seabios/bios-256k.bin")?);
     boot(
-        "/root/.cache/rkvm/root-0667d775fc06/usr/share/seabios/bios-256k.bin",
+        &mut board,
         40_000_000,
-        &["SeaBIOS", "No bootable device"],
+        &[
+            "SeaBIOS (version",
+            "0000000000100000 - 0000000010000000 = 1 RAM",
+            "No bootable device",
+        ],
     );
+    Some(board)
 }
 
 #[test]
-fn bochs() {
-    boot(
-        "/root/.cache/rkvm/root-0667d775fc06/usr/share/bochs/BIOS-bochs-latest",
-        40_000_000,
-        &["Bochs", "No bootable device"],
-    );
+fn seabios_looks_for_something_to_boot() {
+    let Some(board) = seabios() else {
+        return;
+    };
+    let [_, emulated] = board.modes["Real"];
+    assert!(emulated > 1000, "{:?}", board.modes);
+    assert!(board.modes["Protected16"][0] > 10, "{:?}", board.modes);
+    assert!(board.modes["Protected32"][0] > 1000, "{:?}", board.modes);
+    assert!(board.faults.is_empty(), "{}", board.place());
 }
 
 #[test]
-fn bochs_legacy() {
-    boot(
-        "/root/.cache/rkvm/root-0667d775fc06/usr/share/bochs/BIOS-bochs-legacy",
-        40_000_000,
-        &["Bochs", "No bootable device"],
-    );
+fn the_bios_of_bochs_looks_for_something_to_boot() {
+    let Some(rom) = file("bochs/BIOS-bochs-latest") else {
+        return;
+    };
+    let words = ["BIOS BUILD DATE", "ram_end=256MB", "No bootable device"];
+    boot(&mut board(rom), 10_000_000, &words);
 }
 
 #[test]
-fn linux() {
-    let rom = std::fs::read("/root/.cache/rkvm/root-0667d775fc06/usr/share/seabios/bios-256k.bin").unwrap();
+fn the_legacy_bios_of_bochs_looks_for_something_to_boot() {
+    let (Some(rom), Some(vga)) = (
+        file("bochs/BIOS-bochs-legacy"),
+        file("seabios/vgabios-isavga.bin"),
+    ) else {
+        return;
+    };
     let mut board = board(rom);
-    while !board.ports.log.contains("No bootable") {
-        board.run(100_000);
-    }
-    board.ports.log.clear();
-    let image = std::fs::read(std::env::var("VMLINUZ").unwrap()).unwrap();
+    board.memory.put(0xc_0000, &vga);
+    boot(
+        &mut board,
+        10_000_000,
+        &["BIOS BUILD DATE", "No bootable device"],
+    );
+    assert_eq!(board.modes.keys().collect::<Vec<_>>(), ["Real"]);
+}
+
+/// The kernel of the testbed's guests.
+fn kernel() -> Option<Vec<u8>> {
+    let cache = std::env::var("RKVM_CACHE").ok()?;
+    let mut entries = std::fs::read_dir(cache).ok()?.flatten();
+    let guest = entries.find(|e| e.file_name().to_string_lossy().starts_with("guest-"))?;
+    std::fs::read(guest.path().join("vmlinuz")).ok()
+}
+
+/// Linux from the start of its 16-bit code, which asks the BIOS for this and that, to 64-bit code.
+#[test]
+fn linux_comes_to_long_mode() {
+    let Some(image) = kernel() else {
+        println!("no kernel: RKVM_CACHE says where the testbed's is");
+        return;
+    };
+    let Some(mut board) = seabios() else {
+        return;
+    };
+    // As a boot loader does: Documentation/arch/x86/boot.rst.
     let setup = (usize::from(image[0x1f1]) + 1) * 512;
     let mut head = image[..setup].to_vec();
     head[0x210] = 0xff;
     head[0x211] |= 0x80;
     head[0x224..0x226].copy_from_slice(&0xde00u16.to_le_bytes());
-    head[0x228..0x22c].copy_from_slice(&0x9e000u32.to_le_bytes());
-    board.memory.put(0x90000, &head);
-    board.memory.put(0x9e000, b"earlyprintk=serial,ttyS0,115200 console=ttyS0 nokaslr debug\0");
-    board.memory.put(0x100000, &image[setup..]);
+    head[0x228..0x22c].copy_from_slice(&0x9_e000u32.to_le_bytes());
+    board.memory.put(0x9_0000, &head);
+    board.memory.put(0x9_e000, b"console=ttyS0\0");
+    board.memory.put(0x10_0000, &image[setup..]);
     for reg in [SegReg::Ss, SegReg::Ds, SegReg::Es, SegReg::Fs, SegReg::Gs] {
         *board.cpu.seg(reg) = Segment::real_mode(0x9000);
     }
     *board.cpu.seg(SegReg::Cs) = Segment::real_mode(0x9020);
     board.cpu.rip = 0;
-    board.cpu.gprs.set(rkvm_x86::regs::Gpr::Rsp, 0xe000);
-    board.cpu.rflags = rkvm_x86::regs::Rflags::FIXED;
+    board.cpu.gprs.set(Gpr::Rsp, 0xe000);
+    board.cpu.rflags = Rflags::FIXED;
     board.modes.clear();
-    let from = board.steps;
-    let mut end = End::Steps;
-    while end == End::Steps && board.steps - from < 900_000_000 {
-        end = board.run(10_000_000);
-        let place = board.place(); println!("{} {:?} {}", board.steps, board.modes, place.lines().next().unwrap());
+    for _ in 0..2_000_000 {
+        assert_eq!(board.run(1), End::Steps, "{}", board.place());
+        if board.mode() == CpuMode::Long64 {
+            break;
+        }
     }
-    let place = board.place();
-    println!("{end:?} after {}: {:?}\n{}\n{}", board.steps - from, board.modes, place, board.ports.log);
+    assert_eq!(board.mode(), CpuMode::Long64, "{}", board.place());
+    println!("{:?}", board.modes);
+    // RSI leads to the parameters: the header is there, and a map of memory from the BIOS.
+    let parameters = board.cpu.get(Gpr::Rsi);
+    assert_eq!(board.memory.get(parameters + 0x202, 4), b"HdrS");
+    assert!(board.memory.get(parameters + 0x1e8, 1)[0] >= 3);
+    // The decompressor runs.
+    assert_eq!(board.run(1_000_000), End::Steps, "{}", board.place());
+    assert!(board.modes["Long64"][0] >= 1_000_000, "{:?}", board.modes);
 }

@@ -197,7 +197,10 @@ fn a_boot_sector_makes_big_real_mode() {
     run(&mut board, 10_000);
     assert_eq!(board.ports.text, "real unreal good");
     assert_eq!(board.memory.get32(0x20_0200), 0xbabe_cafe);
-    assert_eq!(board.memory.get(0x20_0000, 512), board.memory.get(LOAD, 512));
+    assert_eq!(
+        board.memory.get(0x20_0000, 512),
+        board.memory.get(LOAD, 512)
+    );
     assert_eq!(board.faults.len(), 1);
     assert_eq!(board.faults[0], Fault::gp(0));
     // The limits of protected mode are there still.

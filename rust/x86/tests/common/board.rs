@@ -326,8 +326,8 @@ impl<P: Ports> Board<P> {
                 let value = self.cpu.get(Gpr::Rax) & 0xffff_ffff | (self.cpu.get(Gpr::Rdx) << 32);
                 let number = self.cpu.get(Gpr::Rcx) as u32;
                 if number == EFER {
-                    self.cpu.efer = Efer::new(value) & Efer::LME.with(Efer::SCE)
-                        | self.cpu.efer & Efer::LMA;
+                    self.cpu.efer =
+                        Efer::new(value) & Efer::LME.with(Efer::SCE) | self.cpu.efer & Efer::LMA;
                 } else {
                     self.cpu.set_msr(Msr(number), value);
                 }
