@@ -43,9 +43,11 @@ const TSS: u64 = 0x6000;
 const WIDE: u16 = 0x33;
 const NARROW: u16 = 0x23;
 const FLAT: u16 = 0x2b;
+/// The last of [`ENTRIES`].
+const SHORT: u16 = (6 << 3) | 7;
 
 /// The descriptors of the LDT: what modify_ldt(2) is told (limit in bytes), and the access byte and the flags that it makes of it.
-const ENTRIES: [(u32, u8, u8); 6] = [
+const ENTRIES: [(u32, u8, u8); 7] = [
     // Data, 32 bits.
     (1, 0xf3, 4),
     // Read-only data.
@@ -58,6 +60,8 @@ const ENTRIES: [(u32, u8, u8); 6] = [
     (1 | (2 << 1) | (1 << 3), 0xf9, 4),
     // Not present.
     (1 | (1 << 5), 0x73, 4),
+    // Readable code, 16 bits.
+    (2 << 1, 0xfb, 0),
 ];
 const LIMIT: u32 = 0xf_fff0;
 
@@ -120,7 +124,10 @@ fn tables(memory: &mut TestMemory) {
 
 fn processor(memory: &TestMemory, cs: u16) -> TestCpu {
     let mut cpu = TestCpu::long();
-    let entry = |selector: u16| memory.get64(GDT + u64::from(selector & !7));
+    let entry = |selector: u16| {
+        let table = if selector & 4 == 0 { GDT } else { LDT };
+        memory.get64(table + u64::from(selector & !7))
+    };
     cpu.cpl = 3;
     cpu.cr0 |= Cr0::AM | Cr0::NE | Cr0::MP;
     cpu.rip = AT;
@@ -253,7 +260,7 @@ fn words(values: &[u64], size: usize) -> Vec<u8> {
 
 /// LAR, LSL, VERR, VERW, MOV to ES and SS of every selector.
 fn questions(bench: &mut Bench) {
-    for cs in [WIDE, NARROW] {
+    for cs in [WIDE, NARROW, SHORT] {
         for selector in selectors() {
             for code in [
                 &[0x0f, 0x02, 0xc8][..],
@@ -285,10 +292,22 @@ fn transfers(bench: &mut Bench) {
         bench.compare(NARROW, &direct, 0, &[]);
         direct[0] = 0x9a;
         bench.compare(NARROW, &direct, 0, &[]);
+        // The same in 16-bit code, with prefixes for operands and addresses of 32 bits.
+        for code in [&[0x66, 0x67, 0xff, 0x2b][..], &[0x66, 0x67, 0xff, 0x1b]] {
+            bench.compare(SHORT, code, 0, &pointer);
+        }
+        direct.insert(0, 0x66);
+        bench.compare(SHORT, &direct, 0, &[]);
         // IRET leaves the trap flag set.
         let frame = [target, selector.into(), 0x302, STACK, FLAT.into()];
         bench.compare(NARROW, &[0xcb], 0, &words(&frame[..2], 4));
         bench.compare(NARROW, &[0xcf], 0, &words(&frame[..3], 4));
+        bench.compare(SHORT, &[0x66, 0xcb], 0, &words(&frame[..2], 4));
+        bench.compare(SHORT, &[0x66, 0xcf], 0, &words(&frame[..3], 4));
+        // Frames of words lead below 64 KiB.
+        let short = [target, selector.into(), 0x302];
+        bench.compare(SHORT, &[0xcb], 0, &words(&short[..2], 2));
+        bench.compare(SHORT, &[0xcf], 0, &words(&short, 2));
         bench.compare(WIDE, &[0x48, 0xcb], 0, &words(&frame[..2], 8));
         bench.compare(WIDE, &[0x48, 0xcf], 0, &words(&frame, 8));
         bench.compare(WIDE, &[0xcf], 0, &words(&frame, 4));
@@ -339,6 +358,7 @@ fn refused(bench: &mut Bench) {
     ] {
         bench.compare(WIDE, code, 0x23, &words(&[0x80, 0], 8));
         bench.compare(NARROW, code, 0x23, &words(&[0x80, 0], 8));
+        bench.compare(SHORT, code, 0x23, &words(&[0x80, 0], 8));
     }
     // All but what the kernel lets user mode have: INT3, INTO, and the system call.
     for vector in (0x20..=255).filter(|v| *v != 0x80) {
@@ -357,6 +377,14 @@ fn legacy(bench: &mut Bench) {
             &words(&[0x1234_5678, selector.into()], 4),
         );
         bench.compare(NARROW, &[0x07], 0, &words(&[selector.into()], 4));
+        bench.compare(SHORT, &[0x07], 0, &words(&[selector.into()], 2));
+        bench.compare(SHORT, &[0x66, 0x07], 0, &words(&[selector.into()], 4));
+        bench.compare(
+            SHORT,
+            &[0x67, 0xc5, 0x0b],
+            0,
+            &words(&[0x1234, selector.into()], 2),
+        );
         bench.compare(NARROW, &[0x63, 0xc1], selector.into(), &[]);
         bench.compare(NARROW, &[0x63, 0x03], selector.into(), &words(&[0x51], 4));
     }
