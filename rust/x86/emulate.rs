@@ -198,6 +198,13 @@ pub enum Service {
     },
     /// INVLPG at a linear address.
     InvalidatePage(u64),
+    /// INVPCID. Neither the type nor the descriptor was checked, nor that CPUID reports the instruction.
+    InvalidatePcid {
+        /// What is to be invalidated.
+        kind: u64,
+        /// The 16 bytes of the descriptor: the identifier with reserved bits, and the linear address.
+        descriptor: [u64; 2],
+    },
     /// HLT.
     Halt,
     /// INVD.
@@ -210,12 +217,18 @@ pub enum Service {
     WriteMsr,
     /// RDTSC.
     ReadTsc,
+    /// RDTSCP. Whether CPUID reports it was not checked.
+    ReadTscAux,
     /// RDPMC.
     ReadCounter,
     /// CPUID.
     Identify,
     /// XSETBV.
     WriteXcr,
+    /// XGETBV of something else than XCR0.
+    ReadXcr,
+    /// VMCALL. At any privilege level.
+    Hypercall,
     /// IN or OUT, with the accumulator.
     Port {
         /// Which port.

@@ -321,6 +321,8 @@ impl Segment {
 pub enum CpuMode {
     /// CR0.PE is clear.
     Real,
+    /// The same, with a code segment of 32 bits that protected mode has left.
+    Real32,
     /// Virtual-8086 mode.
     Vm86,
     /// Protected mode, 16-bit code.
@@ -340,9 +342,8 @@ impl CpuMode {
     #[must_use]
     pub const fn of(cr0: Cr0, rflags: Rflags, efer: Efer, cs: SegAttr) -> Self {
         if !cr0.has(Cr0::PE) {
-            // The D bit of CS counts in real mode too ("unreal" code segments), but nobody can set it without passing
-            // through protected mode, and then jumps before relying on it.
-            return Self::Real;
+            // The D bit of CS counts here too. Protected mode can leave it set, and no transfer in real mode clears it.
+            return if cs.db() { Self::Real32 } else { Self::Real };
         }
         if efer.has(Efer::LMA) {
             return if cs.l() {
@@ -376,11 +377,18 @@ impl CpuMode {
         matches!(self, Self::Long64 | Self::Compat32 | Self::Compat16)
     }
 
+    /// Whether CR0.PE is clear.
+    #[inline]
+    #[must_use]
+    pub const fn is_real(self) -> bool {
+        matches!(self, Self::Real | Self::Real32)
+    }
+
     /// Whether segments are those of the 8086, with no types and privileges.
     #[inline]
     #[must_use]
     pub const fn is_8086(self) -> bool {
-        matches!(self, Self::Real | Self::Vm86)
+        matches!(self, Self::Real | Self::Real32 | Self::Vm86)
     }
 
     /// The default size of operands: 2 or 4 bytes.
@@ -389,7 +397,7 @@ impl CpuMode {
     pub const fn operand_size(self) -> u8 {
         match self {
             Self::Real | Self::Vm86 | Self::Protected16 | Self::Compat16 => 2,
-            Self::Protected32 | Self::Compat32 | Self::Long64 => 4,
+            Self::Real32 | Self::Protected32 | Self::Compat32 | Self::Long64 => 4,
         }
     }
 
@@ -399,7 +407,7 @@ impl CpuMode {
     pub const fn address_size(self) -> u8 {
         match self {
             Self::Real | Self::Vm86 | Self::Protected16 | Self::Compat16 => 2,
-            Self::Protected32 | Self::Compat32 => 4,
+            Self::Real32 | Self::Protected32 | Self::Compat32 => 4,
             Self::Long64 => 8,
         }
     }

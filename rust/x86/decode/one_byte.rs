@@ -43,7 +43,8 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
         0x58..=0x5f => Row::new(Op::Pop, Form::Low, Width::Stack),
         0x60 => return d.legacy(Ok(Row::new(Op::PushAll, Form::None, Width::Full))),
         0x61 => return d.legacy(Ok(Row::new(Op::PopAll, Form::None, Width::Full))),
-        // With a register it is EVEX, as in 64-bit mode.
+        // With a register it is EVEX, as in 64-bit mode, but nothing in 8086 code, and so is VEX.
+        0x62 | 0xc4 | 0xc5 if d.mode.is_8086() && !d.memory()? => return Err(DecodeError::Invalid),
         0x62 if !d.long() && d.memory()? => Row::new(Op::Bound, Form::RegRm, Width::Full),
         0x63 if d.long() => {
             // With a 16-bit operand size the source has 16 bits too: nothing is extended.

@@ -147,14 +147,35 @@ fn group7(d: &Decoder<'_>) -> Result<Row, DecodeError> {
         1 if memory => system(O::StoreIdt, Form::Rm, full),
         2 if memory => system(O::LoadGdt, Form::Source, full),
         3 if memory => system(O::LoadIdt, Form::Source, full),
-        2 if d.modrm_is(0xd1)? && d.prefix() == Prefix::None => {
-            system(O::WriteXcr, Form::Skip, full)
-        }
         4 => system(O::StoreMsw, Form::Rm, full),
         6 => system(O::LoadMsw, Form::Source, WORD),
         7 if memory => system(O::InvalidatePage, Form::Source, BYTE),
-        7 if d.modrm_is(0xf8)? && !d.long() => return Err(DecodeError::Invalid),
-        7 if d.modrm_is(0xf8)? => system(O::SwapGs, Form::Skip, full),
-        _ => return Err(DecodeError::Unsupported),
+        _ => return group7_register(d),
     })
+}
+
+/// What the group has with a register for memory: each byte is an instruction of its own.
+fn group7_register(d: &Decoder<'_>) -> Result<Row, DecodeError> {
+    use SystemOp as O;
+    let op = match (d.peek()?, d.prefix()) {
+        (0xf9, _) => O::ReadTscAux,
+        (0xf8, _) if d.long() => O::SwapGs,
+        (0xf8, _) => return Err(DecodeError::Invalid),
+        (0xc1, Prefix::None) => O::Hypercall,
+        // The rest of VMX, of which no guest has any.
+        (0xc2..=0xc4, Prefix::None) => return Err(DecodeError::Invalid),
+        (0xca, Prefix::None) => O::AccessCheckOn,
+        (0xcb, Prefix::None) => O::AccessCheckOff,
+        (0xd0, Prefix::None) => O::ReadXcr,
+        (0xd1, Prefix::None) => O::WriteXcr,
+        _ => return Err(DecodeError::Unsupported),
+    };
+    Ok(system(op, Form::Skip, Width::Full))
+}
+
+/// INVPCID, which has no operand size but that of the mode.
+pub(super) fn invpcid(d: &Decoder<'_>) -> Row {
+    let size = if d.long() { Size::Qword } else { Size::Dword };
+    let width = Width::Fixed(size);
+    system(SystemOp::InvalidatePcid, Form::RegRm, width).memory()
 }

@@ -8,6 +8,7 @@ use super::super::insn::Size;
 use super::row::Form;
 use super::row::Row;
 use super::row::Width;
+use super::system;
 use super::vector;
 use super::Decoder;
 use super::Prefix;
@@ -30,6 +31,7 @@ pub(super) fn row_38(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
             let from = d.full_size();
             Row::new(Op::Crc32(from), Form::RegRmOf(from), Width::Wide)
         }
+        (0x82, Prefix::P66) => system::invpcid(d),
         (0xf6, Prefix::P66) => Row::new(Op::Adcx, Form::RegRm, Width::Wide),
         (0xf6, Prefix::F3) => Row::new(Op::Adox, Form::RegRm, Width::Wide),
         _ => return vector::row_38(d, opcode),

@@ -71,6 +71,8 @@ pub enum SystemOp {
     ReadDebug,
     /// INVLPG at the address of `src`.
     InvalidatePage,
+    /// INVPCID: the type is `dst`, the descriptor `src`.
+    InvalidatePcid,
     /// HLT.
     Halt,
     /// INVD.
@@ -83,12 +85,22 @@ pub enum SystemOp {
     WriteMsr,
     /// RDTSC.
     ReadTsc,
+    /// RDTSCP.
+    ReadTscAux,
     /// RDPMC.
     ReadCounter,
     /// CPUID.
     Identify,
     /// XSETBV.
     WriteXcr,
+    /// XGETBV.
+    ReadXcr,
+    /// VMCALL.
+    Hypercall,
+    /// CLAC.
+    AccessCheckOn,
+    /// STAC.
+    AccessCheckOff,
     /// SWAPGS.
     SwapGs,
     /// CLI.

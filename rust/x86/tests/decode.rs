@@ -559,7 +559,7 @@ proptest! {
     fn any_bytes(
         bytes in prop::collection::vec(any::<u8>(), 0..20),
         mode in prop::sample::select(vec![
-            CpuMode::Real, CpuMode::Vm86, CpuMode::Protected16, CpuMode::Protected32,
+            CpuMode::Real, CpuMode::Real32, CpuMode::Vm86, CpuMode::Protected16, CpuMode::Protected32,
             CpuMode::Compat16, CpuMode::Compat32, CpuMode::Long64,
         ]),
     ) {

@@ -84,6 +84,7 @@ fn modes() {
     let f = Rflags::FIXED;
     for (cr0, flags, efer, cs, mode, operand, address) in [
         (real, f, none, code16, CpuMode::Real, 2, 2),
+        (real, f, none, code32, CpuMode::Real32, 4, 4),
         (pe, f, none, code16, CpuMode::Protected16, 2, 2),
         (pe, f, none, code32, CpuMode::Protected32, 4, 4),
         (pe, vm, none, code16, CpuMode::Vm86, 2, 2),
@@ -262,7 +263,7 @@ proptest! {
         base: u64, limit: u32, raw: u32, offset: u64, len in 0u32..5000, la57: bool,
         reg in prop::sample::select(SegReg::ALL.to_vec()),
         mode in prop::sample::select(vec![
-            CpuMode::Real, CpuMode::Vm86, CpuMode::Protected16, CpuMode::Protected32,
+            CpuMode::Real, CpuMode::Real32, CpuMode::Vm86, CpuMode::Protected16, CpuMode::Protected32,
             CpuMode::Compat16, CpuMode::Compat32, CpuMode::Long64,
         ]),
         kind in prop::sample::select(vec![AccessKind::Read, AccessKind::Write, AccessKind::Fetch]),

@@ -13,6 +13,7 @@ use super::super::super::paging::GuestMemory;
 use super::super::super::regs::Cr4;
 use super::super::super::regs::Gpr;
 use super::super::super::regs::Rflags;
+use super::super::super::segment::AccessKind;
 use super::super::super::segment::CpuMode;
 use super::super::super::segment::SegReg;
 use super::super::super::segment::Segment;
@@ -36,12 +37,17 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         use SystemOp as O;
         let service = match op {
             O::Identify => Service::Identify,
-            O::ReadTsc => {
+            O::Hypercall => Service::Hypercall,
+            O::ReadTsc | O::ReadTscAux => {
                 let restricted = self.run.paging.cr4.has(Cr4::TSD);
                 if restricted && self.cpl != 0 && self.protected_mode_enabled() {
                     return Err(Fault::gp(0).into());
                 }
-                Service::ReadTsc
+                if op == O::ReadTsc {
+                    Service::ReadTsc
+                } else {
+                    Service::ReadTscAux
+                }
             }
             O::ReadCounter => Service::ReadCounter,
             _ => {
@@ -75,7 +81,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
     }
 
     fn protected_mode_enabled(&self) -> bool {
-        self.mode != CpuMode::Real
+        !self.mode.is_real()
     }
 
     fn privileged(&mut self, insn: &Insn, op: SystemOp) -> Res<Service, M> {
@@ -114,6 +120,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
                 };
                 Service::InvalidatePage(base.wrapping_add(offset) & self.mode.linear_mask())
             }
+            O::InvalidatePcid => self.invalidate_pcid(insn)?,
             O::Halt => Service::Halt,
             O::InvalidateCaches => Service::InvalidateCaches,
             O::WriteBackCaches => Service::WriteBackCaches,
@@ -127,6 +134,45 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         })
     }
 
+    /// INVPCID: the type and the descriptor.
+    fn invalidate_pcid(&mut self, insn: &Insn) -> Res<Service, M> {
+        let Operand::Mem(mem) = insn.src else {
+            return Err(Stop::Unhandled);
+        };
+        let kind = self.run.register(insn.dst, insn.size)?;
+        let offset = self.run.effective_address(insn, &mem, 0);
+        let wide = self
+            .run
+            .wide_target(mem.seg, offset, 16, None, AccessKind::Read)?;
+        let [identifier, linear, ..] = self.run.load_wide(&wide)?;
+        Ok(Service::InvalidatePcid {
+            kind,
+            descriptor: [identifier, linear],
+        })
+    }
+
+    /// CLAC and STAC: supervisor code may not, or may, access pages of user mode under SMAP.
+    pub(super) fn set_access_check(&mut self, on: bool) -> Res<(), M> {
+        if self.cpl != 0 {
+            return Err(Fault::UD.into());
+        }
+        self.flags = self.flags.with_if(Rflags::AC, !on);
+        Ok(())
+    }
+
+    /// XGETBV.
+    pub(super) fn read_xcr(&mut self, insn: &Insn) -> Res<(), M> {
+        if !self.run.paging.cr4.has(Cr4::OSXSAVE) {
+            return Err(Fault::UD.into());
+        }
+        if self.run.cpu.gpr(Gpr::Rcx) & Size::Dword.mask() != 0 {
+            return self.ask(insn, Service::ReadXcr);
+        }
+        let value = self.run.cpu.xcr0();
+        self.set_gpr_part(Gpr::Rax, Size::Dword, value)?;
+        self.set_gpr_part(Gpr::Rdx, Size::Dword, value >> 32)
+    }
+
     /// SMSW: a register gets as much of CR0 as it holds.
     pub(super) fn store_msw(&mut self, insn: &Insn) -> Res<(), M> {
         self.need_umip()?;
@@ -137,7 +183,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
     /// CLI and STI.
     pub(super) fn set_interrupts(&mut self, on: bool) -> Res<(), M> {
         let flags = self.flags;
-        let allowed = self.mode == CpuMode::Real || self.cpl <= flags.iopl();
+        let allowed = self.mode.is_real() || self.cpl <= flags.iopl();
         if allowed && self.mode != CpuMode::Vm86 || flags.iopl() == 3 {
             if on && !flags.has(Rflags::IF) {
                 self.shadow = Shadow::Sti;

@@ -78,7 +78,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
         if !event.by_program {
             self.ext = 1;
         }
-        if self.mode == CpuMode::Real {
+        if self.mode.is_real() {
             return self.deliver_real(event.vector);
         }
         let gate = self.interrupt_gate(&event)?;

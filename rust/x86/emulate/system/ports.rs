@@ -26,7 +26,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
     /// #GP(0) unless the program may access these ports.
     fn permit(&mut self, port: u16, size: Size) -> Res<(), M> {
         let by_level = match self.mode {
-            CpuMode::Real => true,
+            CpuMode::Real | CpuMode::Real32 => true,
             CpuMode::Vm86 => false,
             _ => self.cpl <= self.flags.iopl(),
         };

@@ -33,11 +33,16 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
                 attr: VM86,
             };
         }
+        let old = self.run.cpu.segment(reg);
+        if old.attr.unusable() {
+            // Protected mode has left a null selector: there is nothing that could go on.
+            return Segment::real_mode(selector);
+        }
         // In real mode limit and attributes stay: what was set in protected mode goes on.
         Segment {
             selector,
             base,
-            ..self.run.cpu.segment(reg)
+            ..old
         }
     }
 

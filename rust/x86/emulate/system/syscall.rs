@@ -11,7 +11,6 @@ use super::super::super::regs::Efer;
 use super::super::super::regs::Gpr;
 use super::super::super::regs::Rflags;
 use super::super::super::segment::is_canonical;
-use super::super::super::segment::CpuMode;
 use super::super::super::segment::SegAttr;
 use super::super::super::segment::SegReg;
 use super::super::super::segment::Segment;
@@ -90,7 +89,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
     /// SYSENTER.
     pub(super) fn sysenter(&mut self) -> Res<(), M> {
         let cs = self.msr(Msr::SYSENTER_CS)? as u16 & !3;
-        if self.mode == CpuMode::Real || cs == 0 {
+        if self.mode.is_real() || cs == 0 {
             return Err(Fault::gp(0).into());
         }
         let long = self.mode.is_long();
@@ -106,7 +105,7 @@ impl<C: Cpu, M: GuestMemory> System<'_, '_, C, M> {
     /// SYSEXIT.
     pub(super) fn sysexit(&mut self, insn: &Insn) -> Res<(), M> {
         let cs = self.msr(Msr::SYSENTER_CS)? as u16 & !3;
-        if self.mode == CpuMode::Real || cs == 0 || self.cpl != 0 {
+        if self.mode.is_real() || cs == 0 || self.cpl != 0 {
             return Err(Fault::gp(0).into());
         }
         let long = insn.size == Size::Qword;

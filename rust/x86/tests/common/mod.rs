@@ -4,6 +4,7 @@
 // Each test program uses a part.
 #![allow(dead_code, unreachable_pub)]
 
+pub mod board;
 pub mod generate;
 pub mod system;
 
