@@ -15,6 +15,11 @@ impl<L: Loaded> Run<'_, L> {
         self.raise(Fault::page(linear, error))
     }
 
+    /// INVPCID, whose descriptor has been checked.
+    pub(super) fn invalidate_pcid(&mut self, _kind: u64, _identifier: u64, _linear: u64) {
+        self.hw.flush_guest_tlb();
+    }
+
     /// The guest has changed what is at a linear address, and says so.
     pub(super) fn invalidate_page(&mut self, _linear: u64) {
         self.hw.flush_guest_tlb();
