@@ -13,6 +13,8 @@ mod fields;
 mod load;
 mod msr_bitmap;
 mod power;
+mod qualification;
+mod reason;
 mod restricted;
 mod spec_ctrl;
 mod vcpu;
