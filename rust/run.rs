@@ -511,7 +511,10 @@ impl<L: Loaded> Run<'_, L> {
                 self.arch.events.raise(exception);
                 Ok(Next::Guest)
             }
-            Exit::Vmcall => self.vmcall(),
+            Exit::Vmcall => {
+                let len = self.hw.instruction_len();
+                self.vmcall(len)
+            }
             Exit::Pause => self.pause(),
             Exit::Invd => {
                 self.skip();

@@ -13,6 +13,8 @@ mod fields;
 mod load;
 mod msr_bitmap;
 mod power;
+mod qualification;
+mod reason;
 mod restricted;
 mod spec_ctrl;
 mod vcpu;
@@ -190,9 +192,11 @@ impl Vmx {
             pr_err!("this CPU has no VMX, or the firmware or the command line turned it off\n");
             return Err(unsupported());
         }
+        let caps = VmxCaps::probe()?;
         // SAFETY: The helpers read feature bits and flip a branch that only our entry takes.
         unsafe {
-            if bindings::rkvm_cpu_has_l1tf() {
+            // With shadow tables, the guest has no entries of its own that the processor would look at.
+            if caps.ept && bindings::rkvm_cpu_has_l1tf() {
                 if !bindings::rkvm_cpu_flushes_l1d() {
                     pr_err!("this CPU is open to L1TF and its microcode cannot flush the L1D\n");
                     return Err(unsupported());
@@ -205,7 +209,7 @@ impl Vmx {
             VMCSS.init(KVVec::new(), c"rkvm_vmcss", static_lock_class!());
             MACHINE.init();
         }
-        let (caps, host) = (VmxCaps::probe()?, HostState::read()?);
+        let host = HostState::read()?;
         let on = HotplugState::register()
             .inspect_err(|_| pr_err!("VMX could not be turned on on every CPU\n"))?;
         Ok(Self {

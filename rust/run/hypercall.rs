@@ -50,8 +50,8 @@ const NOT_VALID: Refusal = Refusal(b::KVM_EINVAL);
 pub(crate) const FOR_VMM: u64 = 1 << b::KVM_HC_MAP_GPA_RANGE;
 
 impl<L: Loaded> Run<'_, L> {
-    /// VMCALL.
-    pub(super) fn vmcall(&mut self) -> Result<Next> {
+    /// VMCALL, an instruction of `len` bytes.
+    pub(super) fn vmcall(&mut self, len: u8) -> Result<Next> {
         self.shared.stats.hypercalls.bump();
         let wide = crate::arch::in_64bit_mode(&mut self.hw);
         let mask = if wide { u64::MAX } else { 0xffff_ffff };
@@ -61,7 +61,7 @@ impl<L: Loaded> Run<'_, L> {
         let answer = if crate::arch::cpl(&mut self.hw) != 0 {
             Err(NOT_ALLOWED)
         } else if number == u64::from(b::KVM_HC_MAP_GPA_RANGE) {
-            match self.map_gpa_range(args, wide) {
+            match self.map_gpa_range(args, wide, len) {
                 Ok(()) => return Ok(Next::User),
                 Err(refusal) => Err(refusal),
             }
@@ -73,7 +73,7 @@ impl<L: Loaded> Run<'_, L> {
             Err(Refusal(error)) => u64::from(error).wrapping_neg(),
         };
         self.hw.set_gpr(Gpr::Rax, value & mask);
-        self.skip();
+        super::skip(&mut self.hw, len);
         Ok(Next::Guest)
     }
 
@@ -152,7 +152,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// KVM_HC_MAP_GPA_RANGE, of which only the VMM knows what to make.
-    fn map_gpa_range(&mut self, args: [u64; 4], wide: bool) -> Result<(), Refusal> {
+    fn map_gpa_range(&mut self, args: [u64; 4], wide: bool, len: u8) -> Result<(), Refusal> {
         let [gpa, pages, attributes, _] = args;
         if !self.options.exits_by_hypercall(b::KVM_HC_MAP_GPA_RANGE) {
             return Err(NOT_KNOWN);
@@ -165,7 +165,7 @@ impl<L: Loaded> Run<'_, L> {
         self.page
             .set_hypercall(b::KVM_HC_MAP_GPA_RANGE.into(), args, wide);
         self.arch.pending = Pending::Hypercall(PendingHypercall {
-            len: self.hw.instruction_len(),
+            len,
             at: LinearRip::of(&mut self.hw),
         });
         Ok(())

@@ -125,11 +125,13 @@ impl<L: Loaded> Run<'_, L> {
     /// Emulates instructions as long as it must be, and nothing else has to be looked at.
     fn emulate_batch(&mut self) -> Result<Next> {
         self.arch.has_run = true;
-        if self.shared.take(Request::MsrFilter) {
-            self.fetch_msr_filter();
-        }
-        if self.shared.take(Request::DebugStep) {
-            self.hw.set_shadow(Shadow::None);
+        // What an entry would look for.
+        if self.shared.pending() {
+            self.take_requests();
+            self.update_structures();
+            if self.shared.take(Request::MsrFilter) {
+                self.fetch_msr_filter();
+            }
         }
         for _ in 0..BATCH {
             // A load of SS holds the trap of its own step back for good.
@@ -159,15 +161,18 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Whether something has come up that the loop around looks for.
     fn has_other_work(&mut self) -> bool {
+        let masked = self.hw.nmi_blocked();
+        self.arch.events.set_nmi_masked(masked);
+        let gate = events::gate(&mut self.hw);
+        let open = gate.interrupts_enabled && gate.shadow == Shadow::None;
         let mut controllers = Controllers {
             apic: self.arch.apic.as_deref_mut(),
             irqs: self.irqs,
         };
         self.arch.mp_state != RUNNABLE
-            || !self.arch.events.is_idle()
-            || controllers.waits()
+            || self.arch.events.has_deliverable(gate)
+            || open && (controllers.waits() || self.page.request_interrupt_window())
             || self.shared.pending()
-            || self.page.request_interrupt_window()
             || task::guest_entry_work_seen()
     }
 

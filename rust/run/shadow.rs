@@ -207,6 +207,16 @@ impl<L: Loaded> Run<'_, L> {
         Some(Next::Guest)
     }
 
+    /// INVPCID, whose descriptor has been checked. Roots are kept whatever their identifier, so that what is wanted for
+    /// one is done for all.
+    pub(super) fn invalidate_pcid(&mut self, kind: u64, _identifier: u64, linear: u64) {
+        if kind == 0 {
+            self.invalidate_page(linear);
+        } else {
+            flush_guest(&mut self.hw, self.arch);
+        }
+    }
+
     /// INVLPG, or INVPCID of one address.
     pub(super) fn invalidate_page(&mut self, linear: u64) {
         self.shared.stats.invlpg.bump();

@@ -12,6 +12,9 @@ use crate::backend::CrAccess;
 use crate::backend::Loaded;
 use crate::backend::PortAccess;
 use crate::linux::msr as host_msr;
+use crate::x86::cpuid::features::Features;
+use crate::x86::cpuid::words::LeafDs1Eax;
+use crate::x86::cr as checks;
 use crate::x86::emulate::Cause;
 use crate::x86::emulate::Outcome;
 use crate::x86::emulate::Service;
@@ -19,6 +22,7 @@ use crate::x86::emulate::TaskSwitch;
 use crate::x86::event::Shadow;
 use crate::x86::event::Vectoring;
 use crate::x86::exception::Fault;
+use crate::x86::msr::Msr;
 use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Dr7;
@@ -144,20 +148,53 @@ impl<L: Loaded> Run<'_, L> {
                 self.invalidate_page(linear);
                 self.complete(len)
             }
+            Service::InvalidatePcid { kind, descriptor } => {
+                let [identifier, linear] = descriptor;
+                if !self.arch.features.has(Features::INVPCID) {
+                    return self.raise(Fault::UD);
+                }
+                let cr4 = self.hw.cr4();
+                if !checks::invpcid_is_valid(kind, identifier, linear, cr4) {
+                    return self.raise(Fault::gp(0));
+                }
+                self.invalidate_pcid(kind, identifier, linear);
+                self.complete(len)
+            }
             Service::Halt => self.halt(len),
             // As at exits by them.
             Service::InvalidateCaches | Service::WriteBackCaches => self.complete(len),
             Service::ReadMsr => self.rdmsr(len),
             Service::WriteMsr => self.wrmsr(len),
             Service::ReadTsc => {
-                let now = self.hw.tsc().at(host_msr::rdtsc());
-                self.hw.set_gpr(Gpr::Rax, now & 0xffff_ffff);
-                self.hw.set_gpr(Gpr::Rdx, now >> 32);
+                self.read_tsc();
+                self.complete(len)
+            }
+            Service::ReadTscAux => {
+                if !self.arch.features.has(Features::RDTSCP) {
+                    return self.raise(Fault::UD);
+                }
+                let aux = self.hw.read_msr(Msr::TSC_AUX).unwrap_or(0);
+                self.hw.set_gpr(Gpr::Rcx, aux & 0xffff_ffff);
+                self.read_tsc();
                 self.complete(len)
             }
             Service::ReadCounter => self.raise(Fault::gp(0)),
             Service::Identify => self.identify(len),
             Service::WriteXcr => self.xsetbv(len),
+            Service::ReadXcr => {
+                // Which components are in use: a processor may say so of one that is not.
+                const IN_USE: u64 = 1;
+                let xsave = LeafDs1Eax::new(self.arch.cpuid.lookup(0xd, 1).eax);
+                if self.hw.gpr(Gpr::Rcx) & 0xffff_ffff != IN_USE || !xsave.has(LeafDs1Eax::XGETBV1)
+                {
+                    return self.raise(Fault::gp(0));
+                }
+                let xcr0 = self.arch.xcr0;
+                self.hw.set_gpr(Gpr::Rax, xcr0 & 0xffff_ffff);
+                self.hw.set_gpr(Gpr::Rdx, xcr0 >> 32);
+                self.complete(len)
+            }
+            Service::Hypercall => self.vmcall(len),
             Service::Port { port, size, input } => {
                 let access = PortAccess {
                     port,
@@ -179,6 +216,13 @@ impl<L: Loaded> Run<'_, L> {
                 self.port_access(access, len, Some(io))
             }
         }
+    }
+
+    /// Reads the time-stamp counter as RDTSC does.
+    fn read_tsc(&mut self) {
+        let now = self.hw.tsc().at(host_msr::rdtsc());
+        self.hw.set_gpr(Gpr::Rax, now & 0xffff_ffff);
+        self.hw.set_gpr(Gpr::Rdx, now >> 32);
     }
 
     /// Goes past an instruction of `len` bytes.

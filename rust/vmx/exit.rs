@@ -9,12 +9,14 @@ use super::fields::IntrInfo;
 use super::fields::IntrKind;
 use super::fields::PrimaryControls;
 use super::fields::SecondaryControls;
+use super::qualification::CrQualification;
+use super::qualification::IoQualification;
+use super::qualification::TaskSwitchQualification;
+use super::reason;
 use super::vcpu::LoadedVcpu;
 use super::vmcs;
-use crate::backend::CrAccess;
 use crate::backend::Exit;
 use crate::backend::Loaded;
-use crate::backend::PortAccess;
 use crate::backend::RawExit;
 use crate::backend::TableReg;
 use crate::bindings;
@@ -23,7 +25,6 @@ use crate::linux::irq::PreemptOff;
 use crate::mmu::ept::Access;
 use crate::x86::apic::base::ApicMode;
 use crate::x86::clock::tsc::GuestTsc;
-use crate::x86::emulate::Cause;
 use crate::x86::event::Exception;
 use crate::x86::event::Injection;
 use crate::x86::event::Interrupt;
@@ -43,101 +44,6 @@ use crate::x86::regs::Rflags;
 use crate::x86::segment::SegAttr;
 use crate::x86::segment::SegReg;
 use crate::x86::segment::Segment;
-
-/// Basic exit reasons (SDM vol. 3, appendix C).
-mod reason {
-    pub(super) const EXCEPTION_NMI: u32 = 0;
-    pub(super) const EXTERNAL_INTERRUPT: u32 = 1;
-    pub(super) const TRIPLE_FAULT: u32 = 2;
-    pub(super) const INTERRUPT_WINDOW: u32 = 7;
-    pub(super) const NMI_WINDOW: u32 = 8;
-    pub(super) const TASK_SWITCH: u32 = 9;
-    pub(super) const CPUID: u32 = 10;
-    pub(super) const GETSEC: u32 = 11;
-    pub(super) const HLT: u32 = 12;
-    pub(super) const INVD: u32 = 13;
-    pub(super) const INVLPG: u32 = 14;
-    pub(super) const RDPMC: u32 = 15;
-    pub(super) const RSM: u32 = 17;
-    pub(super) const VMCALL: u32 = 18;
-    pub(super) const VMXON: u32 = 27;
-    pub(super) const CR_ACCESS: u32 = 28;
-    pub(super) const DR_ACCESS: u32 = 29;
-    pub(super) const IO: u32 = 30;
-    pub(super) const RDMSR: u32 = 31;
-    pub(super) const WRMSR: u32 = 32;
-    pub(super) const MACHINE_CHECK_AT_ENTRY: u32 = 41;
-    pub(super) const TPR_BELOW_THRESHOLD: u32 = 43;
-    pub(super) const APIC_ACCESS: u32 = 44;
-    pub(super) const VIRTUALISED_EOI: u32 = 45;
-    pub(super) const PREEMPTION_TIMER: u32 = 52;
-    pub(super) const APIC_WRITE: u32 = 56;
-    pub(super) const MWAIT: u32 = 36;
-    pub(super) const MONITOR: u32 = 39;
-    pub(super) const PAUSE: u32 = 40;
-    pub(super) const EPT_VIOLATION: u32 = 48;
-    pub(super) const EPT_MISCONFIG: u32 = 49;
-    pub(super) const INVEPT: u32 = 50;
-    pub(super) const INVVPID: u32 = 53;
-    pub(super) const WBINVD: u32 = 54;
-    pub(super) const XSETBV: u32 = 55;
-    pub(super) const INVPCID: u32 = 58;
-    pub(super) const ENCLS: u32 = 60;
-    pub(super) const PML_FULL: u32 = 62;
-    /// The entry failed after the host state was loaded.
-    pub(super) const FAILED: u32 = 1 << 31;
-}
-
-/// The exit qualification of a port access.
-#[derive(Clone, Copy)]
-struct IoQualification(u64);
-
-impl IoQualification {
-    fn decode(self) -> PortAccess {
-        PortAccess {
-            port: (self.0 >> 16) as u16,
-            size: (self.0 & 7) as u8 + 1,
-            input: self.0 & 1 << 3 != 0,
-            string: self.0 & 1 << 4 != 0,
-            rep: self.0 & 1 << 5 != 0,
-        }
-    }
-}
-
-/// The exit qualification of a control-register access.
-#[derive(Clone, Copy)]
-struct CrQualification(u64);
-
-impl CrQualification {
-    fn decode(self) -> CrAccess {
-        let cr = (self.0 & 15) as u8;
-        let gpr = Gpr::from_number((self.0 >> 8) as u8);
-        match (self.0 >> 4) & 3 {
-            0 => CrAccess::Write { cr, gpr },
-            1 => CrAccess::Read { cr, gpr },
-            2 => CrAccess::Clts,
-            _ => CrAccess::Lmsw((self.0 >> 16) as u16),
-        }
-    }
-}
-
-/// The exit qualification of a task switch.
-#[derive(Clone, Copy)]
-struct TaskSwitchQualification(u64);
-
-impl TaskSwitchQualification {
-    fn decode(self) -> Exit {
-        Exit::TaskSwitch {
-            selector: self.0 as u16,
-            cause: match (self.0 >> 30) & 3 {
-                0 => Cause::Call,
-                1 => Cause::Return,
-                2 => Cause::Jump,
-                _ => Cause::Gate(None),
-            },
-        }
-    }
-}
 
 impl LoadedVcpu<'_> {
     /// Exits in the delivery of an event, and exits by an exception, may have to set NMI blocking

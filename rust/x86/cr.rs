@@ -16,6 +16,7 @@ use super::regs::Dr6;
 use super::regs::Dr7;
 use super::regs::Efer;
 use super::regs::Xcr0;
+use super::segment::is_canonical;
 use super::segment::SegAttr;
 
 const GP: Fault = Fault::gp(0);
@@ -308,6 +309,21 @@ pub fn sregs_are_valid(
     } else {
         // A 64-bit code segment without long mode is none, and a context identifier has nothing to identify.
         !efer.has(Efer::LMA) && !cs.l() && !cr4.has(Cr4::PCIDE)
+    }
+}
+
+/// Whether INVPCID takes a type and a descriptor, which it answers with #GP(0) otherwise (SDM vol. 2, INVPCID).
+#[must_use]
+pub const fn invpcid_is_valid(kind: u64, identifier: u64, linear: u64, cr4: Cr4) -> bool {
+    if identifier >> 12 != 0 {
+        return false;
+    }
+    let known = identifier == 0 || cr4.has(Cr4::PCIDE);
+    match kind {
+        0 => known && is_canonical(linear, cr4.has(Cr4::LA57)),
+        1 => known,
+        2 | 3 => true,
+        _ => false,
     }
 }
 

@@ -229,7 +229,8 @@ impl ShadowMmu {
             key,
             pages: [0; 4],
             slot,
-            stale: false,
+            // It may be one that was kept before, and has missed what was invalidated since.
+            stale: true,
         };
         for (index, table) in key.tables.into_iter().enumerate() {
             let Some(gpa) = table else { continue };

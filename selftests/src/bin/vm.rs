@@ -465,6 +465,79 @@ fn special_pages(env: &Env) -> Outcome {
     expect_errno(r, libc::EINVAL, "KVM_SET_IDENTITY_MAP_ADDR with a vCPU")
 }
 
+/// How much memory the process has mapped, in bytes, that is anonymous and shared.
+fn shared_memory() -> Result<u64, selftests::Verdict> {
+    let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else {
+        fail!("/proc/self/maps cannot be read");
+    };
+    let mut sum = 0;
+    for line in maps.lines().filter(|line| line.contains("/dev/zero")) {
+        let range = line.split(' ').next().and_then(|r| r.split_once('-'));
+        let Some((start, end)) = range else { continue };
+        let number = |s| u64::from_str_radix(s, 16).unwrap_or(0);
+        sum += number(end) - number(start);
+    }
+    Ok(sum)
+}
+
+/// Where guests are not unrestricted, the special pages are memslots, of the process's memory, but not of the user's.
+fn special_slots(env: &Env) -> Outcome {
+    const TSS: u64 = 0xfffb_d000;
+    const IDENTITY: u64 = 0xfffb_b000;
+    let before = shared_memory()?;
+    let (vm, mem) = vm_and_memory(env)?;
+    let with_memory = shared_memory()?;
+    let hva = mem.addr() as u64;
+    vm.fd.ioctl(sys::KVM_SET_TSS_ADDR, TSS as usize)?;
+    if vm.fd.ioctl(sys::KVM_SET_TSS_ADDR, TSS as usize).is_ok() {
+        skip!("guests are unrestricted");
+    }
+    let r = vm.fd.ioctl(sys::KVM_SET_TSS_ADDR, TSS as usize - 0x10_0000);
+    expect_errno(r, libc::EEXIST, "the TSS at a second place")?;
+    ensure!(
+        shared_memory()? - with_memory == 0x3000,
+        "the TSS takes no three pages of the process's"
+    );
+    for (gpa, what) in [
+        (TSS, "a slot at the TSS"),
+        (TSS + 0x2000, "a slot at its last page"),
+    ] {
+        expect_errno(vm.set_memory(0, 0, gpa, 0x1000, hva), libc::EEXIST, what)?;
+    }
+    vm.set_memory(0, 0, TSS - 0x1000, 0x1000, hva)?;
+    vm.set_memory(1, 0, TSS + 0x3000, 0x1000, hva)?;
+    for id in 32764..32767 {
+        let what = "a slot of the kernel's";
+        expect_errno(vm.set_memory(id, 0, 0, 0, 0), libc::EINVAL, what)?;
+    }
+
+    // Without EPT there is no page of this kind, and nothing is in the way of anything.
+    vm.fd
+        .ioctl_ref(sys::KVM_SET_IDENTITY_MAP_ADDR, &(IDENTITY + 0x1000))?;
+    let mut lost = 0;
+    if let Err(e) = vm.create_vcpu(0) {
+        ensure!(e.errno == libc::EEXIST, "a vCPU whose page is a slot: {e}");
+        // KVM leaves the page that it has mapped in vain.
+        lost = shared_memory()? - with_memory - 0x3000;
+        vm.fd
+            .ioctl_ref(sys::KVM_SET_IDENTITY_MAP_ADDR, &IDENTITY)?;
+        let vcpu = vm.create_vcpu(0)?;
+        ensure!(
+            shared_memory()? - with_memory - lost == 0x4000,
+            "the page of the identity map is not the process's"
+        );
+        let r = vm.set_memory(2, 0, IDENTITY, 0x1000, hva);
+        expect_errno(r, libc::EEXIST, "a slot at the identity map")?;
+        drop(vcpu);
+    }
+    drop((vm, mem));
+    ensure!(
+        shared_memory()? == before + lost,
+        "pages of the VM stay in the process"
+    );
+    Ok(())
+}
+
 /// A VM belongs to the address space that made it: another gets EIO.
 fn other_mm(env: &Env) -> Outcome {
     let m = Machine::new(env, Mode::Protected, read_twice())?;
@@ -626,6 +699,7 @@ fn main() -> ExitCode {
             vcpu_mapping,
             vcpu_mapping_end,
             special_pages,
+            special_slots,
             other_mm,
         ],
     )
