@@ -472,6 +472,7 @@ fn compile_one(op: &Op, index: usize, mem: &Mapping) -> Start {
             ..control(Insn::Wrmsr, v)
         },
         Op::Pkru(v) => control(Insn::Wrpkru, v.into()),
+        Op::Leave => start(Insn::End, false, false),
     }
 }
 

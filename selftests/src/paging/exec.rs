@@ -28,6 +28,8 @@ pub struct Ran {
     pub pool: Vec<Vec<u8>>,
     /// A page of the dispatcher's tables that changed.
     pub broken: Option<u64>,
+    /// What the host found wrong meanwhile.
+    pub complaint: Option<String>,
     /// The registers that matter, for a failure's text.
     pub registers: String,
 }
@@ -173,10 +175,32 @@ impl Rig {
     ///
     /// What the kernel answered.
     pub fn run(&self, program: &Program) -> Result<Ran, Verdict> {
+        self.run_with(program, |_| Ok(None))
+    }
+
+    /// Runs a program; `host` does something each time that the guest leaves, and may complain.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answered, or what `host` failed of.
+    pub fn run_with(
+        &self,
+        program: &Program,
+        mut host: impl FnMut(&Guest) -> Result<Option<String>, Verdict>,
+    ) -> Result<Ran, Verdict> {
         self.load(program);
         let guest = self.guest(program)?;
-        let exit = finish(&guest.vcpu)?;
-        Ok(self.look(&guest.vcpu, program, exit))
+        let mut complaint = None;
+        loop {
+            let exit = finish(&guest.vcpu)?;
+            let ended = exit != Some(Exit::Hlt) || code::begun(&self.low) > program.ops.len();
+            complaint = complaint.or(host(&guest)?);
+            if ended {
+                let mut ran = self.look(&guest.vcpu, program, exit);
+                ran.complaint = complaint;
+                return Ok(ran);
+            }
+        }
     }
 
     /// What came of a program that ended so.
@@ -198,6 +222,7 @@ impl Rig {
                 })
                 .collect(),
             broken,
+            complaint: None,
             registers: describe(vcpu),
         }
     }

@@ -379,6 +379,7 @@ impl Model {
                 self.efer = v;
                 self.done(Insn::Wrmsr, false)
             }
+            Op::Leave => self.done(Insn::End, false),
             Op::Pkru(v) => {
                 if self.cr4 & PKE == 0 {
                     return Err("no PKE");

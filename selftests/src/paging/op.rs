@@ -182,6 +182,8 @@ pub enum Op {
     Efer(u64),
     /// WRPKRU.
     Pkru(u32),
+    /// The guest leaves, and comes back when the host has done something.
+    Leave,
 }
 
 fn who(user: bool, ac: bool) -> String {
@@ -230,6 +232,7 @@ impl fmt::Display for Op {
             Op::Cr4(v) => write!(f, "CR4 = {v:#x}"),
             Op::Efer(v) => write!(f, "EFER = {v:#x}"),
             Op::Pkru(v) => write!(f, "PKRU = {v:#x}"),
+            Op::Leave => write!(f, "leave to the host"),
         }
     }
 }

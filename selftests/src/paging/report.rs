@@ -23,6 +23,8 @@ pub enum Difference {
     Memory(usize, usize),
     /// The dispatcher's tables changed: the page.
     Own(u64),
+    /// The host complained of something.
+    Host,
 }
 
 /// Compares what came of a program with what must.
@@ -44,6 +46,9 @@ pub fn compare(want: &Outcome, got: &Ran) -> Option<Difference> {
         if let Some(offset) = (0..PAGE).find(|o| page[*o] != right[*o]) {
             return Some(Difference::Memory(i, offset));
         }
+    }
+    if got.complaint.is_some() {
+        return Some(Difference::Host);
     }
     got.broken.map(Difference::Own)
 }
@@ -183,6 +188,9 @@ pub fn explain(program: &Program, want: &Outcome, got: &Ran, difference: &Differ
         }
         Difference::Record(i) => {
             let _ = writeln!(s, "operation {i} differs");
+        }
+        Difference::Host => {
+            let _ = writeln!(s, "{}", got.complaint.as_deref().unwrap_or(""));
         }
         Difference::Memory(..) => memory(&mut s, program, want, got),
         Difference::Own(gpa) => {

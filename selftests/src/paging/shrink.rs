@@ -20,11 +20,14 @@ struct Failure {
     difference: Difference,
 }
 
-fn failure(rig: &Rig, program: &Program) -> Result<Option<Failure>, Verdict> {
+/// Runs a program.
+pub type Run<'a> = dyn FnMut(&Program) -> Result<Ran, Verdict> + 'a;
+
+fn failure(run: &mut Run<'_>, program: &Program) -> Result<Option<Failure>, Verdict> {
     let Ok(want) = simulate(program) else {
         return Ok(None);
     };
-    let got = rig.run(program)?;
+    let got = run(program)?;
     Ok(compare(&want, &got).map(|difference| Failure {
         program: program.clone(),
         want,
@@ -34,14 +37,14 @@ fn failure(rig: &Rig, program: &Program) -> Result<Option<Failure>, Verdict> {
 }
 
 /// Leaves out operations for as long as the rest comes out wrong too.
-fn shrink(rig: &Rig, mut f: Failure) -> Result<Failure, Verdict> {
+fn shrink(run: &mut Run<'_>, mut f: Failure) -> Result<Failure, Verdict> {
     let mut budget = BUDGET;
     let mut attempt = |f: &mut Failure, program: Program| -> Result<bool, Verdict> {
         if budget == 0 {
             return Ok(false);
         }
         budget -= 1;
-        match failure(rig, &program)? {
+        match failure(run, &program)? {
             Some(shorter) => {
                 *f = shorter;
                 Ok(true)
@@ -83,20 +86,28 @@ fn shrink(rig: &Rig, mut f: Failure) -> Result<Failure, Verdict> {
 ///
 /// The failure, or what the kernel answered.
 pub fn judge(rig: &Rig, program: &Program) -> Result_ {
-    let Some(f) = failure(rig, program)? else {
+    judge_with(&rig.path, program, &mut |p| rig.run(p))
+}
+
+/// As [`judge`], with another way to run programs.
+///
+/// # Errors
+///
+/// As [`judge`].
+pub fn judge_with(who: &str, program: &Program, run: &mut Run<'_>) -> Result_ {
+    let Some(f) = failure(run, program)? else {
         return Ok(());
     };
     let first = f.difference.clone();
     let n = f.program.ops.len();
-    let f = shrink(rig, f)?;
-    let again = if failure(rig, &f.program)?.is_some() {
+    let f = shrink(run, f)?;
+    let again = if failure(run, &f.program)?.is_some() {
         "it fails each time"
     } else {
         "it does not fail each time"
     };
     fail!(
-        "{}: the program of seed {} with {n} operations comes out wrong ({first:x?}); {again}. Shortened:\n{}",
-        rig.path,
+        "{who}: the program of seed {} with {n} operations comes out wrong ({first:x?}); {again}. Shortened:\n{}",
         program.seed,
         explain(&f.program, &f.want, &f.got, &f.difference)
     )

@@ -6,6 +6,9 @@
 //! `--seed` is the seed of the first program of each test; programs count up from it, and a failure tells
 //! which it was. `--soak` makes more programs.
 
+mod host;
+
+use host::{backing, dirty_log};
 use selftests::paging::exec::Rig;
 use selftests::paging::generate::generate;
 use selftests::paging::op::Format;
@@ -37,5 +40,8 @@ fn bits32(env: &Env) -> Outcome {
 }
 
 fn main() -> ExitCode {
-    selftests::tap::main("paging", tests![long => 60, pae => 60, bits32 => 60])
+    selftests::tap::main(
+        "paging",
+        tests![long => 60, pae => 60, bits32 => 60, backing => 60, dirty_log => 60],
+    )
 }
