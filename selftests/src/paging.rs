@@ -23,5 +23,7 @@ pub mod model;
 pub mod op;
 pub mod report;
 pub mod shrink;
+#[cfg(test)]
+mod stubborn;
 
 pub mod tlb;

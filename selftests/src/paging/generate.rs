@@ -57,8 +57,10 @@ pub fn generate(
         rng.number();
     }
     let setup = setup(&mut rng, format, features, avoid);
+    let pages = at::linear_pages(format);
     let mut g = Generator {
         model: Model::new(&setup),
+        hot: (0..4).map(|_| pick(&mut rng, &pages)).collect(),
         rng,
         ops: Vec::new(),
     };
@@ -142,9 +144,9 @@ fn entry(rng: &mut Rng, format: Format, level: usize, f: Features, nxe: bool) ->
     // Each access needs all levels, so the upper ones deny less.
     let odds = if level == 1 {
         [
-            (P, 93),
-            (W, 75),
-            (U, 65),
+            (P, 94),
+            (W, 82),
+            (U, 78),
             (A, 60),
             (D, 45),
             (0x200, 10),
@@ -152,9 +154,9 @@ fn entry(rng: &mut Rng, format: Format, level: usize, f: Features, nxe: bool) ->
         ]
     } else {
         [
-            (P, 97),
-            (W, 90),
-            (U, 87),
+            (P, 98),
+            (W, 95),
+            (U, 94),
             (A, 60),
             (D, 45),
             (0x200, 10),
@@ -206,8 +208,8 @@ fn entry(rng: &mut Rng, format: Format, level: usize, f: Features, nxe: bool) ->
     }
     if format != Format::Bits32 {
         let nx = match (nxe, level) {
-            (true, 1) => 15,
-            (true, _) => 5,
+            (true, 1) => 10,
+            (true, _) => 3,
             _ => 2,
         };
         e |= if chance(rng, nx) { NX } else { 0 };
@@ -316,6 +318,8 @@ fn data_page(rng: &mut Rng, id: usize) -> Vec<u8> {
 struct Generator {
     rng: Rng,
     model: Model,
+    /// The pages that the program uses most.
+    hot: Vec<u64>,
     ops: Vec<Op>,
 }
 
@@ -359,7 +363,8 @@ impl Generator {
         }
         match self.below(100) {
             0..=35 => self.access(),
-            36..=58 => self.change_entry(),
+            36..=41 => self.repair(),
+            42..=58 => self.change_entry(),
             59..=65 => self.change_flags(),
             66..=69 => self.copy_entries(),
             70..=77 => self.fetch(),
@@ -377,6 +382,9 @@ impl Generator {
     /// A linear address at the start of a page that the program may access.
     fn any_page(&mut self) -> u64 {
         if self.model.paging_on() {
+            if self.chance(65) {
+                return self.hot[below(&mut self.rng, self.hot.len())];
+            }
             let i = self.below(self.model.pages.len());
             self.model.pages[i]
         } else {
@@ -523,6 +531,15 @@ impl Generator {
     /// An entry of a table: its page, its guest-physical address, and its value.
     fn slot(&mut self) -> (usize, u64, u64) {
         let format = self.format();
+        if self.model.paging_on() && self.chance(60) {
+            // One on the way to a page.
+            let page = self.any_page();
+            let trace = self.model.probe(page).0;
+            let (gpa, value) = trace.path[self.below(trace.depth)];
+            if let Some(page) = at::pool_index(gpa) {
+                return (page, gpa, value);
+            }
+        }
         let page = if self.chance(94) {
             self.below(TABLES)
         } else {
@@ -624,6 +641,53 @@ impl Generator {
         if done && self.chance(35) {
             let page = self.any_page();
             self.invalidate(page);
+        }
+    }
+
+    /// Has the entries on the way to a page permit everything, from the top to the first that needs it.
+    fn repair(&mut self) {
+        if !self.model.paging_on() {
+            return;
+        }
+        let target = self.any_page();
+        let trace = self.model.probe(target).0;
+        let levels = self.format().levels();
+        for (i, (gpa, old)) in trace.path.iter().copied().enumerate().take(trace.depth) {
+            let Some(page) = at::pool_index(gpa) else {
+                return;
+            };
+            let level = levels - i;
+            let four = self.format() == Format::Pae && level == 3;
+            let last = i + 1 == trace.depth;
+            let good = if four { P } else { P | W | U };
+            if old & good == good && old & NX == 0 && (!last || trace.maps) {
+                continue;
+            }
+            let addr = self.linear(page, gpa);
+            let mut new = old | good;
+            if last && !trace.maps {
+                let table = if level == 1 {
+                    TABLES + self.below(4)
+                } else {
+                    self.pick(&tables_of(self.format(), level - 1))
+                };
+                new = POOL[table] | good;
+            }
+            new &= !NX;
+            match self.format() {
+                Format::Bits32 => self.mem(
+                    Insn::Write4,
+                    addr,
+                    Regs {
+                        a: new,
+                        ..Regs::default()
+                    },
+                ),
+                _ => self.change_by_halves(addr, old, new),
+            };
+            if self.chance(60) {
+                return;
+            }
         }
     }
 
@@ -765,11 +829,11 @@ impl Generator {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// A processor with everything.
-    pub(crate) const ALL: Features = Features {
+    pub(in crate::paging) const ALL: Features = Features {
         maxphyaddr: 39,
         nx: true,
         gbpages: true,

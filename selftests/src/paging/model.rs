@@ -108,6 +108,9 @@ pub struct Model {
     ldt: u64,
     pdptes: [u64; 4],
     tlb: Tlb,
+    /// A processor that keeps all that it may.
+    #[cfg(test)]
+    pub(super) stubborn: Option<super::stubborn::Stubborn>,
 }
 
 impl Model {
@@ -129,6 +132,8 @@ impl Model {
             pages,
             ldt: s.ldt,
             pdptes: [0; 4],
+            #[cfg(test)]
+            stubborn: None,
         };
         if m.paging_on() {
             if let Some(p) = m.read_pdptes(m.cr3) {
@@ -155,7 +160,7 @@ impl Model {
         self.ldt
     }
 
-    fn context(&self) -> u16 {
+    pub(super) fn context(&self) -> u16 {
         if self.cr4 & PCIDE != 0 {
             (self.cr3 & 0xfff) as u16
         } else {
@@ -263,6 +268,10 @@ impl Model {
                 return Err("stale".into());
             }
         }
+        #[cfg(test)]
+        if let Some(gpa) = self.kept(linear, access, ac) {
+            return Ok(gpa);
+        }
         let paging = self.paging(ac);
         let pdptes = self.registers_of_pae();
         let mut walk = Walk::new(&mut self.memory, pdptes);
@@ -278,7 +287,11 @@ impl Model {
             Ok(t) if self.memory.bytes(t.gpa, 1).is_none() => {
                 Err("outside of the model's memory".into())
             }
-            Ok(t) => Ok(t.gpa),
+            Ok(t) => {
+                #[cfg(test)]
+                self.keep(linear);
+                Ok(t.gpa)
+            }
             Err(WalkError::Fault(e)) => {
                 if e.bits() & RSVD != 0 && self.avoid.reserved {
                     return Err("reserved bits".into());
@@ -289,6 +302,28 @@ impl Model {
                 })
             }
             Err(_) => Err("contended".into()),
+        }
+    }
+
+    #[cfg(test)]
+    fn kept(&mut self, linear: u64, access: PageAccess, ac: bool) -> Option<u64> {
+        let mut s = self.stubborn.take()?;
+        let used = self.paging_on() && self.tracked(linear).is_some();
+        let gpa = used
+            .then(|| s.find(self, self.context(), linear, access, ac))
+            .flatten();
+        self.stubborn = Some(s);
+        gpa
+    }
+
+    #[cfg(test)]
+    fn keep(&mut self, linear: u64) {
+        if let Some(mut s) = self.stubborn.take() {
+            if self.paging_on() && self.tracked(linear).is_some() {
+                let context = self.context();
+                s.keep(self, context, linear);
+            }
+            self.stubborn = Some(s);
         }
     }
 
@@ -353,6 +388,8 @@ impl Model {
     ///
     /// Why programs must not do it here. The model is in no defined state then.
     pub fn step(&mut self, op: &Op) -> Result<Expect, Reject> {
+        #[cfg(test)]
+        let before = self.stubborn.is_some().then(|| self.clone());
         let r = match *op {
             Op::Mem {
                 insn,
@@ -389,6 +426,12 @@ impl Model {
             }
         };
         self.refresh();
+        #[cfg(test)]
+        if let (Some(before), Some(s), Ok(Expect { vector: DONE, .. })) =
+            (before, &mut self.stubborn, &r)
+        {
+            s.invalidate(&before, op);
+        }
         match r {
             Ok(e) => Ok(e),
             Err(Stop::Reject(why)) => Err(why),

@@ -107,7 +107,19 @@ pub struct Avoid {
     pub torn_writes: bool,
 }
 
-/// A small program's registers.
+impl Avoid {
+    /// What either is to keep away from.
+    #[must_use]
+    pub fn either(self, o: Self) -> Self {
+        Avoid {
+            smap_without_wp: self.smap_without_wp || o.smap_without_wp,
+            reserved: self.reserved || o.reserved,
+            torn_writes: self.torn_writes || o.torn_writes,
+        }
+    }
+}
+
+/// The operands of an instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Regs {
     /// RAX.

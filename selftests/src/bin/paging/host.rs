@@ -17,7 +17,8 @@ use selftests::{dirty, pressure, Env, Outcome, Verdict};
 const LOG_DIRTY: u32 = 1;
 /// Not in `libc`: see `<linux/mman.h>`.
 const MADV_COLLAPSE: i32 = 25;
-const FORMATS: [Format; 3] = [Format::Long, Format::Pae, Format::Bits32];
+/// All formats of tables.
+pub const FORMATS: [Format; 3] = [Format::Long, Format::Pae, Format::Bits32];
 
 fn slots(rig: &Rig) -> [(u32, u64, &Mapping); 2] {
     [(0, 0, &rig.low), (1, HIGH, &rig.high)]
