@@ -20,6 +20,7 @@ pub mod machine;
 pub mod mem;
 pub mod msr;
 pub mod ops;
+pub mod paging;
 pub mod power;
 pub mod pressure;
 pub mod probe;
