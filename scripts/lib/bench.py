@@ -87,7 +87,7 @@ def main():
     with tempfile.TemporaryDirectory(prefix="rkvm-bench-") as work:
         script = []
         for device in DEVICES:
-            guest = guests.Tiny(kernel, "kernel", append="quiet rkvm.rows")
+            guest = guests.Tiny(kernel, "kernel", append="loglevel=5 rkvm.rows")
             guest.stage(tree, work)
             script += [f"echo; echo 'device {device}'", guest.command("/dev/" + device, 600) + " 2>&1 || exit"]
         run = subprocess.run(

@@ -74,7 +74,7 @@ class Tiny:
     KERNEL is one of TINY; OPTIONS are the VMM's.
     """
 
-    def __init__(self, kernel, irqchip="split", cpus=1, options=(), append="quiet"):
+    def __init__(self, kernel, irqchip="split", cpus=1, options=(), append="loglevel=5"):
         self.kernel = kernel
         self.cpus = cpus
         self.nonce = secrets.token_hex(8)

@@ -6,6 +6,7 @@
  */
 #include <linux/signal.h>
 #include <asm/siginfo.h>
+#include <stdatomic.h>
 #include "tiny.h"
 
 #define ROUNDS 20
@@ -18,11 +19,10 @@ struct action {
 	unsigned long mask[8 / sizeof(long)];
 };
 
-void back_from_handler(void);
 __asm__(".text\n"
 	".globl back_from_handler\n"
 	"back_from_handler:\n"
-#ifdef __i386__
+#if __SIZEOF_LONG__ == 4
 	"	movl $173, %eax\n"
 	"	int $0x80\n"
 #else
@@ -32,7 +32,7 @@ __asm__(".text\n"
 );
 
 /* Faults that were taken; a page is made writable by one, or one waits until it is. */
-static volatile long faults;
+static atomic_long faults;
 static int waits;
 
 static void on_fault(int signal, siginfo_t *info, void *context)
@@ -41,7 +41,7 @@ static void on_fault(int signal, siginfo_t *info, void *context)
 
 	(void)signal;
 	(void)context;
-	__atomic_add_fetch(&faults, 1, __ATOMIC_SEQ_CST);
+	faults++;
 	if (waits)
 		sched_yield();
 	else if (protect((void *)page, PAGE, PROT_READ | PROT_WRITE))
@@ -87,11 +87,7 @@ static void verify(const char *start, unsigned long pages, const char *what)
 
 static int exec_with_status(void)
 {
-	char number[16], *argv[] = { "init", "--exit", number, NULL };
-
-	snprintf(number, sizeof(number), "%d", seed % 100);
-	execve("/proc/self/exe", argv, environ);
-	return 255;
+	return exec_with(seed % 100);
 }
 
 /* A process's pages are its own once it has written them, whoever was first. */
@@ -148,12 +144,12 @@ static char *gone;
 
 static int touch_gone(void)
 {
-	return *(volatile char *)gone + 1;
+	return LOAD(gone) + 1;
 }
 
 static int write_gone(void)
 {
-	*(volatile char *)gone = 1;
+	STORE(gone, 1);
 	return 1;
 }
 
@@ -174,9 +170,9 @@ static void maps(void)
 	if (start[2 * pages * PAGE])
 		fail("grown memory is not zero");
 	gone = start + (2 * pages - 1) * PAGE;
-	*gone = 1;
+	STORE(gone, 1);
 	unmap(start + pages * PAGE, pages);
-	if (*(volatile char *)(start + 2 * pages * PAGE))
+	if (LOAD(start + 2 * pages * PAGE))
 		fail("memory beside a hole changed");
 	expect(child(touch_gone), -SIGSEGV);
 	expect(child(write_gone), -SIGSEGV);
@@ -186,7 +182,7 @@ static void maps(void)
 /* Rights that are taken are taken at once, and so are those that are given. */
 static void protects(void)
 {
-	volatile unsigned long *words;
+	unsigned long *words;
 	char *start = map(8, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	int turn, was;
 
@@ -194,24 +190,24 @@ static void protects(void)
 	for (turn = 0; turn < 8; turn++) {
 		words = (unsigned long *)(start + turn * PAGE);
 		was = faults;
-		words[0] = word(turn);
+		STORE(&words[0], word(turn));
 		protect(start, 8 * PAGE, PROT_READ);
-		if (words[0] != word(turn))
+		if (LOAD(&words[0]) != word(turn))
 			fail("a read-only page changed");
 		if (faults != was)
 			fail("a read of a read-only page faults");
-		words[1] = turn;
+		STORE(&words[1], turn);
 		if (faults != was + 1)
 			fail("a write to a read-only page does not fault once");
-		if (words[1] != (unsigned long)turn)
+		if (LOAD(&words[1]) != (unsigned long)turn)
 			fail("a write after a fault is lost");
 		protect(start, 8 * PAGE, PROT_NONE);
-		if (words[1] != (unsigned long)turn)
+		if (LOAD(&words[1]) != (unsigned long)turn)
 			fail("a page without rights lost what it had");
 		if (faults != was + 2)
 			fail("a read of a page without rights does not fault once");
 		protect(start, 8 * PAGE, PROT_READ | PROT_WRITE);
-		words[1] = words[0];
+		STORE(&words[1], turn);
 		if (faults != was + 2)
 			fail("a write to a writable page faults");
 	}
@@ -262,7 +258,7 @@ static void much(void)
 	verify(start, pages, "a lot of memory lost what was written");
 	__nolibc_syscall3(__NR_madvise, start + 100 * PAGE, 700 * PAGE, 4 /* MADV_DONTNEED */);
 	for (i = 100; i < 800; i++)
-		if (*(volatile unsigned long *)(start + i * PAGE))
+		if (LOAD((unsigned long *)(start + i * PAGE)))
 			fail("memory that was dropped is not zero");
 	unmap(start, pages);
 }
@@ -303,28 +299,29 @@ int check_processor(int number)
  * an old translation: what changes then was written by way of one.
  */
 
-static volatile unsigned long *target;
-static volatile long finished, started;
+static unsigned long *target;
+static atomic_long finished, started;
 static int writers;
 
 static void write_target(void)
 {
-	long me = __atomic_fetch_add(&started, 1, __ATOMIC_SEQ_CST);
+	long me = started++;
 
 	run_on(1 + me % writers);
 	while (!finished)
-		target[me]++;
+		STORE(&target[me], LOAD(&target[me]) + 1);
 	_exit(0);
 }
 
 /* A thread of this process on a stack of its own, which never returns. */
 static pid_t thread(void (*body)(void), char *stack)
 {
-	void **top = (void **)(stack + 4 * PAGE) - 4;
+	/* When BODY begins, the stack is as a call would leave it. */
+	void **top = (void **)(stack + 4 * PAGE) - 2;
 	long pid;
 
 	top[0] = body;
-#ifdef __i386__
+#if __SIZEOF_LONG__ == 4
 	__asm__ volatile ("int $0x80\n"
 			  "test %%eax, %%eax\n"
 			  "jnz 1f\n"
@@ -344,7 +341,8 @@ static pid_t thread(void (*body)(void), char *stack)
 			  "ret\n"
 			  "1:\n"
 			  : "=a"(pid)
-			  : "0"((long)__NR_clone), "D"((long)(CLONE_VM | CLONE_FS | CLONE_FILES | SIGCHLD)),
+			  : "0"((long)__NR_clone),
+			    "D"((long)(CLONE_VM | CLONE_FS | CLONE_FILES | SIGCHLD)),
 			    "S"(top), "d"(0L), "r"(r10), "r"(r8)
 			  : "memory", "rcx", "r11");
 #endif
@@ -365,25 +363,25 @@ void check_together(int cpus)
 	writers = cpus - 1;
 	waits = 1;
 	catch_faults();
-	target = (unsigned long *)map(1, PROT_READ | PROT_WRITE, MAP_PRIVATE);
+	target = (void *)map(1, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	for (i = 0; i < writers; i++)
 		pids[i] = thread(write_target, map(4, PROT_READ | PROT_WRITE, MAP_PRIVATE));
 	while (started < writers)
 		sched_yield();
 	for (round = 0; round < 200; round++) {
-		if (protect((void *)target, PAGE, PROT_READ))
+		if (protect(target, PAGE, PROT_READ))
 			fail("cannot protect a page");
 		for (i = 0; i < writers; i++)
-			before[i] = target[i];
+			before[i] = LOAD(&target[i]);
 		for (turn = 0; turn < 50; turn++)
 			for (i = 0; i < writers; i++)
-				if (target[i] != before[i])
+				if (LOAD(&target[i]) != before[i])
 					fail("a read-only page was written");
 		if (round % 4 == 3) {
-			if (mmap((void *)target, PAGE, PROT_READ | PROT_WRITE,
+			if (mmap(target, PAGE, PROT_READ | PROT_WRITE,
 				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != target)
 				fail("cannot map a page");
-		} else if (protect((void *)target, PAGE, PROT_READ | PROT_WRITE)) {
+		} else if (protect(target, PAGE, PROT_READ | PROT_WRITE)) {
 			fail("cannot unprotect a page");
 		}
 		sched_yield();
@@ -391,5 +389,5 @@ void check_together(int cpus)
 	finished = 1;
 	for (i = 0; i < writers; i++)
 		expect(pids[i], 0);
-	say("processors wrote together, %ld faults", faults);
+	say("processors wrote together, %ld faults", (long)faults);
 }

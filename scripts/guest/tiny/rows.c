@@ -46,10 +46,7 @@ static void forks(int turns)
 
 static int exec_nothing(void)
 {
-	char *argv[] = { "init", "--exit", "0", NULL };
-
-	execve("/proc/self/exe", argv, environ);
-	return 1;
+	return exec_with(0);
 }
 
 static void execs(int turns)
@@ -101,7 +98,8 @@ static void touches(int turns)
 static void protects(int turns)
 {
 	while (turns--) {
-		if (protect(touched, PAGE, PROT_READ) || protect(touched, PAGE, PROT_READ | PROT_WRITE))
+		if (protect(touched, PAGE, PROT_READ) ||
+		    protect(touched, PAGE, PROT_READ | PROT_WRITE))
 			fail("cannot protect a page");
 		*touched = 1;
 	}
@@ -119,6 +117,7 @@ static const struct {
 	{ "map-touch-16", 200, maps },
 	{ "touch", 2048, touches },
 	{ "protect", 500, protects },
+	{ NULL, 0, NULL },
 };
 
 void rows(void)
@@ -132,7 +131,7 @@ void rows(void)
 		fail("cannot open what is needed");
 	other = child(echo);
 	touched = map(4096, PROT_READ | PROT_WRITE, MAP_PRIVATE);
-	for (i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
+	for (i = 0; table[i].name; i++) {
 		/* What is new is not what is to be measured, but where it is. */
 		if (table[i].body != touches)
 			table[i].body(table[i].turns / 10);

@@ -11,9 +11,9 @@
 #define PAGE 4096UL
 
 /* A line on the console, which carries the run's nonce, in one write. */
-void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void say(const char *format, ...);
 /* Says what is wrong and ends the process with 1. */
-void fail(const char *what) __attribute__((noreturn));
+void fail(const char *what);
 /* Where NAME ends in TEXT, or NULL. */
 const char *after(const char *text, const char *name);
 
@@ -25,6 +25,14 @@ void run_on(int cpu);
 pid_t child(int (*body)(void));
 /* Waits for CHILD, which is to end with STATUS, or by a signal if that is negative. */
 void expect(pid_t child, int status);
+/* Executes this program anew, to end with STATUS. */
+int exec_with(int status);
+/* A word of memory, read and written when and as often as it says here. */
+#define LOAD(at) __atomic_load_n((at), __ATOMIC_RELAXED)
+#define STORE(at, value) __atomic_store_n((at), (value), __ATOMIC_RELAXED)
+
+/* Where a signal's handler returns to. */
+void back_from_handler(void);
 
 /* checks.c: programs that use memory, and find in it what they put there. */
 int check_processor(int seed);
