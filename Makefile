@@ -9,6 +9,8 @@ KDIR ?=
 T ?=
 # make selftests RECORD=1 writes down what came of them.
 RECORD ?=
+# make selftests EPT=0 and make bench EPT=0: both modules without EPT.
+EPT ?=
 
 .PHONY: all run qemu test guests-full qemu-full selftests bench shell check clean distclean
 
@@ -32,10 +34,10 @@ qemu-full:
 	@RKVM_QEMU_FULL=1 scripts/test '$(if $(T),$(T),^qemu-)'
 
 selftests:
-	@scripts/selftests $(if $(RECORD),--record) $(if $(T),'$(T)')
+	@scripts/selftests $(if $(EPT),--ept=$(EPT)) $(if $(RECORD),--record) $(if $(T),'$(T)')
 
 bench:
-	@scripts/bench
+	@scripts/bench $(if $(EPT),--ept=$(EPT))
 
 shell:
 	@scripts/shell

@@ -53,6 +53,14 @@ qemu_key() { KEY_EXTRA=$(root_key) key qemu scripts/lib/qemu.sh; }
 
 guest_key() { KEY_EXTRA=$DEBIAN_SUITE key guest scripts/lib/guest.sh; }
 
+# 32-bit kernels for guests; each has a fragment in scripts/guest32.
+GUEST32_FLAVOURS='pae nopae'
+guest32_key() {
+	local KEY_EXTRA
+	KEY_EXTRA="$(source_key) $DEBIAN_SUITE"
+	key guest32 scripts/lib/guest32.sh 'scripts/guest32/*'
+}
+
 kselftests_key() {
 	local KEY_EXTRA
 	KEY_EXTRA="$(source_key) $DEBIAN_SUITE"
@@ -68,5 +76,6 @@ testbed_env() {
 	RKVM_ENV+=" RKVM_KERNEL_DEBUG=$CACHE/$(kernel_key debug) RKVM_GUEST=$CACHE/$(guest_key)"
 	RKVM_ENV+=" RKVM_BOCHS_DEBUG=$CACHE/$(bochs_key bochs-debug)"
 	RKVM_ENV+=" RKVM_KSELFTESTS=$CACHE/$(kselftests_key) RKVM_QEMU=$CACHE/$(qemu_key)"
+	RKVM_ENV+=" RKVM_GUEST32=$CACHE/$(guest32_key)"
 	export RKVM_ENV
 }

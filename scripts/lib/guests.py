@@ -57,6 +57,59 @@ class Guest:
                 f"--timeout {self.timeout} --cmdline '{self.cmdline}'")
 
 
+# Kernels for small guests: where they lie, and the width of their programs.
+TINY = {
+    "i386": ("RKVM_GUEST32", "nopae/bzImage", 32),
+    "i386pae": ("RKVM_GUEST32", "pae/bzImage", 32),
+    "x86_64": ("RKVM_KERNEL_PLAIN", "bzImage", 64),
+}
+# What a guest's kernel or its init says when something is wrong.
+COMPLAINT = re.compile(r"Call Trace:|BUG:|Oops|rcu.*stall|soft lockup|nobody cared|^guest \w+: bad:",
+                       re.MULTILINE)
+
+
+class Tiny:
+    """A guest whose initramfs is one program, scripts/guest/tiny, and what it must say.
+
+    KERNEL is one of TINY; OPTIONS are the VMM's.
+    """
+
+    def __init__(self, kernel, irqchip="split", cpus=1, options=(), append="loglevel=5"):
+        self.kernel = kernel
+        self.cpus = cpus
+        self.nonce = secrets.token_hex(8)
+        self.options = ["--irqchip", irqchip, "--cpus", str(cpus), *options]
+        self.cmdline = f"{CMDLINE} rkvm.nonce={self.nonce} {append}"
+        self.name = "-".join([kernel, irqchip, str(cpus),
+                              *(o.lstrip("-") for o in options)])
+
+    def stage(self, tree, directory):
+        """Put the guest's files into DIRECTORY, which goes to the disk as tiny; guests with the same
+        kernel share them."""
+        variable, path, bits = TINY[self.kernel]
+        os.makedirs(directory, exist_ok=True)
+        target = os.path.join(directory, self.kernel)
+        if not os.path.exists(target):
+            os.symlink(os.path.join(os.environ[variable], path), target)
+        with open(os.path.join(directory, f"initramfs{bits}"), "wb") as f:
+            f.write(initramfs.alone(os.path.join(tree, f"build/bin/tiny/init{bits}")))
+
+    def command(self, device, timeout):
+        """The shell command that boots it inside."""
+        bits = TINY[self.kernel][2]
+        return shlex.join(["rkvm-vmm", "--device", device, "--kernel", f"tiny/{self.kernel}",
+                           "--initrd", f"tiny/initramfs{bits}", "--memory", "128",
+                           "--timeout", str(timeout), "--cmdline", self.cmdline, *self.options])
+
+    def judge(self, text):
+        """Whether it said in TEXT all that it has to, and nothing else that matters."""
+        text = text.replace("\r", "")
+        said = (rf"^guest {self.nonce}: init is up on Linux ", rf"^guest {self.nonce}: processors {self.cpus}$")
+        return (all(re.search(line, text, re.MULTILINE) for line in said)
+                and not COMPLAINT.search(text)
+                and (self.cpus == 1 or f"guest {self.nonce}: processors wrote together" in text))
+
+
 # Who moves the frames of a guest's network.
 NETWORKS = {"": [], "tap": ["--tap", "tap0"], "vhost": ["--tap", "tap0,vhost"]}
 

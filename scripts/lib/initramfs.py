@@ -29,6 +29,17 @@ class Archive:
         return b"".join(self.parts)
 
 
+def alone(init):
+    """An initramfs that has nothing but the program INIT as its /init."""
+    archive = Archive()
+    for name in ("dev", "proc"):
+        archive.add(name, 0o040755)
+    archive.add("dev/console", 0o020600, rdev=(5, 1))
+    with open(init, "rb") as f:
+        archive.add("init", 0o100755, f.read())
+    return archive.finish()
+
+
 def with_busybox(init, files, copies=()):
     """An initramfs whose /init is the file INIT; FILES is a dict of path to text, COPIES of path to
     a file to copy there, which may be a program."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0
 """The kernel's own KVM selftests on kvm-intel and on rkvm, for scripts/selftests.
 
-Usage: kselftests.py TREE [--record] [PATTERN]
+Usage: kselftests.py TREE [--ept=0] [--record] [PATTERN]
 
 scripts/kselftests/list says what is run, scripts/kselftests/expected what comes
-of it. The programs are unmodified.
+of it; with --ept=0 both modules are loaded so, and it is expected-shadow that
+says. The programs are unmodified.
 """
 
 import os
@@ -18,7 +19,6 @@ import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEVICES = ("kvm", "rkvm")
-INSMOD = ("kvm-intel", "rkvm")
 MEMORY = 2048
 # A machine that is busy for so many seconds of ours for each of its own hangs.
 PATIENCE = 12
@@ -29,6 +29,24 @@ GROUPS = {"memory": "Memory", "x86": "Other tests for x86", "not": "Not run"}
 # Statuses of the programs: kselftest.h; 124 is kselftest-run's.
 SKIPPED = 4
 LATE = 124
+
+
+class Flavour:
+    """A way to load both modules, and where what comes of it is written down."""
+
+    def __init__(self, name, insmod):
+        self.name = name
+        self.insmod = insmod
+        suffix = f"-{name}" if name else ""
+        self.expected = "scripts/kselftests/expected" + suffix
+        self.logs = "build/kselftests" + suffix
+        # Around its tables in Documentation/kselftests.rst.
+        self.begin, self.end = (f".. tables{suffix} {edge}\n" for edge in ("begin", "end"))
+
+
+EPT = Flavour("", ("kvm-intel", "rkvm"))
+# Programs ask kvm-intel's parameters what to expect of either.
+SHADOW = Flavour("shadow", ("kvm-intel ept=0", "rkvm ept=0"))
 
 
 class Case:
@@ -115,8 +133,9 @@ class Boot:
     kernel says is in LOG.kernel.log.
     """
 
-    def __init__(self, tree, cpus, work, log):
+    def __init__(self, tree, cpus, work, log, insmod):
         self.tree = tree
+        self.insmod = insmod
         self.cpus = cpus
         self.work = work
         self.log = log
@@ -138,7 +157,7 @@ class Boot:
                    "--module", self.tree + "/build/module-plain/rkvm.ko"]
         for item in payload():
             command += ["--data", item]
-        for module in INSMOD:
+        for module in self.insmod:
             command += ["--insmod", module]
         with open(self.log + ".log", "ab") as f, open(self.log + ".kernel.log", "wb") as kernel:
             process = subprocess.Popen([*command, "--", "\n".join(script) + "\nexit 0\n"],
@@ -230,10 +249,10 @@ class Results:
         return [getattr(self.outcomes.get((case.name, d)), "verdict", None) for d in DEVICES]
 
 
-def read_expected(tree):
-    """What scripts/kselftests/expected says: name to (verdict on kvm, on rkvm, why)."""
+def read_expected(tree, flavour):
+    """What FLAVOUR's file says: name to (verdict on kvm, on rkvm, why)."""
     out = {}
-    path = os.path.join(tree, "scripts/kselftests/expected")
+    path = os.path.join(tree, flavour.expected)
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             for line in f:
@@ -243,9 +262,9 @@ def read_expected(tree):
     return out
 
 
-def write_expected(tree, cases, expected):
+def write_expected(tree, flavour, cases, expected):
     """Write what was found, in the list's order."""
-    with open(os.path.join(tree, "scripts/kselftests/expected"), "w", encoding="utf-8") as f:
+    with open(os.path.join(tree, flavour.expected), "w", encoding="utf-8") as f:
         f.write("# Written by scripts/selftests --record. PROGRAM ARGUMENTS | on kvm-intel | on rkvm | why\n")
         for case in cases:
             if case.name in expected:
@@ -260,11 +279,14 @@ def simple_table(rows):
     return [rule, lines[0], rule, *lines[1:], rule]
 
 
-def write_document(tree, cases, expected):
-    """Put the tables between the markers of Documentation/kselftests.rst."""
+def write_document(tree, flavour, cases, expected):
+    """Put the tables between FLAVOUR's markers of Documentation/kselftests.rst."""
     path = os.path.join(tree, "Documentation/kselftests.rst")
     lines = []
     for group, title in GROUPS.items():
+        # What is not run is so for any flavour.
+        if group == "not" and flavour is not EPT:
+            continue
         rows = [("test", "reason")] if group == "not" else [("test", "kvm-intel", "rkvm", "remark")]
         for case in cases:
             if case.group != group:
@@ -278,9 +300,10 @@ def write_document(tree, cases, expected):
         lines += ["", title, "-" * len(title), "", *simple_table(rows)]
     with open(path, encoding="utf-8") as f:
         text = f.read()
-    begin, end = ".. tables begin\n", ".. tables end\n"
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
+    head, begin, rest = text.partition(flavour.begin)
+    _, end, tail = rest.partition(flavour.end)
+    if not begin or not end:
+        sys.exit(f"{path} has no place for the tables")
     with open(path, "w", encoding="utf-8") as f:
         f.write(head + begin + "\n".join(lines) + "\n\n" + end + tail)
 
@@ -289,11 +312,12 @@ def main():
     """Run what is wanted, compare or record."""
     tree, *words = sys.argv[1:]
     record = "--record" in words
+    flavour = SHADOW if "--ept=0" in words else EPT
     pattern = re.compile(next((w for w in words if not w.startswith("--")), ""))
     cases = read_list(tree)
     check_list(cases, os.environ["RKVM_KSELFTESTS"] + "/bin")
     wanted = [c for c in cases if c.group != "not" and pattern.search(f"{c.group}/{c.name}")]
-    logs = os.path.join(tree, "build/kselftests")
+    logs = os.path.join(tree, flavour.logs)
     os.makedirs(logs, exist_ok=True)
     results = Results()
     complaints = []
@@ -304,11 +328,11 @@ def main():
             with open(log + ".log", "wb"):
                 pass
         while work:
-            boot = Boot(tree, cpus, work, log)
+            boot = Boot(tree, cpus, work, log, flavour.insmod)
             work = boot.run(results.take)
             complaints += boot.complaints
 
-    expected = read_expected(tree)
+    expected = read_expected(tree, flavour)
     worse, better = [], []
     rows = [("test", "kvm-intel", "rkvm", "remark")]
     for case in wanted:
@@ -326,8 +350,8 @@ def main():
             expected[case.name] = (*found, skip)
     print("\n" + "\n".join(simple_table(rows)))
     if record:
-        write_expected(tree, cases, expected)
-        write_document(tree, cases, expected)
+        write_expected(tree, flavour, cases, expected)
+        write_document(tree, flavour, cases, expected)
     else:
         for line in better:
             print(f"changed: {line}")

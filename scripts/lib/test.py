@@ -5,7 +5,7 @@ Usage: test.py TREE [PATTERN]
 
 A test's name is PLACE/.../TEST: host/CRATE/TEST for unit tests on this machine,
 JOB/DEVICE/PROGRAM/TEST for the selftests in an emulated machine,
-guest/KERNEL/DEVICE for Linux in the sample VMM, smp-Ncpu/DEVICE/KERNEL-IRQCHIP-CPUS for the same on
+guest/KERNEL/DEVICE for Linux in the sample VMM, guest/GROUP/DEVICE/GUEST for small guests of 32 and 64 bits, smp-Ncpu/DEVICE/KERNEL-IRQCHIP-CPUS for the same on
 more processors and with disks, qemu-Ncpu/DEVICE/qemu/TEST for QEMU, and kselftests/PROGRAM ARGUMENTS for the kernel's own KVM selftests
 on rkvm (kselftests-2cpu with two CPUs). PATTERN is a regular
 expression searched in it. testbed/TEST is about the testbed itself. Every job adds JOB/machine: its kernel complained of
@@ -30,7 +30,7 @@ import tap
 HERE = os.path.dirname(os.path.abspath(__file__))
 TARGET = "x86_64-unknown-linux-gnu"
 # Unit tests of Python modules beside this one.
-PYTHON = ("test_tap",)
+PYTHON = ("test_guests", "test_tap")
 CRATES = {"x86": "rust/x86", "vmm": "samples/rkvm-vmm", "selftests": "selftests"}
 DEVICES = {"kvm": "/dev/kvm", "rkvm": "/dev/rkvm"}
 # Binaries of the selftests that are not tests.
@@ -50,6 +50,17 @@ LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle"
 POWER = {"hotplug", "power"}
 # Modules that the first need, and what the kernel is told for them.
 STRESS_MODULES = ("kvm-intel", "rkvm", "zram")
+# rkvm without EPT, with shadow page tables; kvm-intel as it is, beside it.
+SHADOW = ("kvm-intel", "rkvm ept=0")
+# What is about memory and concurrency, for two CPUs and for the debug kernel.
+SHADOW_SMP = {"concurrency", "dirty", "dirty_ring", "dirty_writes", "faults", "ipi", "memory", "paging",
+              "paging_smp", "regions", "smp", "stress", "userfault"}
+SHADOW_DEBUG = {"adversary", "concurrency", "dirty", "dirty_ring", "lifecycle", "memory", "modes", "module",
+                "paging", "paging_smp", "regions", "robustness", "smoke", "vcpu", "vm"}
+SHADOW_ONLY = {"shadow-2cpu": SHADOW_SMP, "shadow-debug": SHADOW_DEBUG}
+# A processor whose VMX has no EPT, no VPID and no unrestricted guests.
+CORE2 = "core2_penryn_t9600"
+CORE2_PROGRAMS = {"interrupts", "memory", "mmio", "modes", "paging", "pio", "smoke", "vcpu", "vm"}
 STRESS_APPEND = "proc_mem.force_override=always"
 
 
@@ -173,12 +184,13 @@ class Job:
     """One boot of the machine, with the steps to run in it."""
 
     def __init__(self, suite, name, *, kernel="plain", cpus=1, memory=1024, timeout=600,
-                 insmod=("kvm-intel", "rkvm"), append=""):
+                 insmod=("kvm-intel", "rkvm"), append="", cpu=None):
         self.suite = suite
         self.name = name
         self.kernel = kernel
         self.options = ["--kernel", kernel, "--cpus", str(cpus), "--memory", str(memory),
-                        "--timeout", str(timeout), f"--append={append}"]
+                        "--timeout", str(timeout), f"--append={append}",
+                        *(["--cpu", cpu] if cpu else [])]
         self.insmod = insmod
         self.steps = []
         self.data = []
@@ -193,9 +205,18 @@ class Job:
         if self.suite.wants(name):
             self.add(command, Check(self.suite, name, also))
 
+    def module(self):
+        """Our module's file in the machine, and the parameters that it is loaded with; None if it is
+        not loaded."""
+        for item in self.insmod:
+            name, *parameters = item.split()
+            if name == "rkvm":
+                return " ".join(["/data/modules/rkvm.ko", *parameters])
+        return None
+
     def missing(self):
         """What this job needs and was not built."""
-        needs = {"user"} | ({f"module-{self.kernel}"} if "rkvm" in self.insmod else set())
+        needs = {"user"} | ({f"module-{self.kernel}"} if self.module() else set())
         return needs & self.suite.not_built
 
     def run(self):
@@ -213,7 +234,7 @@ class Job:
             script += [f"echo; echo '{nonce} begin {number}'",
                        f"( {step.command}\n)", f"s=$?; echo; echo \"{nonce} end {number} $s\""]
         command = [sys.executable, HERE + "/machine.py", *self.options]
-        if "rkvm" in self.insmod:
+        if self.module():
             command += ["--module", f"{suite.tree}/build/module-{self.kernel}/rkvm.ko"]
         for module in self.insmod:
             command += ["--insmod", module]
@@ -286,7 +307,7 @@ def selftests(suite, job, programs, devices, slow=1):
                 continue
             words = ["./" + program, "--device", DEVICES[device], "--slow", str(slow)]
             if device == "rkvm":
-                words += ["--module", "/data/modules/rkvm.ko"]
+                words += ["--module", job.module()]
             expected = wanted
             if len(wanted) < len(tests):
                 words += wanted
@@ -297,9 +318,12 @@ def selftests(suite, job, programs, devices, slow=1):
 
 def life_cycle(job):
     """The module leaves, comes back and leaves again; nothing of it stays."""
+    # A parameter that is not known is nothing but a line in the log.
+    if " " in job.module():
+        job.check("parameters", "! dmesg | grep 'rkvm: unknown parameter'")
     job.check("unload", "rmmod rkvm && test ! -e /dev/rkvm && test ! -e /sys/module/rkvm")
     job.check("reload", "if test -e /sys/module/rkvm; then rmmod rkvm; fi; "
-              "insmod /data/modules/rkvm.ko && test -c /dev/rkvm && rmmod rkvm")
+              f"insmod {job.module()} && test -c /dev/rkvm && rmmod rkvm")
 
 
 def power_job(suite, programs, name, devices, **options):
@@ -315,9 +339,10 @@ def power_job(suite, programs, name, devices, **options):
     return job
 
 
-def guest_job(suite, work, name, image, devices, **options):
+def guest_job(suite, work, name, image, devices, ept=True, **options):
     """A boot in which the kernel IMAGE boots as a guest, on each of DEVICES."""
-    insmod = tuple({"kvm": "kvm-intel", "rkvm": "rkvm"}[device] for device in devices)
+    insmod = tuple({"kvm": "kvm-intel", "rkvm": "rkvm" if ept else "rkvm ept=0"}[device]
+                   for device in devices)
     job = Job(suite, name, insmod=insmod, **options)
     guest = guests.Guest(image, timeout=900 if job.kernel == "plain" else 3000,
                          options="--irqchip none")
@@ -328,6 +353,54 @@ def guest_job(suite, work, name, image, devices, **options):
         job.check(device, guest.command(DEVICES[device], "guest"), guest.report.search)
     if job.steps and "rkvm" in devices:
         job.check("unload", "rmmod rkvm")
+    return job
+
+
+# Small guests: kernel, interrupt controllers, processors, more options of the VMM's. They run on both
+# devices, with kvm-intel's and rkvm's EPT; and in the jobs whose name says shadow, on rkvm without.
+TINY = {
+    "tiny": [("i386", "none", 1), ("i386", "kernel", 2), ("i386pae", "split", 2),
+             ("x86_64", "split", 1, "--protocol=32")],
+    "tiny-2cpu": [("i386", "split", 2), ("i386pae", "kernel", 4)],
+    "shadow": [("i386", "none", 1), ("i386", "split", 2), ("i386pae", "none", 1), ("i386pae", "kernel", 2),
+               ("x86_64", "none", 1), ("x86_64", "split", 2), ("x86_64", "kernel", 1, "--protocol=32")],
+    "shadow-2cpu": [("i386", "kernel", 2), ("i386pae", "split", 4), ("x86_64", "split", 2)],
+    "core2": [("i386", "none", 1), ("i386pae", "split", 2), ("x86_64", "split", 2)],
+}
+
+
+def tiny_guests(suite, work, job, group, devices):
+    """Add the small guests of GROUP, on each of DEVICES, to JOB."""
+    directory = os.path.join(work, job.name.replace("/", "-") + "-tiny")
+    staged = False
+    for kernel, irqchip, cpus, *options in TINY[group]:
+        for device in devices:
+            guest = guests.Tiny(kernel, irqchip, cpus, options)
+            if suite.wants(f"{job.name}/{device}/{guest.name}") and "user" not in suite.not_built:
+                guest.stage(suite.tree, directory)
+                staged = True
+            job.check(f"{device}/{guest.name}", guest.command(DEVICES[device], 600), guest.judge)
+    if staged:
+        job.data += [f"{directory}:tiny", os.path.join(suite.tree, "build/bin/rkvm-vmm")]
+
+
+def tiny_job(suite, work, name, devices, **options):
+    """A boot in which small guests run."""
+    job = Job(suite, f"guest/{name}", timeout=1500, **options)
+    tiny_guests(suite, work, job, name, devices)
+    if job.steps:
+        life_cycle(job)
+    return job
+
+
+def core2_job(suite, work, programs):
+    """A boot of a machine whose processor has VMX, and little else."""
+    job = Job(suite, "core2", cpu=CORE2, timeout=1800)
+    chosen = {program: tests for program, tests in programs.items() if program in CORE2_PROGRAMS}
+    selftests(suite, job, chosen, ["kvm", "rkvm"], 2)
+    tiny_guests(suite, work, job, "core2", ["kvm", "rkvm"])
+    if job.steps:
+        life_cycle(job)
     return job
 
 
@@ -369,42 +442,44 @@ def smp_job(suite, work, cpus, kernels):
     return job
 
 
-# QEMU's tests, by the number of the machine's CPUs; with make qemu-full, all on each.
+# QEMU's tests, by the number of the machine's CPUs; with make qemu-full, all on each. What the jobs
+# are called, their CPUs, devices, our module's parameters.
 QEMU_TESTS = {
-    1: ["microvm_split_1", "q35_kernel_4", "disk_pc", "savevm", "gdb_boot_sector"],
-    2: ["migrate_across"],
+    "qemu-1cpu": ["microvm_split_1", "q35_kernel_4", "disk_pc", "savevm", "gdb_boot_sector"],
+    "qemu-2cpu": ["migrate_across"],
+    "qemu-shadow": ["disk_q35", "q35_kernel_1"],
 }
 
 
-def qemu_job(suite, work, cpus, tests):
-    """A boot in which QEMU runs guests on both devices."""
+def qemu_job(suite, work, name, tests, cpus=1, devices=("kvm", "rkvm"), module="rkvm"):
+    """A boot in which QEMU runs guests on each of DEVICES."""
     full = bool(os.environ.get("RKVM_QEMU_FULL"))
     # Documentation/testing.rst says why kvm-intel does without APIC virtualisation.
-    job = Job(suite, f"qemu-{cpus}cpu", cpus=cpus, timeout=7200 if full else 1500,
-              insmod=("kvm-intel enable_apicv=0", "rkvm"))
+    job = Job(suite, name, cpus=cpus, timeout=7200 if full else 1500,
+              insmod=("kvm-intel enable_apicv=0", module))
     if not tests:
         return job
     directory = os.path.join(work, job.name)
     guests.stage_qemu(directory, os.path.join(suite.tree, "build/bin/guest"))
     job.data += [os.environ["RKVM_QEMU"] + ":opt/qemu", f"{directory}:guest",
                  os.path.join(suite.tree, "build/bin/selftests", QEMU)]
-    for test in tests if full else QEMU_TESTS[cpus]:
-        for device, path in DEVICES.items():
+    for test in tests if full else QEMU_TESTS[name]:
+        for device in devices:
             prefix = f"{job.name}/{device}/{QEMU}"
             if suite.wants(f"{prefix}/{test}"):
-                job.add(shlex.join(["./" + QEMU, "--device", path, test]),
+                job.add(shlex.join(["./" + QEMU, "--device", DEVICES[device], test]),
                         tap.Program(suite.report, prefix, [test]))
     if job.steps:
         job.check("unload", "rmmod rkvm")
     return job
 
 
-def kernel_selftests(suite, name, cpus, groups):
-    """A boot with the kernel's own tests of GROUPS which both KVM and rkvm are known to pass."""
-    job = Job(suite, name, cpus=cpus, memory=kselftests.MEMORY, timeout=1800,
-              insmod=kselftests.INSMOD)
+def kernel_selftests(suite, name, cpus, groups, flavour=kselftests.EPT):
+    """A boot with the kernel's own tests of GROUPS which both KVM and rkvm are known to pass, as
+    FLAVOUR loads them."""
+    job = Job(suite, name, cpus=cpus, memory=kselftests.MEMORY, timeout=1800, insmod=flavour.insmod)
     job.data += kselftests.payload()
-    expected = kselftests.read_expected(suite.tree)
+    expected = kselftests.read_expected(suite.tree, flavour)
     for case in kselftests.read_list(suite.tree):
         if case.group in groups and case.cpus == cpus:
             if expected.get(case.name, ())[:2] == ("pass", "pass"):
@@ -460,18 +535,27 @@ def jobs(suite, work):
             ("plain-2cpu", {"cpus": 2, "timeout": 2400}, both, 2),
             # With two CPUs the kernel does not accept that siblings are on two nodes.
             ("stress-1cpu", {**stress, "append": STRESS_APPEND + " numa=fake=2"}, both, 1),
-            ("plain-1cpu", {"cpus": 1, "timeout": 2400}, both, 1)):
+            ("plain-1cpu", {"cpus": 1, "timeout": 2400}, both, 1),
+            ("shadow-debug", {"kernel": "debug", "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 20),
+            ("shadow-2cpu", {"cpus": 2, "insmod": (*SHADOW, "zram"), "append": STRESS_APPEND,
+                             "timeout": 2400}, ["rkvm"], 4),
+            ("shadow-1cpu", {"insmod": SHADOW, "timeout": 2400}, ["rkvm"], 2)):
         job = Job(suite, name, **options)
         chosen = {program: tests for program, tests in programs.items()
-                  if (program in STRESS) == name.startswith("stress") and program not in POWER
-                  and ("kmemleak=on" not in options.get("append", "") or program in LEAKS)}
+                  if program not in POWER and (program in SHADOW_ONLY[name] if name in SHADOW_ONLY
+                  else (program in STRESS) == name.startswith("stress")
+                  and ("kmemleak=on" not in options.get("append", "") or program in LEAKS))}
         selftests(suite, job, chosen, devices, slow)
         life_cycle(job)
         out.append(job)
-    out += [qemu_job(suite, work, cpus, qemu_tests) for cpus in QEMU_TESTS]
+    out += [qemu_job(suite, work, "qemu-1cpu", qemu_tests),
+            qemu_job(suite, work, "qemu-2cpu", qemu_tests, cpus=2),
+            qemu_job(suite, work, "qemu-shadow", qemu_tests, devices=["rkvm"], module="rkvm ept=0"),
+            core2_job(suite, work, programs)]
     out += [
         kernel_selftests(suite, "kselftests", 1, ("memory", "x86")),
         kernel_selftests(suite, "kselftests-2cpu", 2, ("x86",)),
+        kernel_selftests(suite, "kselftests-shadow", 1, ("memory",), kselftests.SHADOW),
         huge_page_job(suite),
         power_job(suite, programs, "power-2cpu", both),
         # Only here does VMX go off when rkvm gives it back.
@@ -482,6 +566,11 @@ def jobs(suite, work):
                   timeout=1200),
         guest_job(suite, work, "guest/test-kernel", test_kernel, ["kvm", "rkvm"]),
         guest_job(suite, work, "guest/test-kernel-2cpu", test_kernel, ["rkvm"], cpus=2),
+        guest_job(suite, work, "guest/debian-shadow", debian, ["rkvm"], ept=False, timeout=1200),
+        tiny_job(suite, work, "tiny", both),
+        tiny_job(suite, work, "tiny-2cpu", both, cpus=2),
+        tiny_job(suite, work, "shadow", ["rkvm"], insmod=SHADOW),
+        tiny_job(suite, work, "shadow-2cpu", ["rkvm"], insmod=SHADOW, cpus=2),
     ]
     kernels = {"test": test_kernel, "debian": debian}
     out += [smp_job(suite, work, cpus, kernels) for cpus in SMP]

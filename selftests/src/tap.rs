@@ -91,7 +91,8 @@ Usage: TEST [--device PATH] [--list] [--seed N] [--slow FACTOR] [--soak FACTOR]
   --seed N        seed of random tests (default 1)
   --slow FACTOR   multiply each deadline, for a debug kernel
   --soak FACTOR   multiply the time that stress tests take (default 1)
-  --module KO     the module file, for tests that load and unload it
+  --module KO     the module file, for tests that load and unload it; 'KO NAME=VALUE'
+                  loads it with a parameter
   NAME            run only tests whose name contains one of the NAMEs
 ";
 

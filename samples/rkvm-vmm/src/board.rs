@@ -221,7 +221,7 @@ impl<W: Write> Board<W> {
             Target::Serial(offset) => self.uart.read(offset),
             Target::DebugExit => debug_exit::read(),
             Target::ResetControl => self.reset_control.read(),
-            Target::RtcIndex | Target::Post | Target::Empty => 0xff,
+            Target::RtcIndex | Target::Post | Target::Mark | Target::Empty => 0xff,
         }
     }
 
@@ -256,7 +256,7 @@ impl<W: Write> Board<W> {
             }
             Target::DebugExit => Some(debug_exit::write(value)),
             Target::ResetControl => self.reset_control.write(value),
-            Target::Post | Target::Empty => None,
+            Target::Post | Target::Mark | Target::Empty => None,
         };
         if let Some(outcome) = end {
             self.finish(outcome);

@@ -28,6 +28,8 @@ pub enum Target {
     Serial(u8),
     /// Debug exit.
     DebugExit,
+    /// Marks: the vCPU's thread takes them.
+    Mark,
     /// ACPI's registers for sleep, number from the first.
     Power(u8),
     /// Reset control register (0xcf9).
@@ -58,6 +60,8 @@ pub const VIRTIO_MAX: usize = ioapic::PINS - VIRTIO_GSI as usize;
 
 /// Port that ends the VMM.
 pub const DEBUG_EXIT_PORT: u16 = 0xf4;
+/// Port whose writes are marks in the kernel's counts.
+pub const MARK_PORT: u16 = 0xf5;
 
 /// Returns what answers at `port`.
 pub fn decode(port: u16) -> Target {
@@ -75,6 +79,7 @@ pub fn decode(port: u16) -> Target {
         0xa0 => Target::Pic(Register::Command(Which::Slave)),
         0xa1 => Target::Pic(Register::Data(Which::Slave)),
         DEBUG_EXIT_PORT => Target::DebugExit,
+        MARK_PORT => Target::Mark,
         SERIAL_PORT..=0x3ff => Target::Serial((port - SERIAL_PORT) as u8),
         0x4d0 => Target::Pic(Register::Elcr(Which::Master)),
         0x4d1 => Target::Pic(Register::Elcr(Which::Slave)),
@@ -103,6 +108,7 @@ pub fn name(port: u16) -> &'static str {
         Target::PortA => "system control A",
         Target::Serial(_) => "16550 serial",
         Target::DebugExit => "debug exit",
+        Target::Mark => "mark",
         Target::Power(_) => "ACPI sleep",
         Target::ResetControl => "reset control",
         Target::Post => "POST/delay",

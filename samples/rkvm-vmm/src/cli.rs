@@ -13,7 +13,7 @@ use crate::bus;
 const MIB: u64 = 1 << 20;
 
 const ABOUT: &str = "Sample virtual machine monitor for the KVM API.\n\n\
-Boots a 64-bit Linux kernel, or runs a flat binary, on vCPUs of the KVM device given. The machine \
+Boots a Linux kernel, or runs a flat binary, on vCPUs of the KVM device given. The machine \
 has a 16550 serial port on this terminal, an MC146818 clock, the i8042's reset line, a debug-exit \
 port, and virtio devices as asked for. Its processors have local APICs, and a stock kernel finds \
 everything by ACPI; with --irqchip none there is one processor without any of that, two 8259 PICs and \
@@ -30,6 +30,9 @@ How a guest ends the run:
   debug exit        OUT of one byte to port 0xf4: the byte is the exit status, 0 to 191 (what is
                     more is taken for 191)
   triple fault      see --triple-fault
+
+What a guest can have told: a byte written to port 0xf5 is a mark. The kernel's counts of that vCPU
+(KVM_GET_STATS_FD) are written to stderr, with the byte's value.
 
 Exit status:
   0          the guest reset, halted, or wrote 0 to the debug-exit port
@@ -80,6 +83,17 @@ pub enum Mode {
     Long,
 }
 
+/// By which of its protocols a kernel is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Protocol {
+    /// in protected mode, flat 4 GiB segments, no paging; a 64-bit bzImage goes on to 64-bit mode
+    #[value(name = "32")]
+    Bits32,
+    /// in 64-bit mode, the first 4 GiB mapped one to one
+    #[value(name = "64")]
+    Bits64,
+}
+
 /// What a triple fault is taken for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TripleFault {
@@ -104,7 +118,7 @@ pub struct Cli {
     #[arg(long, value_name = "PATH", default_value = "/dev/rkvm")]
     pub device: PathBuf,
 
-    /// Linux kernel: bzImage (as distributions package it) or vmlinux (ELF), 64-bit
+    /// Linux kernel: bzImage (as distributions package it), or 64-bit vmlinux (ELF)
     #[arg(long, value_name = "FILE", required_unless_present = "flat")]
     pub kernel: Option<PathBuf>,
 
@@ -120,6 +134,10 @@ pub struct Cli {
         conflicts_with = "flat"
     )]
     pub cmdline: String,
+
+    /// Boot protocol to start the kernel by [default: 64 for a kernel that has an entry point for it]
+    #[arg(long, value_enum, conflicts_with = "flat")]
+    pub protocol: Option<Protocol>,
 
     /// Guest memory in MiB (a suffix M or G is taken too); what exceeds 3 GiB lies above 4 GiB
     #[arg(long, value_name = "MiB", default_value = "256", value_parser = parse_memory)]
@@ -231,6 +249,8 @@ pub enum Image {
         initrd: Option<PathBuf>,
         /// Kernel command line.
         cmdline: String,
+        /// Boot protocol; the kernel's own if there is none.
+        protocol: Option<Protocol>,
     },
     /// A flat binary.
     Flat {
@@ -291,6 +311,7 @@ impl Cli {
                 kernel: kernel.clone(),
                 initrd: self.initrd.clone(),
                 cmdline: self.cmdline.clone(),
+                protocol: self.protocol,
             },
             (None, Some(file)) => {
                 let load = self.load_addr.unwrap_or(match self.mode {
@@ -443,7 +464,8 @@ mod tests {
             Image::Linux {
                 kernel: "k".into(),
                 initrd: None,
-                cmdline: "console=ttyS0".into()
+                cmdline: "console=ttyS0".into(),
+                protocol: None
             }
         );
     }
@@ -529,6 +551,8 @@ mod tests {
         assert!(parse(&[]).is_err());
         assert!(parse(&["--kernel", "k", "--flat", "f"]).is_err());
         assert!(parse(&["--flat", "f", "--initrd", "i"]).is_err());
+        assert!(parse(&["--flat", "f", "--protocol", "32"]).is_err());
+        assert!(parse(&["--kernel", "k", "--protocol", "16"]).is_err());
         assert!(parse(&["--kernel", "k", "--timeout", "0"]).is_err());
         assert!(parse(&["--kernel", "k", "--load-addr", "0x1000"]).is_err());
         assert!(parse(&["--kernel", "k", "--mode", "long"]).is_err());

@@ -22,6 +22,7 @@ use crate::board::Shared;
 use crate::board::VcpuState;
 use crate::bus;
 use crate::dump;
+use crate::kvm::counters;
 use crate::memory::Memory;
 use crate::outcome::Outcome;
 use crate::signals::Kickable;
@@ -273,11 +274,24 @@ impl Vcpu<'_> {
             let direction = if write { "out" } else { "in " };
             eprintln!("{direction} {port:#06x} size {size} data {data:02x?}");
         }
+        if write && port == bus::MARK_PORT {
+            if let Some(number) = data.first() {
+                self.mark(*number);
+            }
+        }
         // Ticks and flushes that this access may have scheduled.
         board.arm(&self.shared.timer);
         if board.input_blocked && board.input_room() > 0 {
             board.input_blocked = false;
             self.shared.ring.ring();
+        }
+    }
+
+    /// Tells what the kernel has counted of this vCPU up to here.
+    fn mark(&self, number: u8) {
+        match counters::read(&self.fd) {
+            Ok(counts) => eprintln!("mark {number}: {}", counts.join(" ")),
+            Err(err) => eprintln!("mark {number}: no counts: {err}"),
         }
     }
 

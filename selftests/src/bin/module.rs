@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! The module itself: it is not unloaded while anything of it is in use, and can be loaded and unloaded
-//! again and again. Needs `--module FILE` and to be root; the module is loaded when the tests end.
+//! again and again. Needs `--module 'FILE [PARAMETER=VALUE...]'` and to be root; the module is loaded when the tests end.
 
 use selftests::guest::{at, usize_of};
 use selftests::host::{meminfo, patient, sleep_ms};
@@ -14,12 +14,13 @@ use std::process::ExitCode;
 
 guest_code!(count, ".code32", "2: inc dword ptr [{D}]", "hlt", "jmp 2b"; D = at::DATA);
 
-/// The module file and the module's name.
+/// The module file, its parameters behind it if there are any, and the module's name.
 fn module(env: &Env) -> Result<(CString, CString), Verdict> {
     let Some(path) = &env.module else {
         skip!("no --module")
     };
-    let name = Path::new(path)
+    let (file, _) = path.split_once(' ').unwrap_or((path, ""));
+    let name = Path::new(file)
         .file_stem()
         .and_then(|s| s.to_str())
         .unwrap_or("")
@@ -39,13 +40,17 @@ fn loaded(name: &CString) -> bool {
 }
 
 fn load(path: &CString) -> Result<(), Error> {
+    let words = path.to_string_lossy();
+    let (file, parameters) = words.split_once(' ').unwrap_or((&words, ""));
+    let string = |s: &str| CString::new(s).map_err(|_| Error::last("a NUL in --module"));
+    let (file, parameters) = (string(file)?, string(parameters)?);
     // SAFETY: Strings with their terminators; the descriptor is our own.
     unsafe {
-        let fd = libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        let fd = libc::open(file.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
         if fd < 0 {
             return Err(Error::last("open of the module's file"));
         }
-        let r = libc::syscall(libc::SYS_finit_module, fd, c"".as_ptr(), 0);
+        let r = libc::syscall(libc::SYS_finit_module, fd, parameters.as_ptr(), 0);
         let e = Error::last("finit_module");
         libc::close(fd);
         if r != 0 {

@@ -12,6 +12,7 @@ use vm_memory::GuestMemory;
 
 use super::tables;
 use super::Entry;
+use super::Selector;
 use crate::cli::Mode;
 use crate::memory::Memory;
 use crate::memory::GDT_ADDR;
@@ -42,7 +43,7 @@ pub fn load(
                 "{load:#x} to {end:#x} overlaps the boot tables at {GDT_ADDR:#x} to {TABLES_END:#x}"
             );
         }
-        tables::write_gdt(memory)?;
+        tables::write_gdt(memory, Selector::Code32)?;
     }
     if mode == Mode::Long {
         tables::write_page_tables(memory)?;
@@ -53,7 +54,9 @@ pub fn load(
     Ok(match mode {
         Mode::Long => Entry::Long { rip: entry, rsi: 0 },
         Mode::Protected => Entry::Protected {
+            code: Selector::Code32,
             eip: u32::try_from(entry)?,
+            esi: 0,
         },
         Mode::Real => real_entry(entry),
     })

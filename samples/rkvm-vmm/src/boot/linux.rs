@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Linux by its 64-bit boot protocol (Documentation/arch/x86/boot.rst in the kernel's tree).
+//! Linux by its 64-bit or its 32-bit boot protocol (Documentation/arch/x86/boot.rst in the kernel's
+//! tree).
 
 use std::fs::File;
 use std::io::Read;
@@ -26,6 +27,8 @@ use vm_memory::GuestMemoryRegion;
 use super::acpi;
 use super::tables;
 use super::Entry;
+use super::Selector;
+use crate::cli::Protocol;
 use crate::memory::Memory;
 use crate::memory::BOOT_PARAMS_ADDR;
 use crate::memory::CMDLINE_ADDR;
@@ -56,6 +59,7 @@ const MIB: u64 = 1 << 20;
 
 /// A kernel in guest memory.
 struct Loaded {
+    protocol: Protocol,
     entry: u64,
     header: setup_header,
     /// End of what the kernel needs until it manages memory itself.
@@ -63,7 +67,7 @@ struct Loaded {
 }
 
 /// Loads a kernel, an initrd and a command line, and describes them, the memory and the machine, if
-/// ACPI is to do that, to the kernel.
+/// ACPI is to do that, to the kernel. It is started by `protocol`, or else in its own mode.
 ///
 /// # Errors
 /// Whatever is wrong with the files, or with the size of the memory.
@@ -72,6 +76,7 @@ pub fn load(
     kernel: &Path,
     initrd: Option<&Path>,
     cmdline: &str,
+    protocol: Option<Protocol>,
     machine: Option<&acpi::Machine>,
 ) -> anyhow::Result<Entry> {
     // Both are opened before either is read: the smaller error first.
@@ -83,8 +88,14 @@ pub fn load(
         "there is no memory above 1 MiB to load a kernel to; give more --memory"
     );
     let loaded = match kind(&mut kernel_file)? {
-        Kind::BzImage => load_bzimage(memory, &mut kernel_file, kernel_size)?,
-        Kind::Elf => load_elf(memory, &mut kernel_file)?,
+        Kind::BzImage => load_bzimage(memory, &mut kernel_file, kernel_size, protocol)?,
+        Kind::Elf => {
+            ensure!(
+                protocol != Some(Protocol::Bits32),
+                "a vmlinux has no 32-bit entry point; a bzImage has"
+            );
+            load_elf(memory, &mut kernel_file)?
+        }
     };
     ensure!(
         loaded.end <= ram_end(memory),
@@ -110,7 +121,16 @@ pub fn load(
         memory,
     )
     .context("cannot write the boot parameters")?;
-    tables::write_gdt(memory)?;
+    if loaded.protocol == Protocol::Bits32 {
+        let code = Selector::BootCode32;
+        tables::write_gdt(memory, code)?;
+        return Ok(Entry::Protected {
+            code,
+            eip: u32::try_from(loaded.entry)?,
+            esi: BOOT_PARAMS_ADDR as u32,
+        });
+    }
+    tables::write_gdt(memory, Selector::Code64)?;
     tables::write_page_tables(memory)?;
     Ok(Entry::Long {
         rip: loaded.entry,
@@ -146,7 +166,12 @@ fn kind(file: &mut File) -> anyhow::Result<Kind> {
     bail!("it is not an x86 kernel: {guess}");
 }
 
-fn load_bzimage(memory: &Memory, file: &mut File, file_size: u64) -> anyhow::Result<Loaded> {
+fn load_bzimage(
+    memory: &Memory,
+    file: &mut File,
+    file_size: u64,
+    protocol: Option<Protocol>,
+) -> anyhow::Result<Loaded> {
     let needed = || "the bzImage is damaged, or there is not enough --memory for it";
     if file_size > ram_end(memory) - HIGH_START {
         bail!(
@@ -158,8 +183,15 @@ fn load_bzimage(memory: &Memory, file: &mut File, file_size: u64) -> anyhow::Res
         BzImage::load(memory, None, file, Some(GuestAddress(HIGH_START))).with_context(needed)?;
     let header = result.setup_header.with_context(needed)?;
     let (version, flags) = (header.version, header.xloadflags);
+    // Every bzImage has an entry point for protected mode.
+    let has_64 = version >= PROTOCOL_XLOADFLAGS && flags & XLF_KERNEL_64 != 0;
+    let protocol = protocol.unwrap_or(if has_64 {
+        Protocol::Bits64
+    } else {
+        Protocol::Bits32
+    });
     ensure!(
-        version >= PROTOCOL_XLOADFLAGS && flags & XLF_KERNEL_64 != 0,
+        has_64 || protocol == Protocol::Bits32,
         "it has no 64-bit entry point (boot protocol {}.{:02}, xloadflags {flags:#x}): a 32-bit kernel?",
         version >> 8,
         version & 0xff
@@ -171,8 +203,13 @@ fn load_bzimage(memory: &Memory, file: &mut File, file_size: u64) -> anyhow::Res
         .max(header.pref_address)
         .saturating_add(header.init_size.into())
         .max(result.kernel_end);
+    let offset = match protocol {
+        Protocol::Bits64 => ENTRY_64_OFFSET,
+        Protocol::Bits32 => 0,
+    };
     Ok(Loaded {
-        entry: start + ENTRY_64_OFFSET,
+        protocol,
+        entry: start + offset,
         header,
         end,
     })
@@ -203,6 +240,7 @@ fn load_elf(memory: &Memory, file: &mut File) -> anyhow::Result<Loaded> {
         ..Default::default()
     };
     Ok(Loaded {
+        protocol: Protocol::Bits64,
         entry: result.kernel_load.0,
         header,
         end: result.kernel_end,
@@ -348,7 +386,7 @@ mod tests {
         let kernel = files.add("ok", &image(|_| {}));
         let initrd = files.add("ok-initrd", &[0xaa; 5000]);
         let memory = memory::allocate(64 << 20).unwrap();
-        let entry = load(&memory, &kernel, Some(&initrd), "quiet x=1", None).unwrap();
+        let entry = load(&memory, &kernel, Some(&initrd), "quiet x=1", None, None).unwrap();
         assert_eq!(
             entry,
             Entry::Long {
@@ -392,6 +430,38 @@ mod tests {
     }
 
     #[test]
+    fn bzimage_in_protected_mode() {
+        let mut files = Files(vec![]);
+        let by_32 = Entry::Protected {
+            code: Selector::BootCode32,
+            eip: 0x10_0000,
+            esi: BOOT_PARAMS_ADDR as u32,
+        };
+        // A 32-bit kernel, an old one that could not say what it is, and one of 64 bits that is to be
+        // started so.
+        for (name, flags, version, protocol) in [
+            ("i386", 0, 0x020f_u16, None),
+            ("old", XLF_KERNEL_64, 0x0206, None),
+            ("by-32", XLF_KERNEL_64, 0x020f, Some(Protocol::Bits32)),
+        ] {
+            let kernel = files.add(
+                name,
+                &image(|image| {
+                    image[0x206..0x208].copy_from_slice(&version.to_le_bytes());
+                    image[0x236..0x238].copy_from_slice(&flags.to_le_bytes());
+                }),
+            );
+            let memory = memory::allocate(64 << 20).unwrap();
+            let entry = load(&memory, &kernel, None, "", protocol, None).unwrap();
+            assert_eq!(entry, by_32, "{name}");
+            let code: u64 = memory
+                .read_obj(GuestAddress(memory::GDT_ADDR + 0x10))
+                .unwrap();
+            assert_eq!(code, 0x00cf_9b00_0000_ffff, "{name}");
+        }
+    }
+
+    #[test]
     fn memory_around_the_hole_is_described() {
         let memory = memory::allocate(5 << 30).unwrap();
         let mut params = boot_params::default();
@@ -406,17 +476,21 @@ mod tests {
     fn what_is_wrong_is_told() {
         let mut files = Files(vec![]);
         let memory = memory::allocate(64 << 20).unwrap();
-        let mut fails = |name: &str, bytes: &[u8], cmdline: &str| {
+        let mut fails_by = |name: &str, bytes: &[u8], cmdline: &str, protocol| {
             let kernel = files.add(name, bytes);
             format!(
                 "{:#}",
-                load(&memory, &kernel, None, cmdline, None).unwrap_err()
+                load(&memory, &kernel, None, cmdline, protocol, None).unwrap_err()
             )
         };
+        let old = image(|image| image[0x236] = 0);
+        assert!(fails_by("32", &old, "", Some(Protocol::Bits64)).contains("no 64-bit entry"));
+        let elf = b"\x7fELF\x02\x01";
+        assert!(fails_by("elf", elf, "", Some(Protocol::Bits32)).contains("no 32-bit entry"));
+        let mut fails =
+            |name: &str, bytes: &[u8], cmdline: &str| fails_by(name, bytes, cmdline, None);
         assert!(fails("text", b"hello", "").contains("not an x86 kernel"));
         assert!(fails("gzip", b"\x1f\x8bxxx", "").contains("initrd"));
-        let old = image(|image| image[0x236] = 0);
-        assert!(fails("32", &old, "").contains("no 64-bit entry"));
         assert!(fails("long", &image(|_| {}), &"x".repeat(256)).contains("takes 255"));
         let elf32 = [&b"\x7fELF\x01\x01"[..], &[0; 64]].concat();
         assert!(fails("elf32", &elf32, "").contains("not for 64-bit"));
@@ -431,7 +505,7 @@ mod tests {
             let memory = memory::allocate(mib << 20).unwrap();
             format!(
                 "{:#}",
-                load(&memory, &kernel, Some(&initrd), "", None).unwrap_err()
+                load(&memory, &kernel, Some(&initrd), "", None, None).unwrap_err()
             )
         };
         assert!(fails(1).contains("more --memory"));
@@ -442,6 +516,6 @@ mod tests {
         );
         assert!(fails(19).contains("too small"), "{}", fails(19));
         let memory = memory::allocate(20 << 20).unwrap();
-        assert!(load(&memory, &kernel, Some(&initrd), "", None).is_ok());
+        assert!(load(&memory, &kernel, Some(&initrd), "", None, None).is_ok());
     }
 }

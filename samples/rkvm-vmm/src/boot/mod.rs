@@ -31,8 +31,12 @@ pub enum Entry {
     },
     /// In 32-bit protected mode on the boot GDT, no paging.
     Protected {
+        /// Code segment.
+        code: Selector,
         /// First instruction.
         eip: u32,
+        /// Linux wants the address of its `boot_params` here.
+        esi: u32,
     },
     /// In real mode.
     Real {
@@ -57,8 +61,12 @@ pub fn load(
             kernel,
             initrd,
             cmdline,
-        } => linux::load(memory, kernel, initrd.as_deref(), cmdline, machine)
-            .with_context(|| format!("cannot boot {}", kernel.display())),
+            protocol,
+        } => {
+            let initrd = initrd.as_deref();
+            linux::load(memory, kernel, initrd, cmdline, *protocol, machine)
+                .with_context(|| format!("cannot boot {}", kernel.display()))
+        }
         Image::Flat {
             file,
             mode,

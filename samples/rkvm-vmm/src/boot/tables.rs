@@ -10,15 +10,18 @@ use crate::memory::Memory;
 use crate::memory::GDT_ADDR;
 use crate::memory::PML4_ADDR;
 
-/// Entries of the boot GDT. The Linux boot protocol fixes 0x10 and 0x18 (`__BOOT_CS`, `__BOOT_DS`).
+/// Entries of the boot GDT. The Linux boot protocols fix 0x10 and 0x18 (`__BOOT_CS`, `__BOOT_DS`), of
+/// which the first is as wide as the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Selector {
     /// 32-bit code.
-    Code32 = 0x08,
+    Code32,
+    /// 32-bit code where a 32-bit Linux has it.
+    BootCode32,
     /// 64-bit code.
-    Code64 = 0x10,
+    Code64,
     /// Data.
-    Data = 0x18,
+    Data,
 }
 
 /// Descriptor fields of a flat segment (SDM volume 3, "Segment Descriptors").
@@ -30,12 +33,19 @@ struct Flat {
 }
 
 impl Selector {
-    const ALL: [Selector; 3] = [Selector::Code32, Selector::Code64, Selector::Data];
+    /// Returns the selector's value: where in the GDT the descriptor stands.
+    fn value(self) -> u16 {
+        match self {
+            Selector::Code32 => 0x08,
+            Selector::BootCode32 | Selector::Code64 => 0x10,
+            Selector::Data => 0x18,
+        }
+    }
 
     fn flat(self) -> Flat {
         // Execute/read or read/write, accessed already: the processor need not write to the GDT.
         match self {
-            Selector::Code32 => Flat {
+            Selector::Code32 | Selector::BootCode32 => Flat {
                 kind: 0xb,
                 long: false,
                 default_32: true,
@@ -59,7 +69,7 @@ impl Selector {
         kvm_segment {
             base: 0,
             limit: 0xffff_ffff,
-            selector: self as u16,
+            selector: self.value(),
             type_: flat.kind,
             present: 1,
             dpl: 0,
@@ -95,16 +105,18 @@ const LARGE_PAGE: u64 = 0x20_0000;
 /// Page directories; each maps 1 GiB.
 const DIRECTORIES: u64 = 4;
 
-/// Writes the boot GDT.
+/// Writes the boot GDT, in which `code` has the place of `__BOOT_CS` if that is its place, and 64-bit
+/// code otherwise.
 ///
 /// # Errors
 /// Guest memory does not reach that far.
-pub fn write_gdt(memory: &Memory) -> Result<(), vm_memory::GuestMemoryError> {
+pub fn write_gdt(memory: &Memory, code: Selector) -> Result<(), vm_memory::GuestMemoryError> {
     memory.write_obj(0u64, GuestAddress(GDT_ADDR))?;
-    for selector in Selector::ALL {
+    // The last that is written to a place stays.
+    for selector in [Selector::Code32, Selector::Data, Selector::Code64, code] {
         memory.write_obj(
             selector.descriptor(),
-            GuestAddress(GDT_ADDR + selector as u64),
+            GuestAddress(GDT_ADDR + u64::from(selector.value())),
         )?;
     }
     Ok(())
@@ -139,6 +151,29 @@ mod tests {
         assert_eq!(Selector::Code32.descriptor(), 0x00cf_9b00_0000_ffff);
         assert_eq!(Selector::Code64.descriptor(), 0x00af_9b00_0000_ffff);
         assert_eq!(Selector::Data.descriptor(), 0x00cf_9300_0000_ffff);
+    }
+
+    #[test]
+    fn boot_code_is_as_wide_as_the_protocol() {
+        let memory = memory::allocate(1 << 20).unwrap();
+        let entry = |selector| {
+            memory
+                .read_obj::<u64>(GuestAddress(GDT_ADDR + selector))
+                .unwrap()
+        };
+        for (code, expected) in [
+            (Selector::Code32, Selector::Code64),
+            (Selector::Code64, Selector::Code64),
+            (Selector::BootCode32, Selector::Code32),
+        ] {
+            write_gdt(&memory, code).unwrap();
+            assert_eq!(entry(0), 0);
+            assert_eq!(entry(0x08), Selector::Code32.descriptor());
+            assert_eq!(entry(0x10), expected.descriptor());
+            assert_eq!(entry(0x18), Selector::Data.descriptor());
+        }
+        let segment = Selector::BootCode32.segment();
+        assert_eq!((segment.selector, segment.db, segment.l), (0x10, 1, 0));
     }
 
     #[test]

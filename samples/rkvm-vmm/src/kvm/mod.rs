@@ -3,6 +3,7 @@
 //! The KVM device: opening it, asking what it can do, making the VM, its interrupt controllers and
 //! its vCPUs.
 
+pub mod counters;
 mod cpuid;
 mod state;
 

@@ -112,7 +112,7 @@ fn set_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<bool, Error> {
 fn general(entry: &Entry) -> kvm_regs {
     let (rip, rsp, rsi) = match *entry {
         Entry::Long { rip, rsi } => (rip, STACK_TOP, rsi),
-        Entry::Protected { eip } => (eip.into(), STACK_TOP, 0),
+        Entry::Protected { eip, esi, .. } => (eip.into(), STACK_TOP, esi.into()),
         Entry::Real { ip, .. } => (ip.into(), REAL_SP, 0),
     };
     kvm_regs {
@@ -148,8 +148,8 @@ fn special(sregs: &mut kvm_sregs, entry: &Entry, apic: LocalApic) {
             sregs.cs.selector = cs;
             sregs.cs.base = u64::from(cs) << 4;
         }
-        Entry::Protected { .. } => {
-            flat_segments(sregs, Selector::Code32);
+        Entry::Protected { code, .. } => {
+            flat_segments(sregs, code);
             sregs.cr0 = CR0_PE | CR0_ET | CR0_NE;
         }
         Entry::Long { .. } => {
@@ -213,6 +213,23 @@ mod tests {
         assert_eq!(sregs.cr0, 0x8000_0031);
         let regs = general(&entry);
         assert_eq!((regs.rip, regs.rsi, regs.rflags), (0x10_0200, 0x7000, 2));
+    }
+
+    #[test]
+    fn protected_mode() {
+        let entry = Entry::Protected {
+            code: Selector::BootCode32,
+            eip: 0x10_0000,
+            esi: 0x7000,
+        };
+        let mut sregs = after_reset();
+        special(&mut sregs, &entry, LocalApic::None);
+        assert_eq!((sregs.cs.selector, sregs.cs.l, sregs.cs.db), (0x10, 0, 1));
+        assert_eq!((sregs.ss.selector, sregs.es.selector), (0x18, 0x18));
+        assert_eq!((sregs.cr0, sregs.cr4, sregs.efer), (0x31, 0, 0));
+        let regs = general(&entry);
+        assert_eq!((regs.rip, regs.rsi, regs.rflags), (0x10_0000, 0x7000, 2));
+        assert_eq!((regs.rbp, regs.rdi, regs.rbx), (0, 0, 0));
     }
 
     #[test]
