@@ -22,6 +22,7 @@ pub(crate) mod page;
 pub(crate) mod power;
 pub(crate) mod preempt;
 pub(crate) mod rwlock;
+pub(crate) mod shrinker;
 pub(crate) mod spinlock;
 pub(crate) mod srcu;
 pub(crate) mod task;

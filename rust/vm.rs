@@ -30,6 +30,7 @@ use crate::irq::irqfd::IrqFds;
 use crate::irq::Irqs;
 use crate::linux::file::FileObject;
 use crate::linux::preempt::NotifiersOn;
+use crate::linux::shrinker::Shrinker;
 use crate::linux::user;
 use crate::mem::ring::DirtyRing;
 use crate::mem::GuestMemory;
@@ -55,6 +56,7 @@ use special::SpecialPages;
 pub(crate) struct Vm<B: Backend> {
     pub(crate) machine: Arc<Machine<B>>,
     pub(crate) memory: Arc<GuestMemory>,
+    _shrinker: Option<Shrinker<GuestMemory>>,
     #[pin]
     pub(crate) bus: Bus,
     pub(crate) apics: Arc<Apics>,
@@ -142,6 +144,7 @@ impl<B: Backend> Vm<B> {
         let caps = machine.backend.paging();
         let pid = current!().pid();
         let memory = Arc::pin_init(GuestMemory::new(caps), GFP_KERNEL_ACCOUNT)?;
+        let shrinker = GuestMemory::shrinker(&memory)?;
         let apics = Apics::new()?;
         let irqs = Irqs::new(&apics)?;
         let special = SpecialPages::new(memory.clone(), machine.backend.private_pages());
@@ -151,6 +154,7 @@ impl<B: Backend> Vm<B> {
             try_pin_init!(Self {
                 machine,
                 memory,
+                _shrinker: shrinker,
                 bus <- Bus::new(irqs.clone()),
                 apics,
                 irqs,

@@ -6,6 +6,8 @@
 #include <linux/pgtable.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
+#include <linux/shrinker.h>
+#include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/spinlock.h>
 #include <linux/srcu.h>
@@ -240,6 +242,59 @@ void rkvm_table_set_link(void *table, u64 link)
 }
 
 u64 rkvm_table_link(const void *table) { return page_private(virt_to_page(table)); }
+
+struct rkvm_shrinks {
+	const void *data;
+	u64 (*count)(const void *data);
+	u64 (*scan)(const void *data, u64 nr);
+};
+
+static unsigned long count_objects(struct shrinker *shrinker, struct shrink_control *sc)
+{
+	struct rkvm_shrinks *shrinks = shrinker->private_data;
+
+	return shrinks->count(shrinks->data) ?: SHRINK_EMPTY;
+}
+
+static unsigned long scan_objects(struct shrinker *shrinker, struct shrink_control *sc)
+{
+	struct rkvm_shrinks *shrinks = shrinker->private_data;
+
+	return shrinks->scan(shrinks->data, sc->nr_to_scan) ?: SHRINK_STOP;
+}
+
+struct shrinker *rkvm_shrinker_register(void *data, u64 (*count)(const void *data),
+					u64 (*scan)(const void *data, u64 nr))
+{
+	struct rkvm_shrinks *shrinks = kmalloc(sizeof(*shrinks), GFP_KERNEL_ACCOUNT);
+	struct shrinker *shrinker;
+
+	if (!shrinks)
+		return NULL;
+	shrinker = shrinker_alloc(0, "rkvm-shadow");
+	if (!shrinker) {
+		kfree(shrinks);
+		return NULL;
+	}
+	shrinks->data = data;
+	shrinks->count = count;
+	shrinks->scan = scan;
+	shrinker->private_data = shrinks;
+	shrinker->count_objects = count_objects;
+	shrinker->scan_objects = scan_objects;
+	/* Making a shadow page again takes a walk of the guest's tables for each entry. */
+	shrinker->seeks = DEFAULT_SEEKS * 10;
+	shrinker_register(shrinker);
+	return shrinker;
+}
+
+void rkvm_shrinker_free(struct shrinker *shrinker)
+{
+	void *shrinks = shrinker->private_data;
+
+	shrinker_free(shrinker);
+	kfree(shrinks);
+}
 
 static void acknowledge(void *unused)
 {

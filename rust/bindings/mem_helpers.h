@@ -63,6 +63,13 @@ void *rkvm_table_virt(u64 phys);
 void rkvm_table_set_link(void *table, u64 link);
 u64 rkvm_table_link(const void *table);
 
+/* A shrinker of objects that @data has: @count says how many, @scan frees up to so many of them. */
+struct shrinker;
+struct shrinker *rkvm_shrinker_register(void *data, u64 (*count)(const void *data),
+					u64 (*scan)(const void *data, u64 nr));
+/* Waits until neither runs. */
+void rkvm_shrinker_free(struct shrinker *shrinker);
+
 /* Sends an IPI to each CPU of @mask, waits until it has taken it, and clears @mask. */
 void rkvm_ipi_and_wait(struct cpumask *mask);
 

@@ -9,6 +9,8 @@ use super::fault::Fault;
 use super::slots::Slots;
 use super::GuestMemory;
 use crate::linux::mm;
+use crate::linux::shrinker::Shrinker;
+use crate::linux::shrinker::Shrinks;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::Level;
 use crate::mmu::page_of;
@@ -196,9 +198,29 @@ impl GuestMemory {
         }
     }
 
+    /// Has the host take shadow pages back when it runs short of memory, as long as the result lives: ENOMEM.
+    pub(crate) fn shrinker(this: &Arc<Self>) -> Result<Option<Shrinker<Self>>> {
+        match this.is_shadowed() {
+            true => Shrinker::register(this.clone()).map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// What shadow tables there are.
     pub(crate) fn shadow_counts(&self) -> Option<ShadowCounts> {
         self.inner.mmu.shadow().map(ShadowMmu::counts)
+    }
+}
+
+impl Shrinks for GuestMemory {
+    fn count(&self) -> u64 {
+        self.shadow_counts().map_or(0, |counts| counts.pages)
+    }
+
+    fn scan(&self, nr: u64) -> u64 {
+        let around = Around::blind(self.vcpus());
+        let shadow = self.inner.mmu.shadow();
+        shadow.map_or(0, |shadow| shadow.shrink(&around, nr as usize))
     }
 }
 

@@ -265,6 +265,29 @@ impl ShadowMmu {
     }
 }
 
+impl ShadowMmu {
+    /// Zaps so many pages, or as many as there are but for roots, and frees them; returns how many.
+    pub(crate) fn shrink(&self, around: &Around<'_>, pages: usize) -> u64 {
+        let mut left = pages;
+        let mut zapped = 0u64;
+        while left != 0 {
+            let here = left.min(BATCH);
+            let gone = self.with(around, |state| {
+                let goal = state.pages.used().saturating_sub(here);
+                let gone = state.zap_some(goal);
+                state.pay(around);
+                gone
+            });
+            zapped = zapped.wrapping_add(gone);
+            if gone == 0 {
+                break;
+            }
+            left = left.saturating_sub(here);
+        }
+        zapped
+    }
+}
+
 /// Pages that go at once.
 const BATCH: usize = 64;
 

@@ -127,9 +127,9 @@ impl Shadow {
         let mut raw = [0; 8];
         let size = role.entry_size() as usize;
         let gpa = (page.gfn << 12).wrapping_add(role.guest_offset(index));
-        match raw.get_mut(..size) {
-            Some(buf) if (around.peek)(gpa, buf) => {}
-            _ => return Ok(()),
+        let read = raw.get_mut(..size).map(|buf| (around.peek)(gpa, buf));
+        if read != Some(true) {
+            return Ok(());
         }
         let entry = u64::from_le_bytes(raw);
         let spte = page.entry(index);
