@@ -27,9 +27,17 @@ pub(super) fn row(d: &Decoder<'_>, opcode: u8) -> Result<Row, DecodeError> {
     Ok(match opcode {
         0x0b | 0xb9 | 0xff => return Err(DecodeError::Invalid),
         // There is nothing, or what needs SMM or SMX: GETSEC, RSM.
-        0x04 | 0x0a | 0x0c | 0x24..=0x27 | 0x36 | 0x37 | 0x39 | 0x3b..=0x3f | 0xa6 | 0xa7 | 0xaa => {
-            return Err(DecodeError::Invalid)
-        }
+        0x04
+        | 0x0a
+        | 0x0c
+        | 0x24..=0x27
+        | 0x36
+        | 0x37
+        | 0x39
+        | 0x3b..=0x3f
+        | 0xa6
+        | 0xa7
+        | 0xaa => return Err(DecodeError::Invalid),
         // Prefetches, and what is reserved for hints: memory is not touched, nor is a register.
         0x0d | 0x18..=0x1f => Row::new(Op::Nop, Form::Source, Width::Byte),
         0x40..=0x4f => Row::new(Op::Cmov(opcode & 15), Form::RegRm, Width::Full),
