@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The instruction emulator: carries out one guest instruction whose memory belongs to a device.
+//! The instruction emulator: carries out one guest instruction, be it that its memory belongs to a device, or that the processor cannot
+//! be entered in the guest's state ([`vmentry`](super::vmentry)).
 //!
 //! One [`Emulator`] belongs to each vCPU. [`Emulator::step`] decodes the instruction at RIP and either completes it or
 //! says what it needs first. The instruction keeps no partial state: values that devices returned are remembered, the
@@ -155,7 +156,7 @@ pub struct Completion {
     /// Whether RIP is past the instruction. If not, a repeated string instruction has iterations left, or another
     /// processor kept changing what a locked instruction was to change: the guest tries again.
     pub retired: bool,
-    /// Whether RFLAGS.TF was set: a single-step #DB is due.
+    /// A single-step #DB is due: RFLAGS.TF was set, and the instruction has not lost the trap.
     pub single_step: bool,
     /// What holds events back after the instruction; what did before has ended.
     pub shadow: Shadow,
@@ -581,9 +582,13 @@ impl Emulator {
             };
             left = left.saturating_sub(1);
             if retired || single_step || left == 0 || run.met_device() {
+                // INT n, if it went through, has cleared TF and dropped the trap (SDM vol. 3, 19.3.1.4). A load of SS holds
+                // debug exceptions back, and this one for good.
+                let dropped = system::is_interrupt(insn.op) && !run.flags().has(Rflags::TF)
+                    || run.shadow == Shadow::MovSs;
                 return Ok(Completion {
                     retired,
-                    single_step,
+                    single_step: single_step && !dropped,
                     shadow: run.shadow,
                 });
             }

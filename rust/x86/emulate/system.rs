@@ -25,6 +25,7 @@ use super::super::event::Shadow;
 use super::super::exception::Fault;
 use super::super::insn::system::SystemOp;
 use super::super::insn::Insn;
+use super::super::insn::Op;
 use super::super::insn::Operand;
 use super::super::insn::Size;
 use super::super::paging::GuestMemory;
@@ -122,6 +123,15 @@ pub(super) fn execute<C: Cpu, M: GuestMemory>(
     system.operate(insn, op)?;
     system.commit()?;
     Ok(true)
+}
+
+/// Whether an instruction is INT n or one of its siblings.
+pub(super) const fn is_interrupt(op: Op) -> bool {
+    use SystemOp as O;
+    matches!(
+        op,
+        Op::System(O::Interrupt | O::Breakpoint | O::Overflow | O::DebugTrap)
+    )
 }
 
 /// The error code that names a selector.
@@ -374,6 +384,7 @@ impl<'r, 'a, C: Cpu, M: GuestMemory> System<'r, 'a, C, M> {
         if self.flags != self.run.cpu.rflags() {
             self.run.cpu.set_rflags(self.flags);
         }
+        self.run.flags = self.flags;
         self.run.shadow = self.shadow;
         self.run.emulator.reads.clear();
         Ok(())

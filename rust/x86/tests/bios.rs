@@ -55,23 +55,21 @@ impl Pc {
         self.reads = self.reads.wrapping_add(1);
         match port {
             0x71 => match self.cmos_at & 0x7f {
-                // Binary, 24 hours; the date; sizes of memory: base, extended, above 16 MiB.
+                // The clock: an update now and then; binary, 24 hours; the battery is good.
                 0xa => (self.reads >> 4) as u8 & 0x80 | 0x26,
-                0xb => 2,
-                0xd => 0x80,
-                0x15 => 0x80,
+                0xb | 0x14 => 2,
+                0xd | 0x15 => 0x80,
+                // Memory: 640 KiB, and the rest in KiB and in units of 64 KiB.
                 0x16 => 2,
-                0x17 | 0x30 => 0,
                 0x18 | 0x31 => 0x3c,
                 0x35 => 0x0f,
-                0x10 | 0x12 | 0x2d | 0x34 | 0x38 | 0x3d | 0x5b..=0x5f => 0,
-                0x14 => 2,
                 _ => 0,
             },
             0x402 | 0xe9 => 0xe9,
             0x3fd => 0x60,
             0x3f8..=0x3fc => 0,
-            0x61 => (self.reads as u8 & 0x10) << 1 | self.reads as u8 & 0x10,
+            // Refresh and the speaker's timer go on and off.
+            0x61 => self.reads as u8 & 0x30,
             0x60 => self.keyboard.pop_front().unwrap_or(0),
             0x64 => u8::from(!self.keyboard.is_empty()),
             0x40 => (self.reads.wrapping_mul(0xffff_fffd)) as u8,
@@ -97,7 +95,7 @@ impl Pc {
             0x402 | 0x403 | 0xe9 | 0x3f8 => self.log.push(value.into()),
             0xcf8..=0xcfb => {
                 let shift = 8 * u32::from(port & 3);
-                self.pci_at = self.pci_at & !(0xff << shift) | u32::from(value) << shift;
+                self.pci_at = self.pci_at & !(0xff << shift) | (u32::from(value) << shift);
             }
             0xcfc..=0xcff if self.pci_at & 0x80ff_ff00 == 0x8000_0000 => {
                 let at = (self.pci_at & 0xfc) + u32::from(port & 3);
@@ -135,7 +133,7 @@ impl Pc {
 impl Ports for Pc {
     fn input(&mut self, port: u16, size: Size) -> u32 {
         (0..u16::from(size.bytes())).fold(0, |all, i| {
-            all | u32::from(self.byte_in(port.wrapping_add(i))) << (8 * i)
+            all | (u32::from(self.byte_in(port.wrapping_add(i))) << (8 * i))
         })
     }
 

@@ -460,3 +460,23 @@ fn what_no_guest_has() {
         }
     }
 }
+
+#[test]
+fn single_steps() {
+    let steps = |code: &str| {
+        let mut m = real().with(Gpr::Rsp, STACK).with_flags(Rflags::TF);
+        let outcome = m.run(code);
+        let Outcome::Done(done) = outcome else {
+            panic!("{code}: {outcome:?}");
+        };
+        done.single_step
+    };
+    // NOP, STI, POPF that clears TF, INTO that does nothing.
+    for code in ["90", "fb", "9d", "ce"] {
+        assert!(steps(code), "{code}");
+    }
+    // INT n, INT3 and INT1 drop the trap, a load of SS too.
+    for code in ["cd20", "cc", "f1", "8ed0", "17"] {
+        assert!(!steps(code), "{code}");
+    }
+}

@@ -230,7 +230,7 @@ impl<P: Ports> Board<P> {
             match self.emulator.step(&mut self.cpu, &mut self.memory) {
                 Outcome::Done(done) => {
                     self.shadow = done.shadow;
-                    if done.single_step && done.retired {
+                    if done.single_step {
                         self.raise(DB)?;
                     }
                     return Ok(());
