@@ -540,15 +540,23 @@ impl Generator {
         let offset = 0x100 + 8 * self.below(16) as u16;
         let ldt = self.model.ldt();
         self.prepare(ldt, 8);
-        let (user, ac) = (self.chance(50), self.chance(30));
-        self.push(Op::Lar { offset, user, ac });
+        let user = self.chance(50);
+        self.push(Op::Lar { offset, user });
     }
 
     fn interrupt(&mut self) {
         let stack = self.any_page() + (0x40 + ((self.number() >> 8) & 0xfb0));
         self.prepare(stack - 8, 1);
         let user = !self.format().is_long() || self.chance(60);
-        self.push(Op::Interrupt { stack, user });
+        let long = self.format().is_long();
+        let at = stack - if long { 24 } else { 12 };
+        let gpa = if self.model.paging_on() {
+            self.model.probe(at).1.map_or(0, |t| t.gpa)
+        } else {
+            at
+        };
+        let flags = self.model.lasting(gpa).unwrap_or(0);
+        self.push(Op::Interrupt { stack, user, flags });
     }
 
     /// Goes to another root, or another context.
@@ -577,7 +585,7 @@ impl Generator {
             8 if !self.format().is_long() => self.push(Op::Cr4(cr4 ^ cr::PSE)),
             9 | 10 if self.format().is_long() => {
                 let v = (self.number() & self.number()) >> 5;
-                self.push(Op::Pkru(v as u32))
+                self.push(Op::Pkru(v as u32 & !3))
             }
             _ => {
                 let addr = self.any_page();
