@@ -13,6 +13,7 @@
 //! agree: software has to invalidate first. [`generate`] makes programs without such accesses, so that
 //! every observation has one right value.
 
+mod begin;
 pub mod code;
 pub mod exec;
 pub mod generate;

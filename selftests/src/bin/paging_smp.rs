@@ -322,10 +322,7 @@ fn shootdown(env: &Env, n: usize, interrupts: bool, reload: bool) -> Outcome {
             g.hook(id, invalidates());
             g.mem.write(usize_of(g.block(id) + 0x80), id as u64);
         }
-        let flags = [
-            u64::from(interrupts && id > 0 || interrupts),
-            u64::from(reload),
-        ];
+        let flags = [u64::from(interrupts), u64::from(reload)];
         if id == 0 {
             place(&g, id, unmaps(), rounds, n as u64 - 1, flags)?;
         } else {

@@ -102,6 +102,7 @@ guest_code!(common64, ".code64",
 
 // The frame is on the stack of the test; here is one like those of the stubs.
 guest_code!(interrupted64, ".code64",
+    "and dword ptr [rsi], -0x10001",
     "mov esp, {STACK}",
     "push 0",
     "push 0",
@@ -182,6 +183,7 @@ guest_code!(common32, ".code32",
 );
 
 guest_code!(interrupted32, ".code32",
+    "and dword ptr [esi], -0x10001",
     "mov esp, {STACK}",
     "push 0",
     "push 0",
@@ -443,12 +445,13 @@ fn compile_one(op: &Op, index: usize, mem: &Mapping) -> Start {
             rip: addr,
             ..start(Insn::End, user, false)
         },
-        Op::Lar { offset, user, ac } => Start {
+        Op::Lar { offset, user } => Start {
             d: u64::from(offset & !7) | 4 | if user { 3 } else { 0 },
-            ..start(Insn::Lar, user, ac)
+            ..start(Insn::Lar, user, false)
         },
-        Op::Interrupt { stack, user } => Start {
+        Op::Interrupt { stack, user, flags } => Start {
             stack,
+            si: flags,
             ..start(Insn::Interrupt, user, false)
         },
         Op::Invlpg(addr) => Start {
@@ -511,7 +514,7 @@ pub fn begun(mem: &Mapping) -> usize {
 }
 
 fn descriptor(ty: u64, dpl: u64, long: bool, code: bool) -> u64 {
-    let base = 0x0000_8010_0000_0000 | 0x000f_0000_0000_ffff | (1 << 55);
+    let base = 0x0000_9000_0000_0000 | 0x000f_0000_0000_ffff | (1 << 55);
     let size = if long && code { 1 << 53 } else { 1 << 54 };
     base | (ty << 40) | (dpl << 45) | size
 }

@@ -201,6 +201,12 @@ impl Model {
         Some(p)
     }
 
+    /// Whether the table of four in memory is another by now. Then only those writes to CR0 and CR4 are for programs
+    /// that load it: emulators load it at all.
+    fn pdptes_changed(&self) -> bool {
+        self.paging_on() && self.read_pdptes(self.cr3) != Some(self.pdptes)
+    }
+
     /// Where an address leads now, without effects: the walk and what it came to.
     #[must_use]
     pub fn probe(&mut self, linear: u64) -> (Trace, Option<Translation>) {
@@ -288,6 +294,9 @@ impl Model {
                 Err("outside of the model's memory".into())
             }
             Ok(t) => {
+                if !t.user && access.kind != AccessKind::Fetch && self.denies_key(linear) {
+                    return Err("a key on a supervisor page".into());
+                }
                 #[cfg(test)]
                 self.keep(linear);
                 Ok(t.gpa)
@@ -303,6 +312,16 @@ impl Model {
             }
             Err(_) => Err("contended".into()),
         }
+    }
+
+    /// Whether PKRU denies something to the key of an address: it counts on user pages only, but not so in emulators.
+    fn denies_key(&mut self, linear: u64) -> bool {
+        if self.cr4 & PKE == 0 || !self.long() {
+            return false;
+        }
+        let trace = self.probe(linear).0;
+        let key = (trace.path[trace.depth.saturating_sub(1)].1 >> 59) & 15;
+        (self.pkru >> (2 * key)) & 3 != 0
     }
 
     #[cfg(test)]
@@ -399,8 +418,8 @@ impl Model {
                 ac,
             } => self.memory_op(insn, addr, regs, user, ac),
             Op::Fetch { addr, user } => self.fetch(addr, user),
-            Op::Lar { offset, user, ac } => self.lar(offset, user, ac),
-            Op::Interrupt { stack, user } => self.interrupt(stack, user),
+            Op::Lar { offset, user } => self.lar(offset, user),
+            Op::Interrupt { stack, user, flags } => self.interrupt(stack, user, flags),
             Op::Invlpg(addr) => {
                 self.tlb.invlpg(self.context(), &self.pages, addr);
                 self.done(Insn::Invlpg, false)
@@ -418,7 +437,8 @@ impl Model {
             }
             Op::Leave => self.done(Insn::End, false),
             Op::Pkru(v) => {
-                if self.cr4 & PKE == 0 {
+                // Key 0 is the dispatcher's.
+                if self.cr4 & PKE == 0 || v & 3 != 0 {
                     return Err("no PKE");
                 }
                 self.pkru = v;
@@ -500,6 +520,9 @@ impl Model {
             }
             self.tlb.flush_all();
         }
+        if changed & cr::PG == 0 && self.pdptes_changed() {
+            return Err("other PDPTEs in memory".into());
+        }
         self.cr0 = v;
         self.done(Insn::SetCr0, false)
     }
@@ -547,6 +570,8 @@ impl Model {
                 Some(p) => self.pdptes = p,
                 None => return self.gp(Insn::SetCr4),
             }
+        } else if self.pdptes_changed() {
+            return Err("other PDPTEs in memory".into());
         }
         self.cr4 = v;
         if changed & PGE != 0 {
@@ -680,6 +705,16 @@ impl Model {
         Ok(zf)
     }
 
+    /// A linear address at which a place of the pool always is.
+    #[must_use]
+    pub fn lasting(&self, gpa: u64) -> Option<u64> {
+        if self.paging_on() {
+            pool_index(gpa).map(|i| at::alias(i) | (gpa & 0xfff))
+        } else {
+            Some(gpa)
+        }
+    }
+
     /// The code at an address: MOV AL with a number, and INT 0x80.
     fn fetch(&mut self, addr: u64, user: bool) -> Result<Expect, Stop> {
         let access = PageAccess::explicit(AccessKind::Fetch, if user { 3 } else { 0 });
@@ -709,10 +744,10 @@ impl Model {
         })
     }
 
-    fn lar(&mut self, offset: u16, user: bool, ac: bool) -> Result<Expect, Stop> {
+    fn lar(&mut self, offset: u16, user: bool) -> Result<Expect, Stop> {
         let offset = u64::from(offset & 0xff8);
         let access = PageAccess::implicit(AccessKind::Read);
-        let gpa = self.translate(self.ldt + offset, access, ac)?;
+        let gpa = self.translate(self.ldt + offset, access, false)?;
         let d = self.memory.number(gpa, 8).ok_or("outside")?;
         if d & (1 << 44) == 0 {
             return Err("a system descriptor".into());
@@ -730,7 +765,7 @@ impl Model {
         })
     }
 
-    fn interrupt(&mut self, stack: u64, user: bool) -> Result<Expect, Stop> {
+    fn interrupt(&mut self, stack: u64, user: bool, flags: u64) -> Result<Expect, Stop> {
         let long = self.long();
         let (unit, top) = if long {
             (8, stack & !15)
@@ -742,7 +777,8 @@ impl Model {
             code::sp(user),
             code::flags(false),
             code::cs(user),
-            Insn::Interrupt.end(user, long),
+            // Behind the first of the two INTs.
+            Insn::Interrupt.address(user) + 2,
         ];
         let bottom = top.wrapping_sub(unit * 5);
         if top != stack || bottom & !0xfff != top.wrapping_sub(1) & !0xfff || !(long || user) {
@@ -757,6 +793,9 @@ impl Model {
             Ok(_) => return Err("perhaps a double fault".into()),
             Err(stop) => return Err(stop),
         };
+        if self.lasting(gpa - unit * 2) != Some(flags) {
+            return Err("flags elsewhere".into());
+        }
         for (i, value) in (0u64..).zip(frame) {
             if self.stale(highest) {
                 return Err("stale".into());

@@ -157,14 +157,13 @@ pub enum Op {
         /// In user mode.
         user: bool,
     },
-    /// LAR: the processor reads a descriptor on the page that is the LDT.
+    /// LAR: the processor reads a descriptor on the page that is the LDT. RFLAGS.AC is clear: emulators take it
+    /// for a permission here too, under SMAP.
     Lar {
         /// The offset in the LDT.
         offset: u16,
         /// In user mode.
         user: bool,
-        /// With RFLAGS.AC.
-        ac: bool,
     },
     /// An interrupt whose frame goes to the stack that ends here.
     Interrupt {
@@ -172,6 +171,9 @@ pub enum Op {
         stack: u64,
         /// From user mode.
         user: bool,
+        /// Another address of RFLAGS in the frame. RF is cleared there afterwards: emulators push it set when the
+        /// delivery had to wait for the host's memory.
+        flags: u64,
     },
     /// INVLPG.
     Invlpg(u64),
@@ -231,8 +233,8 @@ impl fmt::Display for Op {
                 Ok(())
             }
             Op::Fetch { addr, user } => write!(f, "{} jump to {addr:#x}", who(*user, false)),
-            Op::Lar { offset, user, ac } => write!(f, "{} LAR LDT:{offset:#x}", who(*user, *ac)),
-            Op::Interrupt { stack, user } => {
+            Op::Lar { offset, user } => write!(f, "{} LAR LDT:{offset:#x}", who(*user, false)),
+            Op::Interrupt { stack, user, .. } => {
                 write!(f, "{} INT with stack {stack:#x}", who(*user, false))
             }
             Op::Invlpg(a) => write!(f, "INVLPG {a:#x}"),

@@ -53,11 +53,11 @@ fn set_slots(rig: &Rig, guest: &Guest, flags: u32, remove: bool) -> Outcome {
 
 /// Does one thing to the memory.
 fn disturb(rig: &Rig, guest: &Guest, rng: &mut Rng) -> Outcome {
-    let (_, _, mem) = slots(rig)[(rng.number() >> 40 & 1) as usize];
-    match (rng.number() >> 24) % 10 {
+    let (_, _, mem) = slots(rig)[((rng.number() >> 40) & 1) as usize];
+    match (rng.number() >> 24) % 11 {
         0 | 1 => {
             for page in 0..POOL.len() {
-                if rng.number() >> 50 & 3 == 0 {
+                if (rng.number() >> 50) & 3 == 0 {
                     let (mem, offset) = rig.place(page);
                     replace(mem, offset)?;
                 }
@@ -66,7 +66,7 @@ fn disturb(rig: &Rig, guest: &Guest, rng: &mut Rng) -> Outcome {
         2 => {
             // The dispatcher's code, tables and descriptors.
             for offset in (0x1_0000..OWN_END as usize).step_by(PAGE) {
-                if rng.number() >> 50 & 3 == 0 {
+                if (rng.number() >> 50) & 3 == 0 {
                     replace(&rig.low, offset)?;
                 }
             }
@@ -78,6 +78,10 @@ fn disturb(rig: &Rig, guest: &Guest, rng: &mut Rng) -> Outcome {
         7 => {
             // Large pages, where the kernel has some to spare.
             let _ = mem.advise(0, LOW, MADV_COLLAPSE);
+        }
+        9 => {
+            // Pages move together, where the kernel can.
+            let _ = pressure::set("/proc/sys/vm/compact_memory", "1");
         }
         8 => mem.advise(0x30_0000, 0x8_0000, libc::MADV_DONTNEED)?,
         _ => pressure::set("/proc/self/clear_refs", "1")?,
@@ -149,7 +153,7 @@ pub fn dirty_log(env: &Env) -> Outcome {
                 before[i] = after;
             }
             // Off and on again: the log starts anew, from memory as it is.
-            if rng.number() >> 50 & 3 == 0 {
+            if (rng.number() >> 50) & 3 == 0 {
                 set_slots(rig, guest, 0, false)?;
                 set_slots(rig, guest, LOG_DIRTY, false)?;
             }
