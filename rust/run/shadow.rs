@@ -109,6 +109,10 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(walk) => walk,
                 Err(WalkError::Fault(error)) => {
                     self.shared.stats.pf_guest.bump();
+                    if self.arch.events.begun().is_some() {
+                        // It makes a double fault of a fault, which has no CR2 of its own.
+                        self.hw.set_cr2(linear);
+                    }
                     return self.raise(Fault::page(linear, error));
                 }
                 Err(WalkError::Contended) => return Ok(Next::Guest),
