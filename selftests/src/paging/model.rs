@@ -273,6 +273,9 @@ impl Model {
             if self.stale(linear) {
                 return Err("stale".into());
             }
+            if self.keyed_supervisor(linear, access) {
+                return Err("a key and a supervisor".into());
+            }
         }
         #[cfg(test)]
         if let Some(gpa) = self.kept(linear, access, ac) {
@@ -294,9 +297,6 @@ impl Model {
                 Err("outside of the model's memory".into())
             }
             Ok(t) => {
-                if !t.user && access.kind != AccessKind::Fetch && self.denies_key(linear) {
-                    return Err("a key on a supervisor page".into());
-                }
                 #[cfg(test)]
                 self.keep(linear);
                 Ok(t.gpa)
@@ -314,14 +314,22 @@ impl Model {
         }
     }
 
-    /// Whether PKRU denies something to the key of an address: it counts on user pages only, but not so in emulators.
-    fn denies_key(&mut self, linear: u64) -> bool {
-        if self.cr4 & PKE == 0 || !self.long() {
+    /// Whether PKRU denies something. Then programs use no stack: emulators do not look at keys there.
+    fn keys_count(&self) -> bool {
+        self.long() && self.cr4 & PKE != 0 && self.pkru != 0
+    }
+
+    /// Whether an access is by a supervisor, or to a supervisor page, with a key to which PKRU denies something:
+    /// emulators differ there.
+    fn keyed_supervisor(&mut self, linear: u64, access: PageAccess) -> bool {
+        if !self.keys_count() || access.kind == AccessKind::Fetch {
             return false;
         }
-        let trace = self.probe(linear).0;
-        let key = (trace.path[trace.depth.saturating_sub(1)].1 >> 59) & 15;
-        (self.pkru >> (2 * key)) & 3 != 0
+        let (trace, Some(t)) = self.probe(linear) else {
+            return false;
+        };
+        let key = (trace.path[trace.depth - 1].1 >> 59) & 15;
+        !(t.user && access.user) && (self.pkru >> (2 * key)) & 3 != 0
     }
 
     #[cfg(test)]
@@ -593,6 +601,9 @@ impl Model {
         if !self.long() && !insn.in_32_bits() {
             return Err("not in 32 bits".into());
         }
+        if insn == Insn::Push8 && self.keys_count() {
+            return Err("keys on the stack".into());
+        }
         let mut r = regs;
         let ended = match insn {
             Insn::Stos4 | Insn::Stos8 | Insn::Movs4 | Insn::Movs8 => {
@@ -709,7 +720,10 @@ impl Model {
     #[must_use]
     pub fn lasting(&self, gpa: u64) -> Option<u64> {
         if self.paging_on() {
-            pool_index(gpa).map(|i| at::alias(i) | (gpa & 0xfff))
+            let shown = self.format != Format::Bits32 || gpa < at::HIGH;
+            pool_index(gpa)
+                .filter(|_| shown)
+                .map(|i| at::alias(i) | (gpa & 0xfff))
         } else {
             Some(gpa)
         }
@@ -781,6 +795,9 @@ impl Model {
             Insn::Interrupt.address(user) + 2,
         ];
         let bottom = top.wrapping_sub(unit * 5);
+        if self.keys_count() {
+            return Err("keys on the stack".into());
+        }
         if top != stack || bottom & !0xfff != top.wrapping_sub(1) & !0xfff || !(long || user) {
             return Err("no such stack".into());
         }
