@@ -178,6 +178,7 @@ impl Model {
             pkru: self.pkru,
             maxphyaddr: self.features.maxphyaddr,
             gbpages: self.features.gbpages,
+            pdptes: None,
         }
     }
 
