@@ -58,10 +58,10 @@ SHADOW_SMP = {"concurrency", "dirty", "dirty_ring", "dirty_writes", "faults", "i
 SHADOW_DEBUG = {"adversary", "concurrency", "dirty", "dirty_ring", "lifecycle", "memory", "modes", "module",
                 "paging", "paging_smp", "regions", "robustness", "smoke", "vcpu", "vm"}
 # What kvm-intel does not pass with ept=0 either: tests that count EPT's tables, or want of them what
-# only a processor that walks the guest's tables itself does.
+# only a processor that walks the guest's tables itself does. A program takes triple_fault for both.
 NOT_SHADOW = {"accounting/charged_to_cgroup", "accounting/full_cgroup",
               "dirty_writes/written_by_the_processor", "exceptions/double_page_fault",
-              "exceptions/triple_fault_modes"}
+              "exceptions/triple_fault", "exceptions/triple_fault_modes"}
 SHADOW_ONLY = {"shadow-2cpu": SHADOW_SMP, "shadow-debug": SHADOW_DEBUG}
 # A processor whose VMX has no EPT, no VPID and no unrestricted guests.
 CORE2 = "core2_penryn_t9600"
