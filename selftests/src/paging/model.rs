@@ -107,6 +107,8 @@ pub struct Model {
     pub pages: Vec<u64>,
     ldt: u64,
     pdptes: [u64; 4],
+    /// The pages of the pool that have been tables.
+    tables: [bool; at::POOL_LEN],
     tlb: Tlb,
     /// A processor that keeps all that it may.
     #[cfg(test)]
@@ -132,6 +134,7 @@ impl Model {
             pages,
             ldt: s.ldt,
             pdptes: [0; 4],
+            tables: [false; at::POOL_LEN],
             #[cfg(test)]
             stubborn: None,
         };
@@ -233,6 +236,11 @@ impl Model {
         let traces: Vec<Trace> = (0..self.pages.len())
             .map(|i| self.probe(self.pages[i]).0)
             .collect();
+        for (gpa, _) in traces.iter().flat_map(|t| &t.path[..t.depth]) {
+            if let Some(i) = pool_index(*gpa) {
+                self.tables[i] = true;
+            }
+        }
         self.tlb
             .update(self.context(), &traces, self.cr4 & PGE != 0);
     }
@@ -520,6 +528,10 @@ impl Model {
         if self.avoid.smap_without_wp && self.cr4 & SMAP != 0 && v & cr::WP == 0 {
             return Err("SMAP without WP".into());
         }
+        let smep = self.cr4 & (SMEP | SMAP) != 0;
+        if self.avoid.smep_across_paging && smep && changed & cr::PG != 0 {
+            return Err("SMEP without paging".into());
+        }
         if changed & cr::PG != 0 {
             if v & cr::PG != 0 {
                 match self.read_pdptes(self.cr3) {
@@ -570,6 +582,10 @@ impl Model {
         }
         if changed & !(PGE | SMEP | SMAP | PKE | cr::PSE) != 0 {
             return Err("other bits of CR4".into());
+        }
+        let off = !self.paging_on();
+        if self.avoid.smep_across_paging && off && changed & (SMEP | SMAP) != 0 {
+            return Err("SMEP without paging".into());
         }
         if self.avoid.smap_without_wp && v & SMAP != 0 && self.cr0 & cr::WP == 0 {
             return Err("SMAP without WP".into());
@@ -811,6 +827,9 @@ impl Model {
             Ok(_) => return Err("perhaps a double fault".into()),
             Err(stop) => return Err(stop),
         };
+        if self.avoid.frames_on_tables && pool_index(gpa).is_some_and(|i| self.tables[i]) {
+            return Err("a frame on a table".into());
+        }
         if self.lasting(gpa - unit * 2) != Some(flags) {
             return Err("flags elsewhere".into());
         }
