@@ -286,7 +286,7 @@ fn flush(env: &Env) -> Outcome {
     need(&g, STEAL_TIME)?;
     need(&g, PV_TLB_FLUSH)?;
     // It is the VMM that writes to the guest's tables here. Where these are shadowed, nobody sees that.
-    if g.vm.check_extension(KVM_CAP_PRE_FAULT_MEMORY.into())? == 0 {
+    if g.kvm.capability(kb::KVM_CAP_PRE_FAULT_MEMORY) <= 0 {
         skip!("the guest's tables are shadowed");
     }
     // The window leads to the guest's memory, or to other memory far away.

@@ -131,6 +131,8 @@ impl Rig {
             torn_writes: known,
             frames_on_tables: known,
             smep_across_paging: known,
+            // Where the guest's tables are shadowed there is no such call.
+            marks_first: self.kvm.capability(kb::KVM_CAP_PRE_FAULT_MEMORY) <= 0,
         }
     }
 

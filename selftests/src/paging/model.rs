@@ -667,13 +667,17 @@ impl Model {
         let cpl = if user { 3 } else { 0 };
         while r.c != 0 {
             let mut value = r.a;
+            let mut source = Vec::new();
             if copies {
                 let read = PageAccess::explicit(AccessKind::Read, cpl);
-                let pieces = self.pieces(r.si, size, read, ac)?;
-                value = self.load(&pieces)?;
+                source = self.pieces(r.si, size, read, ac)?;
+                value = self.load(&source)?;
             }
             let write = PageAccess::explicit(AccessKind::Write, cpl);
             let pieces = self.pieces(di, size, write, ac)?;
+            if self.avoid.marks_first && copies && self.load(&source)? != value {
+                return Err("a copy of what the copying marks".into());
+            }
             self.store(&pieces, &value.to_le_bytes()[..size as usize])?;
             r.c -= 1;
             di = di.wrapping_add(size);

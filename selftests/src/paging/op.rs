@@ -109,6 +109,9 @@ pub struct Avoid {
     pub frames_on_tables: bool,
     /// CR4.SMEP or SMAP when CR0.PG changes: they stay in force without paging.
     pub smep_across_paging: bool,
+    /// Copies of entries that the write's own walk marks accessed or dirty: an instruction that faults in its
+    /// middle, unseen by the guest, reads them again. A processor may set the bits as early as that.
+    pub marks_first: bool,
 }
 
 impl Avoid {
@@ -121,6 +124,7 @@ impl Avoid {
             torn_writes: self.torn_writes || o.torn_writes,
             frames_on_tables: self.frames_on_tables || o.frames_on_tables,
             smep_across_paging: self.smep_across_paging || o.smep_across_paging,
+            marks_first: self.marks_first || o.marks_first,
         }
     }
 }
