@@ -103,7 +103,13 @@ pub(crate) fn conclude(hw: &mut impl Loaded, events: &mut PendingEvents, deliver
     events.redeliver(vectoring);
     // The delivery pushes RF as it was when it began. An exit in the middle of it should leave that
     // (SDM vol. 3, 28.3.3), but may leave it set, as for any other instruction that must restart.
-    if let (Some(_), Some(restart)) = (vectoring, delivery.restart) {
+    // An instruction that asks for an event (INT n) has none to push.
+    let restart = match vectoring {
+        None => None,
+        Some(event) if event.is_soft() => Some(false),
+        Some(_) => delivery.restart,
+    };
+    if let Some(restart) = restart {
         let flags = hw.rflags();
         if flags.has(Rflags::RF) != restart {
             hw.set_rflags(flags.with_if(Rflags::RF, restart));

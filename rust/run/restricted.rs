@@ -63,7 +63,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Delivers an event as the processor would.
-    fn deliver_by_software(&mut self, injection: &Injection) -> Result<Next> {
+    pub(super) fn deliver_by_software(&mut self, injection: &Injection) -> Result<Next> {
         let (vectoring, vector, error, insn_len) = match *injection {
             Injection::Exception(e) => (Vectoring::Exception(e), e.vector.0, e.error, e.insn_len),
             Injection::Nmi => (Vectoring::Nmi, Vector::NMI.0, None, 0),

@@ -17,6 +17,7 @@ use crate::mem::shadow::WalkMemory;
 use crate::mmu::ept::Access;
 use crate::mmu::shadow::ShadowWant;
 use crate::x86::emulate::Hint;
+use crate::x86::event::Injection;
 use crate::x86::exception::Fault;
 use crate::x86::exception::PfError;
 use crate::x86::paging::PageAccess;
@@ -109,6 +110,14 @@ impl<L: Loaded> Run<'_, L> {
                 Ok(walk) => walk,
                 Err(WalkError::Fault(error)) => {
                     self.shared.stats.pf_guest.bump();
+                    match self.arch.events.begun() {
+                        None => {}
+                        // It makes a double fault of a fault, which has no CR2 of its own.
+                        Some(Injection::Exception(_)) => self.hw.set_cr2(linear),
+                        // It comes in the place of what was to be delivered: an instruction that asked for that is
+                        // executed again, an interrupt has been acknowledged and is lost.
+                        Some(_) => self.arch.events.redeliver(None),
+                    }
                     return self.raise(Fault::page(linear, error));
                 }
                 Err(WalkError::Contended) => return Ok(Next::Guest),
@@ -188,10 +197,9 @@ impl<L: Loaded> Run<'_, L> {
             // The way to the table leads through itself: it would be one again before it is written.
             shadow.table = (!used).then_some(gpa >> 12);
         }
-        if self.hw.vectoring().is_some() {
-            if let Some(next) = self.unprotect_table() {
-                return Ok(next);
-            }
+        if let Some(injection) = self.arch.events.begun() {
+            // It is written in the delivery of an event.
+            return self.deliver_by_software(&injection);
         }
         let next = self.emulate_access(gpa, linear, true);
         if let Some(shadow) = &mut self.arch.shadow {

@@ -242,6 +242,18 @@ pub enum Vectoring {
     Interrupt(Interrupt),
 }
 
+impl Vectoring {
+    /// Whether an instruction has asked for it.
+    #[must_use]
+    pub const fn is_soft(&self) -> bool {
+        match self {
+            Self::Exception(exception) => exception.insn_len != 0,
+            Self::Nmi => false,
+            Self::Interrupt(interrupt) => interrupt.is_soft(),
+        }
+    }
+}
+
 /// The state that KVM_SET_VCPU_EVENTS gives is none that there can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Invalid;

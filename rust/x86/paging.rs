@@ -550,38 +550,43 @@ impl Paging {
     /// Judges the rights of an access (SDM vol. 3, 5.6). `Some` is a violation, with the bits that the error code gets
     /// besides P and those of the access.
     fn violation(&self, leaf: &Leaf, access: PageAccess) -> Option<PfError> {
-        let none = PfError::empty();
         let page = &leaf.translation;
+        let write = access.kind == AccessKind::Write;
+        let guarded = access.user || self.cr0.has(Cr0::WP);
+        let key = self.denied_by_key(leaf, access, write && guarded);
+        let none = PfError::empty();
+        // What the key denies is told whatever else denies the access.
+        let denied = none.with_if(PfError::PK, key);
         if access.user && !page.user {
-            return Some(none);
+            return Some(denied);
         }
-        match access.kind {
-            AccessKind::Fetch => {
-                let smep = !access.user && page.user && self.cr4.has(Cr4::SMEP);
-                (leaf.nx || smep).then_some(none)
-            }
-            AccessKind::Read | AccessKind::Write => {
-                if !access.user && page.user && self.cr4.has(Cr4::SMAP) {
-                    let permitted = !access.implicit && self.rflags.has(Rflags::AC);
-                    if !permitted {
-                        return Some(none);
-                    }
-                }
-                let write = access.kind == AccessKind::Write;
-                let guarded = access.user || self.cr0.has(Cr0::WP);
-                if write && !page.writable && guarded {
-                    return Some(none);
-                }
-                if page.user && self.cr4.has(Cr4::PKE) && self.efer.has(Efer::LMA) {
-                    let rights = self.pkru >> (leaf.key & 15).wrapping_mul(2);
-                    let denied = rights & 1 != 0 || (write && rights & 2 != 0 && guarded);
-                    if denied {
-                        return Some(PfError::PK);
-                    }
-                }
-                None
+        if access.kind == AccessKind::Fetch {
+            let smep = !access.user && page.user && self.cr4.has(Cr4::SMEP);
+            return (leaf.nx || smep).then_some(none);
+        }
+        if !access.user && page.user && self.cr4.has(Cr4::SMAP) {
+            let permitted = !access.implicit && self.rflags.has(Rflags::AC);
+            if !permitted {
+                return Some(denied);
             }
         }
+        if write && !page.writable && guarded {
+            return Some(denied);
+        }
+        key.then_some(denied)
+    }
+
+    /// Whether the protection key of a user page denies a data access; `write` is one that the right to write is for.
+    fn denied_by_key(&self, leaf: &Leaf, access: PageAccess, write: bool) -> bool {
+        if access.kind == AccessKind::Fetch
+            || !leaf.translation.user
+            || !self.cr4.has(Cr4::PKE)
+            || !self.efer.has(Efer::LMA)
+        {
+            return false;
+        }
+        let rights = self.pkru >> (leaf.key & 15).wrapping_mul(2);
+        rights & 1 != 0 || (write && rights & 2 != 0)
     }
 
     /// Sets the accessed bits on the way and the dirty bit at its end. Says false if an entry is no longer what it was.

@@ -51,8 +51,11 @@ impl Shadow {
             same
         });
         if let Some((number, unsync)) = found {
+            // It is about to be reached by addresses that the guest has never used, and need not invalidate.
             if unsync {
                 self.sync(around, &[number]);
+            } else {
+                self.sync_below(around, number);
             }
             if let Some(page) = self.pages.get_mut(number) {
                 page.writes = 0;

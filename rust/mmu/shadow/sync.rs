@@ -171,6 +171,18 @@ impl Shadow {
             .is_some_and(|page| page.unsync || page.has_unsync_below())
     }
 
+    /// Brings all tables below a page into accord with the guest's.
+    pub(super) fn sync_below(&mut self, around: &Around<'_>, number: u32) {
+        loop {
+            let mut found = Found::new();
+            self.find_unsync(number, &mut found);
+            if found.pages().is_empty() {
+                return;
+            }
+            self.sync(around, found.pages());
+        }
+    }
+
     /// Brings tables into accord with the guest's, and has further writes to them noticed.
     pub(super) fn sync(&mut self, around: &Around<'_>, pages: &[u32]) {
         let mut changed = self.owed;

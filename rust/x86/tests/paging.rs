@@ -347,6 +347,11 @@ fn protection_keys() {
         judge(&p, PWU, PWU | key, access(Write, true)),
         Some(ep | ew | eu | epk)
     );
+    assert_eq!(
+        judge(&p, PWU, P | U | key, access(Write, true)),
+        Some(ep | ew | eu | epk),
+        "not writable either"
+    );
     p.cr0 = Cr0::PE | Cr0::PG;
     assert_eq!(
         judge(&p, PWU, PWU | key, access(Write, false)),

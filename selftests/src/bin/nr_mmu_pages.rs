@@ -23,7 +23,7 @@ const STEP: u64 = 0x5000;
 /// The linear address of each one's page of data.
 const DATA: u64 = 0x80_0000_0000;
 /// Bytes of memory.
-const SIZE: usize = 0x40_0000;
+const SIZE: usize = 0x50_0000;
 /// The call that once read the limit back.
 const KVM_GET_NR_MMU_PAGES: Ioctl = Ioctl {
     nr: 0xae45,

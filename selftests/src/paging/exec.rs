@@ -129,6 +129,8 @@ impl Rig {
             smap_without_wp: known,
             reserved: false,
             torn_writes: known,
+            frames_on_tables: known,
+            smep_across_paging: known,
         }
     }
 

@@ -107,6 +107,8 @@ pub struct Model {
     pub pages: Vec<u64>,
     ldt: u64,
     pdptes: [u64; 4],
+    /// The pages of the pool that have been tables.
+    tables: [bool; at::POOL_LEN],
     tlb: Tlb,
     /// A processor that keeps all that it may.
     #[cfg(test)]
@@ -132,6 +134,7 @@ impl Model {
             pages,
             ldt: s.ldt,
             pdptes: [0; 4],
+            tables: [false; at::POOL_LEN],
             #[cfg(test)]
             stubborn: None,
         };
@@ -178,6 +181,7 @@ impl Model {
             pkru: self.pkru,
             maxphyaddr: self.features.maxphyaddr,
             gbpages: self.features.gbpages,
+            pdptes: None,
         }
     }
 
@@ -232,6 +236,11 @@ impl Model {
         let traces: Vec<Trace> = (0..self.pages.len())
             .map(|i| self.probe(self.pages[i]).0)
             .collect();
+        for (gpa, _) in traces.iter().flat_map(|t| &t.path[..t.depth]) {
+            if let Some(i) = pool_index(*gpa) {
+                self.tables[i] = true;
+            }
+        }
         self.tlb
             .update(self.context(), &traces, self.cr4 & PGE != 0);
     }
@@ -273,6 +282,9 @@ impl Model {
             if self.stale(linear) {
                 return Err("stale".into());
             }
+            if self.keyed_supervisor(linear, access) {
+                return Err("a key and a supervisor".into());
+            }
         }
         #[cfg(test)]
         if let Some(gpa) = self.kept(linear, access, ac) {
@@ -294,9 +306,6 @@ impl Model {
                 Err("outside of the model's memory".into())
             }
             Ok(t) => {
-                if !t.user && access.kind != AccessKind::Fetch && self.denies_key(linear) {
-                    return Err("a key on a supervisor page".into());
-                }
                 #[cfg(test)]
                 self.keep(linear);
                 Ok(t.gpa)
@@ -314,14 +323,22 @@ impl Model {
         }
     }
 
-    /// Whether PKRU denies something to the key of an address: it counts on user pages only, but not so in emulators.
-    fn denies_key(&mut self, linear: u64) -> bool {
-        if self.cr4 & PKE == 0 || !self.long() {
+    /// Whether PKRU denies something. Then programs use no stack: emulators do not look at keys there.
+    fn keys_count(&self) -> bool {
+        self.long() && self.cr4 & PKE != 0 && self.pkru != 0
+    }
+
+    /// Whether an access is by a supervisor, or to a supervisor page, with a key to which PKRU denies something:
+    /// emulators differ there.
+    fn keyed_supervisor(&mut self, linear: u64, access: PageAccess) -> bool {
+        if !self.keys_count() || access.kind == AccessKind::Fetch {
             return false;
         }
-        let trace = self.probe(linear).0;
-        let key = (trace.path[trace.depth.saturating_sub(1)].1 >> 59) & 15;
-        (self.pkru >> (2 * key)) & 3 != 0
+        let (trace, Some(t)) = self.probe(linear) else {
+            return false;
+        };
+        let key = (trace.path[trace.depth - 1].1 >> 59) & 15;
+        !(t.user && access.user) && (self.pkru >> (2 * key)) & 3 != 0
     }
 
     #[cfg(test)]
@@ -511,6 +528,10 @@ impl Model {
         if self.avoid.smap_without_wp && self.cr4 & SMAP != 0 && v & cr::WP == 0 {
             return Err("SMAP without WP".into());
         }
+        let smep = self.cr4 & (SMEP | SMAP) != 0;
+        if self.avoid.smep_across_paging && smep && changed & cr::PG != 0 {
+            return Err("SMEP without paging".into());
+        }
         if changed & cr::PG != 0 {
             if v & cr::PG != 0 {
                 match self.read_pdptes(self.cr3) {
@@ -562,6 +583,10 @@ impl Model {
         if changed & !(PGE | SMEP | SMAP | PKE | cr::PSE) != 0 {
             return Err("other bits of CR4".into());
         }
+        let off = !self.paging_on();
+        if self.avoid.smep_across_paging && off && changed & (SMEP | SMAP) != 0 {
+            return Err("SMEP without paging".into());
+        }
         if self.avoid.smap_without_wp && v & SMAP != 0 && self.cr0 & cr::WP == 0 {
             return Err("SMAP without WP".into());
         }
@@ -592,6 +617,9 @@ impl Model {
     ) -> Result<Expect, Stop> {
         if !self.long() && !insn.in_32_bits() {
             return Err("not in 32 bits".into());
+        }
+        if insn == Insn::Push8 && self.keys_count() {
+            return Err("keys on the stack".into());
         }
         let mut r = regs;
         let ended = match insn {
@@ -709,7 +737,10 @@ impl Model {
     #[must_use]
     pub fn lasting(&self, gpa: u64) -> Option<u64> {
         if self.paging_on() {
-            pool_index(gpa).map(|i| at::alias(i) | (gpa & 0xfff))
+            let shown = self.format != Format::Bits32 || gpa < at::HIGH;
+            pool_index(gpa)
+                .filter(|_| shown)
+                .map(|i| at::alias(i) | (gpa & 0xfff))
         } else {
             Some(gpa)
         }
@@ -781,6 +812,9 @@ impl Model {
             Insn::Interrupt.address(user) + 2,
         ];
         let bottom = top.wrapping_sub(unit * 5);
+        if self.keys_count() {
+            return Err("keys on the stack".into());
+        }
         if top != stack || bottom & !0xfff != top.wrapping_sub(1) & !0xfff || !(long || user) {
             return Err("no such stack".into());
         }
@@ -793,6 +827,9 @@ impl Model {
             Ok(_) => return Err("perhaps a double fault".into()),
             Err(stop) => return Err(stop),
         };
+        if self.avoid.frames_on_tables && pool_index(gpa).is_some_and(|i| self.tables[i]) {
+            return Err("a frame on a table".into());
+        }
         if self.lasting(gpa - unit * 2) != Some(flags) {
             return Err("flags elsewhere".into());
         }

@@ -105,6 +105,10 @@ pub struct Avoid {
     pub reserved: bool,
     /// Writes across the end of a page of which the second half faults.
     pub torn_writes: bool,
+    /// Frames of interrupts on pages that are or were tables: the delivery cannot be emulated.
+    pub frames_on_tables: bool,
+    /// CR4.SMEP or SMAP when CR0.PG changes: they stay in force without paging.
+    pub smep_across_paging: bool,
 }
 
 impl Avoid {
@@ -115,6 +119,8 @@ impl Avoid {
             smap_without_wp: self.smap_without_wp || o.smap_without_wp,
             reserved: self.reserved || o.reserved,
             torn_writes: self.torn_writes || o.torn_writes,
+            frames_on_tables: self.frames_on_tables || o.frames_on_tables,
+            smep_across_paging: self.smep_across_paging || o.smep_across_paging,
         }
     }
 }

@@ -46,6 +46,10 @@ fn shrink(run: &mut Run<'_>, mut f: Failure) -> Result<Failure, Verdict> {
         budget -= 1;
         match failure(run, &program)? {
             Some(shorter) => {
+                if shorter.got.exit.is_none() {
+                    // It took seconds.
+                    budget = budget.saturating_sub(40);
+                }
                 *f = shorter;
                 Ok(true)
             }
