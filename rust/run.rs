@@ -47,6 +47,7 @@ use crate::system::Host;
 use crate::tlb::Request;
 use crate::tlb::VcpuShared;
 use crate::x86::cpuid::words::Leaf1Ecx;
+use crate::x86::event::Combination;
 use crate::x86::event::Exception;
 use crate::x86::event::Shadow;
 use crate::x86::exception::Fault;
@@ -612,7 +613,11 @@ impl<L: Loaded> Run<'_, L> {
     /// Raises an exception in the place of completing the instruction.
     fn raise(&mut self, fault: Fault) -> Result<Next> {
         events::mark_restart(&mut self.hw, fault.vector);
-        self.arch.events.raise(fault.into());
+        let combination = self.arch.events.raise_over(fault.into());
+        // The address of a page fault that makes a double fault is known before the double fault is delivered.
+        if let (Combination::DoubleFault, Some(linear)) = (combination, fault.cr2) {
+            self.hw.set_cr2(linear);
+        }
         Ok(Next::Guest)
     }
 

@@ -36,9 +36,7 @@ impl<T: Shrinks> Shrinker<T> {
     pub(crate) fn register(object: Arc<T>) -> Result<Self> {
         let data = core::ptr::from_ref(&*object).cast_mut().cast();
         // SAFETY: `data` is a `T` that lives as long as the shrinker, which is freed first.
-        let raw = unsafe {
-            own::rkvm_shrinker_register(data, Some(Self::count), Some(Self::scan))
-        };
+        let raw = unsafe { own::rkvm_shrinker_register(data, Some(Self::count), Some(Self::scan)) };
         // INVARIANT: Registered just now.
         Ok(Self {
             raw: NonNull::new(raw).ok_or(ENOMEM)?,

@@ -14,8 +14,8 @@ use crate::linux::shrinker::Shrinks;
 use crate::mmu::ept::Access;
 use crate::mmu::ept::Level;
 use crate::mmu::page_of;
-use crate::mmu::shadow::AtHand;
 use crate::mmu::shadow::Around;
+use crate::mmu::shadow::AtHand;
 use crate::mmu::shadow::ShadowCounts;
 use crate::mmu::shadow::ShadowMapped;
 use crate::mmu::shadow::ShadowMmu;
@@ -84,7 +84,8 @@ impl GuestMemory {
     ) -> Result<ShadowFault> {
         let gfn = want.walk.translation.gpa >> 12;
         let attempt = self.with_shadow(|shadow, around, slots| {
-            let answer = |fault: Option<Fault>| fault.map_or(ShadowFault::Stale, ShadowFault::Fault);
+            let answer =
+                |fault: Option<Fault>| fault.map_or(ShadowFault::Stale, ShadowFault::Fault);
             let slot = match slot_of(slots, gfn, access) {
                 Ok(slot) => slot,
                 Err(fault) => return Ok(answer(fault)),
@@ -117,7 +118,9 @@ impl GuestMemory {
     /// What backs a frame, if it is at hand and could be written: one that could not might be about to be replaced by a
     /// copy. With the lock of the shadow tables held: who takes it away later waits for that, and finds what was made of it.
     fn at_hand(&self, slots: &Slots, gfn: u64) -> Option<AtHand> {
-        let slot = slots.find(gfn).filter(|slot| !slot.leaving && !slot.read_only)?;
+        let slot = slots
+            .find(gfn)
+            .filter(|slot| !slot.leaving && !slot.read_only)?;
         let hva = slot.hva_of(gfn);
         if self.inner.mmu.changes().in_progress(&page_of(hva)) || !self.inner.is_current() {
             return None;

@@ -123,6 +123,8 @@ struct Shadow {
     frames: Directory,
     /// How many pages there may be, but for roots.
     limit: usize,
+    /// How many pages are roots of vCPUs.
+    held: usize,
     /// Where recycling went on last.
     hand: u32,
     /// Processors may still know entries that have gone.
@@ -212,6 +214,7 @@ impl ShadowMmu {
                 pages: Arena::new(),
                 frames: Directory::new()?,
                 limit: MIN_PAGES,
+                held: 0,
                 hand: 0,
                 owed: false,
                 dead: Dead::new(),

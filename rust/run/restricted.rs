@@ -32,12 +32,15 @@ const BATCH: u32 = 128;
 
 impl<L: Loaded> Run<'_, L> {
     /// Whether there is something to do before an entry that the hardware cannot.
+    #[inline(never)]
     pub(super) fn needs_software(&mut self) -> bool {
         self.hw.needs_emulation()
             || self.hw.imitates_real_mode() && self.arch.events.begun().is_some()
     }
 
     /// Does it: delivers an event, or emulates instructions.
+    #[cold]
+    #[inline(never)]
     pub(super) fn step_without_hardware(&mut self) -> Result<Next> {
         if self.arch.events.begun().is_none() {
             let wanted = self.vmm_wants_window();
@@ -177,6 +180,8 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// An exception has made a guest exit that is in real mode while the hardware is not.
+    #[cold]
+    #[inline(never)]
     pub(super) fn real_mode_exception(&mut self, exception: Exception) -> Result<Next> {
         match exception.vector {
             // The instruction is one that has no place in virtual-8086 mode; or it does fault, which the emulator will say.

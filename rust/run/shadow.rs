@@ -70,6 +70,7 @@ impl<L: Loaded> Run<'_, L> {
         }
     }
 
+    #[inline(never)]
     fn load_shadow(&mut self) -> Result {
         let paging = self.guest_paging();
         if let Some(shadow) = &mut self.arch.shadow {
@@ -82,6 +83,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// A page fault: the guest's own, or one of the shadow tables, which are filled then.
+    #[inline(never)]
     pub(super) fn guest_page_fault(&mut self, linear: u64, error: PfError) -> Result<Next> {
         self.shared.stats.pf_taken.bump();
         let write = error.has(PfError::W);

@@ -124,6 +124,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// What an emulated instruction of `len` bytes asks for.
+    #[inline(never)]
     pub(super) fn serve(&mut self, service: Service, len: u8) -> Result<Next> {
         match service {
             Service::WriteControl { number, from } => {

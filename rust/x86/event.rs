@@ -317,12 +317,19 @@ impl PendingEvents {
 
     /// Raises an exception. If one is on its way already, the two combine.
     pub fn raise(&mut self, exception: Exception) {
+        let _ = self.raise_over(exception);
+    }
+
+    /// The same, and returns what they make. The payload of an exception that makes a double fault is for the caller to put where it
+    /// belongs.
+    pub fn raise_over(&mut self, exception: Exception) -> Combination {
         let Some(first) = self.exception_pending.or(self.exception_injected) else {
             self.exception_pending = Some(exception);
-            return;
+            return Combination::Second;
         };
         self.exception_injected = None;
-        self.exception_pending = match combine(first.vector, exception.vector) {
+        let combination = combine(first.vector, exception.vector);
+        self.exception_pending = match combination {
             Combination::Second => Some(exception),
             Combination::DoubleFault => Some(Exception {
                 vector: Vector::DF,
@@ -335,6 +342,7 @@ impl PendingEvents {
                 None
             }
         };
+        combination
     }
 
     /// Forgets an exception that no entry has taken: KVM_SET_REGS replaces the state that it was raised in.

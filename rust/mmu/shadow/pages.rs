@@ -208,12 +208,14 @@ impl Shadow {
         }
     }
 
-    /// Zaps some pages if there are as many as there may be. Roots stay.
+    /// Zaps some pages if there are as many as there may be. Roots stay, and do not count: were they as many, a
+    /// fault would find no room for its own pages but that of the last one's.
     pub(super) fn recycle(&mut self) {
-        if self.pages.used().saturating_add(Spare::MOST) <= self.limit {
+        let limit = self.limit.saturating_add(self.held);
+        if self.pages.used().saturating_add(Spare::MOST) <= limit {
             return;
         }
-        let goal = self.limit.saturating_sub(Spare::MOST.max(RECYCLED.min(self.limit / 4)));
+        let goal = limit.saturating_sub(Spare::MOST.max(RECYCLED.min(self.limit / 4)));
         let zapped = self.zap_some(goal);
         self.counts.recycled = self.counts.recycled.wrapping_add(zapped);
     }

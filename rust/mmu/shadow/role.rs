@@ -248,7 +248,10 @@ impl Role {
 
     /// The shadow entries that are made from the `len` bytes at `offset` in the guest's table.
     pub(super) fn shadow_entries(self, offset: u64, len: u64) -> core::ops::Range<usize> {
-        let last = offset.saturating_add(len.max(1)).saturating_sub(1).min(0xfff);
+        let last = offset
+            .saturating_add(len.max(1))
+            .saturating_sub(1)
+            .min(0xfff);
         let (first, last) = match self.source {
             Source::Direct { .. } => return 0..0,
             Source::Bits64 => (offset >> 3, last >> 3),

@@ -216,12 +216,8 @@ impl ShadowMmu {
                 old.slot
             }
             None => {
-                let taken = |slot: &usize| {
-                    vcpu.roots
-                        .iter()
-                        .flatten()
-                        .any(|root| root.slot == *slot)
-                };
+                let taken =
+                    |slot: &usize| vcpu.roots.iter().flatten().any(|root| root.slot == *slot);
                 (0..ROOTS).find(|slot| !taken(slot)).unwrap_or(0)
             }
         };
@@ -259,6 +255,7 @@ impl ShadowMmu {
                 state.recycle();
                 let number = state.get_page(around, gpa >> 12, role, &mut spare)?;
                 if let Some(page) = state.pages.get_mut(number) {
+                    state.held = state.held.saturating_add((page.roots == 0).into());
                     page.roots = page.roots.saturating_add(1);
                 }
                 Ok::<_, Lack>(number)
@@ -275,6 +272,7 @@ impl ShadowMmu {
         self.with(around, |state| {
             for number in pages {
                 if let Some(page) = state.pages.get_mut(*number) {
+                    state.held = state.held.saturating_sub((page.roots == 1).into());
                     page.roots = page.roots.saturating_sub(1);
                     state.bury(*number);
                 }
