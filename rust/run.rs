@@ -192,19 +192,24 @@ impl<L: Loaded> Run<'_, L> {
                 if self.step_without_hardware()? == Next::User {
                     return Ok(());
                 }
-            } else if let Some(exit) = self.prepare_shadow().map(|()| self.enter_once())? {
-                if self.arch.clock.catches_up() {
-                    self.shared.request(Request::Clock);
+            } else {
+                if self.arch.shadow.is_some() {
+                    self.prepare_shadow()?;
                 }
-                if self.handle(exit)? == Next::User {
-                    return Ok(());
+                if let Some(exit) = self.enter_once() {
+                    if self.arch.clock.catches_up() {
+                        self.shared.request(Request::Clock);
+                    }
+                    if self.handle(exit)? == Next::User {
+                        return Ok(());
+                    }
+                    if let Some(vector) = self.ended_for_vmm() {
+                        self.page.set_ioapic_eoi(vector);
+                        return Ok(());
+                    }
+                } else if self.shared.take(Request::MsrFilter) {
+                    self.fetch_msr_filter();
                 }
-                if let Some(vector) = self.ended_for_vmm() {
-                    self.page.set_ioapic_eoi(vector);
-                    return Ok(());
-                }
-            } else if self.shared.take(Request::MsrFilter) {
-                self.fetch_msr_filter();
             }
             if task::guest_entry_work_seen() {
                 // A signal, before it came or while the rest was done.

@@ -75,8 +75,7 @@ impl Host {
             rdtscp: features.rdtscp,
             xsaves: features.xsaves && host_msr::host_xss() == 0,
             fast_strings: host_msr::read_safe(Msr::MISC_ENABLE.0).is_ok_and(|v| v & 1 != 0),
-            // Shadow tables have no keys.
-            pku: has_pku && matches!(backend.paging(), PagingCaps::Ept(_)),
+            pku: has_pku,
             umip: backend.cr4_allowed() & crate::x86::regs::Cr4::UMIP.bits() != 0,
             spec_ctrl: true,
             arch_capabilities: true,

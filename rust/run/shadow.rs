@@ -61,7 +61,7 @@ impl<L: Loaded> Run<'_, L> {
     }
 
     /// Before an entry: the tables for what the guest has in its registers. Sleeps.
-    #[inline]
+    #[inline(never)]
     pub(super) fn prepare_shadow(&mut self) -> Result {
         let changed = self.hw.take_paging_change();
         match &self.arch.shadow {
@@ -158,7 +158,7 @@ impl<L: Loaded> Run<'_, L> {
                     return Err(self.unbacked(Unbacked(gpa)));
                 }
                 ShadowFault::Table => return self.write_table(&walk, linear),
-                ShadowFault::Emulate => return self.emulate_access(gpa, linear, write),
+                ShadowFault::Emulate => return self.emulate_shadowed(gpa, linear, write),
                 ShadowFault::Stale => {
                     if task::signal_pending() {
                         return Ok(Next::Guest);
@@ -199,15 +199,19 @@ impl<L: Loaded> Run<'_, L> {
             // The way to the table leads through itself: it would be one again before it is written.
             shadow.table = (!used).then_some(gpa >> 12);
         }
-        if let Some(injection) = self.arch.events.begun() {
-            // It is written in the delivery of an event.
-            return self.deliver_by_software(&injection);
-        }
-        let next = self.emulate_access(gpa, linear, true);
+        let next = self.emulate_shadowed(gpa, linear, true);
         if let Some(shadow) = &mut self.arch.shadow {
             shadow.table = None;
         }
         next
+    }
+
+    /// Emulates an access to memory, by an instruction or by the delivery of an event.
+    fn emulate_shadowed(&mut self, gpa: u64, linear: u64, write: bool) -> Result<Next> {
+        match self.arch.events.begun() {
+            Some(injection) => self.deliver_by_software(&injection),
+            None => self.emulate_access(gpa, linear, write),
+        }
     }
 
     /// Lets the guest write to the table that it is writing to, if it can be let.

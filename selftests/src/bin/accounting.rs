@@ -15,6 +15,14 @@ use std::mem::size_of;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+/// How many tables there are is a question of EPT: shadow tables come and go with the guest's own.
+fn need_ept(env: &Env) -> Outcome {
+    if env.open()?.capability(kb::KVM_CAP_PRE_FAULT_MEMORY) <= 0 {
+        skip!("the guest's tables are shadowed");
+    }
+    Ok(())
+}
+
 /// The bytes of a statistics file from `from` on, as many as there are up to `len`.
 fn pread(fd: &Fd, len: usize, from: usize) -> Result<Vec<u8>, Verdict> {
     let mut out = vec![0u8; len];
@@ -306,6 +314,7 @@ guest_code!(
 /// What is mapped is counted, and what is not any more is not.
 fn stats_mapped(env: &Env) -> Outcome {
     available(env)?;
+    need_ept(env)?;
     const GPA: u64 = 0x100_0000;
     const N: usize = 700;
     let pages = Mapping::new(1024 * PAGE, false)?;
@@ -468,6 +477,7 @@ fn run_sparse(m: &Machine, slots: u64) -> Outcome {
 /// Tables go when nothing is left in them, however that came about.
 fn empty_tables_go(env: &Env) -> Outcome {
     available(env)?;
+    need_ept(env)?;
     const N: usize = 1024;
     // Not aligned to what a table spans: it is the middle one of three that is filled.
     const GPA: u64 = 0x1010_0000;
@@ -677,6 +687,7 @@ const TABLES: u64 = 1200;
 
 /// The tables of a VM are charged to the control group of the process that runs it, and uncharged.
 fn charged_to_cgroup(env: &Env) -> Outcome {
+    need_ept(env)?;
     let tables = env.fewer(TABLES);
     let group = Group::new("charge")?;
     group.enter()?;
@@ -716,6 +727,7 @@ fn charged_to_cgroup(env: &Env) -> Outcome {
 
 /// A control group that is full ends its own VMM, and nothing else.
 fn full_cgroup(env: &Env) -> Outcome {
+    need_ept(env)?;
     let tables = env.fewer(TABLES);
     let group = Group::new("full")?;
     let page = Mapping::new(PAGE, true)?;

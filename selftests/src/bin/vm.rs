@@ -519,8 +519,7 @@ fn special_slots(env: &Env) -> Outcome {
         ensure!(e.errno == libc::EEXIST, "a vCPU whose page is a slot: {e}");
         // KVM leaves the page that it has mapped in vain.
         lost = shared_memory()? - with_memory - 0x3000;
-        vm.fd
-            .ioctl_ref(sys::KVM_SET_IDENTITY_MAP_ADDR, &IDENTITY)?;
+        vm.fd.ioctl_ref(sys::KVM_SET_IDENTITY_MAP_ADDR, &IDENTITY)?;
         let vcpu = vm.create_vcpu(0)?;
         ensure!(
             shared_memory()? - with_memory - lost == 0x4000,
