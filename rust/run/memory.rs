@@ -392,7 +392,7 @@ impl<L: Loaded> Run<'_, L> {
     /// Offers a write to the devices that take any: then the instruction is done, whatever it is, and
     /// need not be looked at. What it wrote to registers besides would be lost: who has a device do so
     /// knows that its driver uses plain stores.
-    pub(super) fn took_any_write(&mut self, gpa: u64, access: Access) -> bool {
+    fn took_any_write(&mut self, gpa: u64, access: Access) -> bool {
         let plain = access.write && !access.read && !access.exec;
         // Most guests have no such device, and the questions to the hardware cost most.
         if !plain || !self.bus.takes_any_write() || self.hw.vectoring().is_some() {

@@ -127,7 +127,7 @@ impl<L: Loaded> Run<'_, L> {
             };
             let gpa = walk.translation.gpa;
             if self.arch.devices.contain(self.memory, gpa) {
-                return self.device_access(gpa, access, linear);
+                return self.emulate_access(gpa, linear, write);
             }
             let want = ShadowWant {
                 linear,
@@ -146,7 +146,7 @@ impl<L: Loaded> Run<'_, L> {
                 }
                 ShadowFault::Fault(MemFault::Mmio) => {
                     self.arch.devices.note(self.memory, gpa);
-                    return self.device_access(gpa, access, linear);
+                    return self.emulate_access(gpa, linear, write);
                 }
                 // The loop finds the signal.
                 ShadowFault::Fault(MemFault::Interrupted) => return Ok(Next::Guest),
@@ -172,14 +172,6 @@ impl<L: Loaded> Run<'_, L> {
                 }
             }
         }
-    }
-
-    /// The guest accesses what no memslot has.
-    fn device_access(&mut self, gpa: u64, access: Access, linear: u64) -> Result<Next> {
-        if self.took_any_write(gpa, access) {
-            return Ok(Next::Guest);
-        }
-        self.emulate_access(gpa, linear, access.write)
     }
 
     /// Emulates the instruction that accesses a page.
