@@ -452,7 +452,7 @@ def smp_job(suite, work, cpus, kernels):
 QEMU_TESTS = {
     "qemu-1cpu": ["microvm_split_1", "q35_kernel_4", "disk_pc", "savevm", "gdb_boot_sector"],
     "qemu-2cpu": ["migrate_across"],
-    "qemu-shadow": ["disk_q35", "q35_kernel_1"],
+    "qemu-shadow": ["disk_pc", "q35_kernel_1"],
 }
 
 
