@@ -56,13 +56,11 @@ SHADOW = ("kvm-intel", "rkvm ept=0")
 AUDITED = ("kvm-intel", "rkvm ept=0 mmu_audit=1")
 # What the oracle looks at; and what is about memory and concurrency, for two CPUs and for the debug kernel.
 SHADOW_AUDIT = {"modes", "paging", "paging_smp"}
-SHADOW_SMP = {"concurrency", "dirty", "dirty_ring", "dirty_writes", "faults", "ipi", "memory", "paging",
-              "paging_smp", "regions", "smp", "stress", "userfault"}
-SHADOW_DEBUG = {"concurrency", "dirty", "lifecycle", "memory", "modes", "module", "nr_mmu_pages", "paging_smp",
-                "regions", "smoke", "vcpu", "vm"}
+SHADOW_SMP = {"concurrency", "dirty", "dirty_ring", "dirty_writes", "ipi", "memory", "paging_smp", "regions", "smp"}
+SHADOW_DEBUG = {"memory", "modes", "paging_smp", "smoke"}
 SHADOW_ONLY = {"shadow-audit": SHADOW_AUDIT, "shadow-2cpu": SHADOW_SMP, "shadow-debug": SHADOW_DEBUG}
 # Thousands of programs for the guest: too many for the debug kernel.
-MANY = {"paging"}
+MANY = {"nr_mmu_pages", "paging"}
 # A processor whose VMX has no EPT, no VPID and no unrestricted guests.
 CORE2 = "core2_penryn_t9600"
 CORE2_PROGRAMS = {"interrupts", "memory", "mmio", "modes", "pio", "smoke", "vcpu", "vm"}
@@ -366,10 +364,8 @@ def guest_job(suite, work, name, image, devices, ept=True, **options):
 TINY = {
     "tiny": [("i386", "none", 1), ("i386", "kernel", 2), ("i386pae", "split", 2),
              ("x86_64", "split", 1, "--protocol=32")],
-    "tiny-2cpu": [("i386", "split", 2), ("i386pae", "kernel", 4)],
-    "shadow": [("i386", "none", 1), ("i386", "split", 2), ("i386pae", "none", 1), ("i386pae", "kernel", 2),
-               ("x86_64", "none", 1), ("x86_64", "split", 2), ("x86_64", "kernel", 1, "--protocol=32")],
-    "shadow-2cpu": [("i386", "kernel", 2), ("i386pae", "split", 4), ("x86_64", "split", 2)],
+    "shadow": [("i386", "none", 1), ("i386", "split", 2), ("i386pae", "split", 2),
+               ("x86_64", "none", 1), ("x86_64", "split", 2)],
     "core2": [("i386", "none", 1), ("i386pae", "split", 2), ("x86_64", "split", 2)],
 }
 
@@ -403,7 +399,7 @@ def core2_job(suite, work, programs):
     job = Job(suite, "core2", cpu=CORE2, timeout=1800)
     chosen = {program: tests for program, tests in programs.items() if program in CORE2_PROGRAMS}
     selftests(suite, job, chosen, ["kvm", "rkvm"], 2)
-    tiny_guests(suite, work, job, "core2", ["kvm", "rkvm"])
+    tiny_guests(suite, work, job, "core2", ["rkvm"])
     if job.steps:
         life_cycle(job)
     return job
@@ -542,8 +538,7 @@ def jobs(suite, work):
             ("stress-1cpu", {**stress, "append": STRESS_APPEND + " numa=fake=2"}, both, 1),
             ("plain-1cpu", {"cpus": 1, "timeout": 2400}, both, 1),
             ("shadow-debug", {"kernel": "debug", "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 20),
-            ("shadow-2cpu", {"cpus": 2, "insmod": (*SHADOW, "zram"), "append": STRESS_APPEND,
-                             "timeout": 2400}, ["rkvm"], 4),
+            ("shadow-2cpu", {"cpus": 2, "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 4),
             ("shadow-audit", {"insmod": AUDITED, "timeout": 1200}, ["rkvm"], 10),
             ("shadow-1cpu", {"insmod": SHADOW, "timeout": 2400}, ["rkvm"], 2)):
         job = Job(suite, name, **options)
@@ -573,11 +568,8 @@ def jobs(suite, work):
                   timeout=1200),
         guest_job(suite, work, "guest/test-kernel", test_kernel, ["kvm", "rkvm"]),
         guest_job(suite, work, "guest/test-kernel-2cpu", test_kernel, ["rkvm"], cpus=2),
-        guest_job(suite, work, "guest/debian-shadow", debian, ["rkvm"], ept=False, timeout=1200),
         tiny_job(suite, work, "tiny", both),
-        tiny_job(suite, work, "tiny-2cpu", both, cpus=2),
         tiny_job(suite, work, "shadow", ["rkvm"], insmod=SHADOW),
-        tiny_job(suite, work, "shadow-2cpu", ["rkvm"], insmod=SHADOW, cpus=2),
     ]
     kernels = {"test": test_kernel, "debian": debian}
     out += [smp_job(suite, work, cpus, kernels) for cpus in SMP]
