@@ -12,7 +12,7 @@ use kernel::sync::Arc;
 pub(crate) trait Shrinks: Send + Sync + 'static {
     /// How many there are.
     fn count(&self) -> u64;
-    /// Frees up to so many; returns how many. In a thread that wants memory, which it holds no lock of ours while it does.
+    /// Frees up to so many; returns how many. Called in a thread that wants memory, with none of our spinlocks held.
     fn scan(&self, nr: u64) -> u64;
 }
 
@@ -35,7 +35,8 @@ impl<T: Shrinks> Shrinker<T> {
     /// Registers one: ENOMEM. Sleeps.
     pub(crate) fn register(object: Arc<T>) -> Result<Self> {
         let data = core::ptr::from_ref(&*object).cast_mut().cast();
-        // SAFETY: `data` is a `T` that lives as long as the shrinker, which is freed first.
+        // SAFETY: `data` is the `T` in `object`, which the result holds: it is dropped after the shrinker is freed, and
+        // that waits for the callbacks.
         let raw = unsafe { own::rkvm_shrinker_register(data, Some(Self::count), Some(Self::scan)) };
         // INVARIANT: Registered just now.
         Ok(Self {
@@ -63,7 +64,7 @@ impl<T: Shrinks> Shrinker<T> {
 
 impl<T: Shrinks> Drop for Shrinker<T> {
     fn drop(&mut self) {
-        // SAFETY: By the invariant; nobody uses it after this.
+        // SAFETY: By the invariant it is registered, and it is freed this once. `_object` is dropped after this.
         unsafe { own::rkvm_shrinker_free(self.raw.as_ptr()) };
     }
 }

@@ -297,6 +297,8 @@ def write_document(tree, flavour, cases, expected):
                 kvm, rkvm, why = expected[case.name]
                 why = f"``{why}``" if why else ""
                 rows.append((f"``{case.name}``", kvm, rkvm, case.remark or why))
+        if flavour is not EPT:
+            title += ", without EPT"
         lines += ["", title, "-" * len(title), "", *simple_table(rows)]
     with open(path, encoding="utf-8") as f:
         text = f.read()
