@@ -67,6 +67,7 @@ impl GuestMemory {
             let done = self.with_hva(gpa, true, |slot, hva, left| {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(rest.len());
                 let part = rest.get(..n).ok_or(MemError::Fault)?;
+                let _writing = self.shadow_writing();
                 let result = mm::write_user(hva, part);
                 // Some of it may have been written even so. `n` is not 0.
                 let last = gpa.wrapping_add(n as u64).wrapping_sub(1);
@@ -93,6 +94,7 @@ impl GuestMemory {
         new: u64,
         vcpu: &VcpuShared,
     ) -> Result<bool, MemError> {
+        let _writing = self.shadow_writing();
         let done = self.mark_entry(gpa, len, old, new, vcpu)?;
         if done {
             self.shadow_written(gpa, len.into());

@@ -120,6 +120,7 @@ impl GuestStruct {
     ) -> Result<(), MemError> {
         if let Some(place) = self.place(memory) {
             let hva = place.hva.wrapping_add(offset);
+            let _writing = memory.shadow_writing();
             let write = || {
                 let result = mm::write_user(hva, data);
                 memory.mark_dirty(self.gpa >> 12, vcpu);

@@ -21,6 +21,7 @@ use crate::mmu::shadow::ShadowMapped;
 use crate::mmu::shadow::ShadowMmu;
 use crate::mmu::shadow::ShadowWant;
 use crate::mmu::shadow::VcpuShadow;
+use crate::mmu::shadow::Writing;
 use crate::tlb::VcpuShared;
 use crate::x86::paging::Paging;
 use core::ops::Deref;
@@ -172,6 +173,12 @@ impl GuestMemory {
     /// Forgets all shadow tables: the VMM may have changed the guest's.
     pub(crate) fn forget_shadow(&self) {
         self.with_shadow(|shadow, around, _| shadow.zap_all(around, true));
+    }
+
+    /// To be held from before a write until [`GuestMemory::shadow_written`].
+    #[inline]
+    pub(super) fn shadow_writing(&self) -> Option<Writing<'_>> {
+        self.inner.mmu.shadow().map(ShadowMmu::writing)
     }
 
     /// `len` bytes at `gpa` were written by others than the guest's processors.

@@ -77,13 +77,9 @@ impl Mmu {
     /// Removes the small leaves of the 2 MiB that each of `gfns` is in, so that large ones can come
     /// back. Sleeps.
     pub(crate) fn remove_small(&self, gfns: impl Iterator<Item = u64>) {
-        if self.shadow.is_some() {
-            let span = |gfn: u64| {
-                let first = gfn & !Level::Page2M.mask();
-                first..first.saturating_add(Level::Page2M.pages())
-            };
-            self.zap(gfns.map(span), true);
-            return;
+        if let Some(shadow) = self.shadow() {
+            let first = gfns.map(|gfn| gfn & !Level::Page2M.mask());
+            return shadow.remove_small(&Around::blind(&self.vcpus), first);
         }
         self.remove(true, |tables, detached| {
             for gfn in gfns {

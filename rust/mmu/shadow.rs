@@ -62,6 +62,8 @@ pub(crate) use roots::VcpuShadow;
 use super::caps::ShadowCaps;
 use crate::tlb::Request;
 use crate::tlb::VcpuSet;
+use core::sync::atomic::AtomicU32;
+use core::sync::atomic::Ordering;
 use dir::Directory;
 use dir::Nodes;
 use kernel::prelude::*;
@@ -204,6 +206,18 @@ impl Spare {
 pub(crate) struct ShadowMmu {
     #[pin]
     state: SpinLock<Shadow>,
+    /// How many write to guest memory for the guest, and have not said so yet ([`ShadowMmu::written`]): what the tables
+    /// hold may differ from the guest's for as long.
+    writing: AtomicU32,
+}
+
+/// A write to guest memory that the tables are told of before this is dropped.
+pub(crate) struct Writing<'a>(&'a AtomicU32);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
 }
 
 impl ShadowMmu {
@@ -224,8 +238,15 @@ impl ShadowMmu {
             };
             Ok(try_pin_init!(Self {
                 state <- new_spinlock!(state, "rkvm_shadow"),
+                writing: AtomicU32::new(0),
             }? Error))
         })
+    }
+
+    /// To be held from before a write to guest memory until [`ShadowMmu::written`] has been told of it.
+    pub(crate) fn writing(&self) -> Writing<'_> {
+        self.writing.fetch_add(1, Ordering::SeqCst);
+        Writing(&self.writing)
     }
 
     /// Runs `f` with the lock held, and frees what can be freed after that.

@@ -63,7 +63,7 @@ class Program:
 
     def __init__(self, report, prefix, expected):
         self.report = report
-        self.prefix = prefix
+        self.prefix = self.name = prefix
         self.missing = dict.fromkeys(expected)
         self.expected = len(self.missing)
         self.comments = []

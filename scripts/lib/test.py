@@ -64,6 +64,8 @@ MANY = {"nr_mmu_pages", "paging"}
 # A processor whose VMX has no EPT, no VPID and no unrestricted guests.
 CORE2 = "core2_penryn_t9600"
 CORE2_PROGRAMS = {"interrupts", "memory", "mmio", "modes", "pio", "smoke", "vcpu", "vm"}
+# Seconds from which on a program is named with the time of its job.
+SLOW_STEP = 8
 STRESS_APPEND = "proc_mem.force_override=always"
 
 
@@ -156,6 +158,8 @@ class Step:
     def __init__(self, command, sink):
         self.command = command
         self.sink = sink
+        self.began = None
+        self.seconds = None
 
 
 class Check:
@@ -252,7 +256,7 @@ class Job:
             self.follow(process.stdout, f, nonce)
             status = process.wait()
         for step in self.steps:
-            if not getattr(step, "ended", False):
+            if step.seconds is None:
                 step.sink.end(None)
         why = []
         if status:
@@ -260,7 +264,13 @@ class Job:
                 text = f.read().decode(errors="replace").splitlines()
             why = [line for line in text if line.startswith("machine:")] + [f"status {status}; see {log}"]
         suite.report.result(f"{self.name}/machine", status == 0, why=why)
-        suite.report.note(f"{self.name}: {time.monotonic() - began:.0f} s")
+        suite.report.note(f"{self.name}: {time.monotonic() - began:.0f} s{self.slowest()}")
+
+    def slowest(self):
+        """The steps that took a good part of the job's time, in words."""
+        slow = sorted((step for step in self.steps if (step.seconds or 0) >= SLOW_STEP),
+                      key=lambda step: -step.seconds)
+        return "".join(f"; {step.sink.name} {step.seconds:.0f}" for step in slow)
 
     def follow(self, stream, log, nonce):
         """Hand the lines of STREAM to the steps that wrote them."""
@@ -278,9 +288,10 @@ class Job:
             step = self.steps[int(found[2])]
             if found[1] == "begin":
                 current = step
+                step.began = time.monotonic()
             else:
                 current = None
-                step.ended = True
+                step.seconds = time.monotonic() - step.began
                 step.sink.end(int(found[3]))
 
 

@@ -90,6 +90,15 @@ impl ShadowMmu {
         });
     }
 
+    /// Removes the small leaves of the 2 MiB that each of `gfns` is the first frame of, as far as the guest does not
+    /// want them small itself, so that large ones can come back. Sleeps.
+    pub(crate) fn remove_small(&self, around: &Around<'_>, gfns: impl Iterator<Item = u64>) {
+        for gfn in gfns {
+            self.with(around, |state| state.zap_direct(gfn));
+            cond_resched();
+        }
+    }
+
     /// Forgets everything.
     pub(crate) fn zap_all(&self, around: &Around<'_>, may_sleep: bool) {
         loop {

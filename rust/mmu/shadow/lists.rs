@@ -27,13 +27,13 @@ impl Shadow {
         };
         let head = Handle::from_raw(core::mem::replace(&mut frame.mapped_by, handle.raw()));
         self.put_first(handle, gfn, head);
-        if let Some((page, index)) = self.pages.entry(handle) {
+        if let Some(page) = self.pages.get_mut(handle.page()) {
             let count = match page.role.level {
                 Level::Page4K => &mut self.counts.small,
                 _ => &mut self.counts.large,
             };
             *count = count.saturating_add(1);
-            page.table.word(index).put(spte.bits());
+            page.appear(handle.index(), spte);
         }
     }
 
@@ -46,8 +46,8 @@ impl Shadow {
         let unsync = page.unsync || page.has_unsync_below();
         let head = core::mem::replace(&mut page.parents, handle);
         self.put_first(handle, child.into(), head);
-        if let Some((page, index)) = self.pages.entry(handle) {
-            page.table.word(index).put(spte.bits());
+        if let Some(page) = self.pages.get_mut(handle.page()) {
+            page.appear(handle.index(), spte);
         }
         if unsync {
             self.mark_above(handle);
@@ -66,7 +66,8 @@ impl Shadow {
 
     /// Takes an entry away; returns if there was one. Processors may still know it.
     pub(super) fn drop_entry(&mut self, handle: Handle) -> bool {
-        let Some((page, index)) = self.pages.entry(handle) else {
+        let index = handle.index();
+        let Some(page) = self.pages.get_mut(handle.page()) else {
             return false;
         };
         let spte = page.entry(index);
@@ -74,7 +75,7 @@ impl Shadow {
             return false;
         }
         let level = page.role.level;
-        page.table.word(index).put(Spte::NONE.bits());
+        page.vanish(index);
         let link = page.link(index);
         let (next, prev) = (Handle::from_raw(link.next), Handle::from_raw(link.prev));
         if let Some(link) = self.pages.link_mut(next) {

@@ -77,6 +77,8 @@ pub(super) struct ShadowPage {
     pub(super) next_same: u32,
     /// The first entry that leads here.
     pub(super) parents: Handle,
+    /// How many entries are present.
+    pub(super) present: u16,
     /// How many vCPUs have it as a root.
     pub(super) roots: u32,
     /// It can be found by its frame. If not, it is only there for those whose root it is.
@@ -106,6 +108,7 @@ impl ShadowPage {
             gfn: 0,
             next_same: 0,
             parents: Handle::NONE,
+            present: 0,
             roots: 0,
             valid: false,
             unsync: false,
@@ -121,6 +124,20 @@ impl ShadowPage {
         Spte::from_bits(self.table.word(index).bits())
     }
 
+    /// Makes an entry where none is.
+    #[inline]
+    pub(super) fn appear(&mut self, index: usize, spte: Spte) {
+        self.table.word(index).put(spte.bits());
+        self.present = self.present.saturating_add(1);
+    }
+
+    /// Takes a present entry away.
+    #[inline]
+    pub(super) fn vanish(&mut self, index: usize) {
+        self.table.word(index).put(Spte::NONE.bits());
+        self.present = self.present.saturating_sub(1);
+    }
+
     #[inline]
     pub(super) fn link(&self, index: usize) -> Link {
         self.links[index & 511]
@@ -129,6 +146,14 @@ impl ShadowPage {
     #[inline]
     pub(super) fn link_mut(&mut self, index: usize) -> &mut Link {
         &mut self.links[index & 511]
+    }
+
+    /// The first present entry from one on.
+    pub(super) fn first_present(&self, from: usize) -> Option<usize> {
+        if self.present == 0 {
+            return None;
+        }
+        (from..ENTRIES).find(|index| self.entry(*index).is_present())
     }
 
     /// It stands for no table of the guest's.

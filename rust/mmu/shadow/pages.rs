@@ -141,8 +141,14 @@ impl Shadow {
         page.unsync_below = [0; ENTRIES / 64];
         let (gfn, next) = (page.gfn, page.next_same);
         page.next_same = 0;
-        for index in 0..ENTRIES {
+        let mut from = 0;
+        while let Some(index) = self
+            .pages
+            .get(number)
+            .and_then(|page| page.first_present(from))
+        {
             self.drop_entry(Handle::new(number, index));
+            from = index.wrapping_add(1);
         }
         while let Some(page) = self.pages.get(number) {
             if !self.drop_entry(page.parents) {
@@ -194,6 +200,24 @@ impl Shadow {
             }
             any = true;
             self.zap_page(number);
+        }
+    }
+
+    /// Zaps the pages of small leaves, for frames from `gfn` on, that stand for no table of the guest's.
+    pub(super) fn zap_direct(&mut self, gfn: u64) {
+        loop {
+            let mut found = 0;
+            self.any_page(gfn, |number, page| {
+                let small = page.role.is_direct() && page.role.level == Level::Page4K;
+                if small {
+                    found = number;
+                }
+                small
+            });
+            if found == 0 {
+                return;
+            }
+            self.zap_page(found);
         }
     }
 
