@@ -376,6 +376,7 @@ impl<L: Loaded> Run<'_, L> {
                     linear,
                     gpa,
                     write: access.write,
+                    table: false,
                 });
                 self.emulate(gpa, hint)
             }
@@ -425,7 +426,12 @@ impl<L: Loaded> Run<'_, L> {
         write: bool,
     ) -> Result<Next> {
         let gpa = DEFAULT_ADDRESS | u64::from(offset);
-        let hint = linear.map(|linear| Hint { linear, gpa, write });
+        let hint = linear.map(|linear| Hint {
+            linear,
+            gpa,
+            write,
+            table: false,
+        });
         self.emulate(gpa, hint)
     }
 

@@ -177,11 +177,19 @@ impl<L: Loaded> Run<'_, L> {
     /// Emulates the instruction that accesses a page.
     fn emulate_access(&mut self, gpa: u64, linear: u64, write: bool) -> Result<Next> {
         self.shared.stats.pf_emulate.bump();
-        self.emulate(gpa, Some(Hint { linear, gpa, write }))
+        let shadow = self.arch.shadow.as_ref();
+        let hint = Hint {
+            linear,
+            gpa,
+            write,
+            table: shadow.is_some_and(|shadow| shadow.table.is_some()),
+        };
+        self.emulate(gpa, Some(hint))
     }
 
     /// The guest writes to one of its tables. The instruction is emulated, which tells the shadow what it
-    /// changes. What cannot be is executed after all, on a frame that is no table for as long.
+    /// changes. What cannot be is executed after all, on a frame that is no table for as long; so is what
+    /// writes to all of it, as a kernel does that clears or copies a page.
     fn write_table(&mut self, walk: &Walk, linear: u64) -> Result<Next> {
         let gpa = walk.translation.gpa;
         let used = (1..=LEVELS)

@@ -43,6 +43,8 @@ use self::system::System;
 use super::event::Shadow;
 use super::exception::Fault;
 use super::insn::Insn;
+use super::insn::Op;
+use super::insn::Rep;
 use super::insn::Size;
 use super::insn::MAX_INSN_LEN;
 use super::io::StringIo;
@@ -300,6 +302,9 @@ pub struct Hint {
     pub gpa: u64,
     /// Whether the access was a write.
     pub write: bool,
+    /// Whether it went to a page table whose writes are watched, and need not be. A repeated string instruction does not
+    /// change single entries: it is [`Outcome::Unhandled`] then, as whoever watches does better to stop.
+    pub table: bool,
 }
 
 /// One access to a device: at most eight bytes in one page.
@@ -567,6 +572,10 @@ impl Emulator {
         let Some((_, insn)) = run.emulator.decoded else {
             return Err(Stop::Unhandled);
         };
+        let table = run.emulator.hint.is_some_and(|hint| hint.table);
+        if table && insn.rep != Rep::None && matches!(insn.op, Op::String(_)) {
+            return Err(Stop::Unhandled);
+        }
         let single_step = run.flags().has(Rflags::TF);
         let mut left = MAX_ITERATIONS;
         loop {

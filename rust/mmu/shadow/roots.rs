@@ -282,19 +282,21 @@ impl ShadowMmu {
 
     /// Gives back roots that nobody can find any more: they map nothing.
     fn drop_invalid(&self, around: &Around<'_>, vcpu: &mut VcpuShadow) {
-        for place in &mut vcpu.roots {
-            let Some(root) = place else { continue };
-            let whole = {
-                let state = self.state.lock();
-                root.pages
-                    .iter()
-                    .all(|n| *n == 0 || state.pages.get(*n).is_some_and(|page| page.valid))
-            };
-            if !whole {
-                let pages = root.pages;
-                *place = None;
-                self.put(around, &pages);
+        let mut gone = [None; ROOTS];
+        {
+            let state = self.state.lock();
+            let valid = |n: u32| n == 0 || state.pages.get(n).is_some_and(|page| page.valid);
+            for (place, gone) in vcpu.roots.iter_mut().zip(&mut gone) {
+                if place.is_some_and(|root| !root.pages.into_iter().all(valid)) {
+                    *gone = place.take();
+                }
             }
+        }
+        if gone.iter().all(Option::is_none) {
+            return;
+        }
+        for root in gone.into_iter().flatten() {
+            self.put(around, &root.pages);
         }
         // No gaps, and the same order.
         let mut left = [None; ROOTS];

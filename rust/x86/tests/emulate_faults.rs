@@ -182,6 +182,7 @@ fn hints_save_the_walk() {
         linear: 0x9ff0,
         gpa: DEVICE + 0x5ff0,
         write: true,
+        table: false,
     };
     emulator.set_hint(hint);
     let (_, bus) = run_with(&mut emulator, &mut cpu, &mut memory, &[]);
@@ -198,6 +199,41 @@ fn hints_save_the_walk() {
     });
     let (_, bus) = run_with(&mut emulator, &mut cpu, &mut memory, &[]);
     assert_eq!(bus, []);
+}
+
+#[test]
+fn tables_are_not_filled() {
+    for (code, table, done) in [
+        ("f348ab", false, true),
+        ("f348ab", true, false),
+        ("f348a5", true, false),
+        ("48ab", true, true),
+        ("488907", true, true),
+        ("f0480107", true, true),
+    ] {
+        let mut memory = TestMemory::default();
+        let mut cpu = TestCpu::long()
+            .with(Rdi, 0x9000)
+            .with(Rsi, 0xa000)
+            .with(Rcx, 4)
+            .with(Rax, 1);
+        memory.put(CODE, &hex(code));
+        cpu.rip = CODE;
+        let mut emulator = Emulator::new();
+        emulator.set_hint(Hint {
+            linear: 0x9000,
+            gpa: 0x9000,
+            write: true,
+            table,
+        });
+        let outcome = emulator.step(&mut cpu, &mut memory);
+        assert_eq!(matches!(outcome, Outcome::Done(_)), done, "{code}");
+        assert_eq!(cpu.rip != CODE, done, "{code}");
+        if !done {
+            assert_eq!(outcome, Outcome::Unhandled, "{code}");
+            assert_eq!(cpu.gprs.get(Rcx), 4, "{code}");
+        }
+    }
 }
 
 #[test]
