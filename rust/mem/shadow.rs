@@ -12,7 +12,6 @@ use crate::linux::mm;
 use crate::linux::shrinker::Shrinker;
 use crate::linux::shrinker::Shrinks;
 use crate::mmu::ept::Access;
-use crate::mmu::ept::Level;
 use crate::mmu::page_of;
 use crate::mmu::shadow::Around;
 use crate::mmu::shadow::AtHand;
@@ -101,11 +100,8 @@ impl GuestMemory {
                 }
             };
             let changes = self.inner.mmu.changes();
-            let mapped = shadow.map(around, changes, vcpu_shadow, mapping, want, mark)?;
-            if mapped == ShadowMapped::Done(Level::Page4K) {
-                let find = |gfn: u64| self.at_hand(slots, gfn);
-                shadow.prefetch(around, vcpu_shadow, want.linear, &find);
-            }
+            let find = |gfn: u64| self.at_hand(slots, gfn);
+            let mapped = shadow.map(around, changes, vcpu_shadow, mapping, want, mark, &find)?;
             Ok(match mapped {
                 ShadowMapped::Done(level) => ShadowFault::Fault(Fault::Mapped(level)),
                 ShadowMapped::Stale => ShadowFault::Stale,
@@ -162,7 +158,10 @@ impl GuestMemory {
 
     /// The guest invalidates what its processor knows of an address.
     pub(crate) fn invalidate_shadow(&self, vcpu: &VcpuShadow, linear: u64) {
-        self.with_shadow(|shadow, around, _| shadow.invalidate(around, vcpu, linear));
+        self.with_shadow(|shadow, around, slots| {
+            let find = |gfn: u64| self.at_hand(slots, gfn);
+            shadow.invalidate(around, vcpu, linear, &find);
+        });
     }
 
     /// Forgets the tables that a frame was for the guest.

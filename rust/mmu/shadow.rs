@@ -57,6 +57,7 @@ mod sync;
 pub(crate) use fault::ShadowMapped;
 pub(crate) use fault::ShadowWant;
 pub(crate) use prefetch::AtHand;
+pub(crate) use roots::TableWrite;
 pub(crate) use roots::VcpuShadow;
 
 use super::caps::ShadowCaps;

@@ -16,6 +16,7 @@ use crate::mem::shadow::ShadowFault;
 use crate::mem::shadow::WalkMemory;
 use crate::mmu::ept::Access;
 use crate::mmu::shadow::ShadowWant;
+use crate::mmu::shadow::TableWrite;
 use crate::x86::emulate::Hint;
 use crate::x86::event::Injection;
 use crate::x86::exception::Fault;
@@ -86,6 +87,7 @@ impl<L: Loaded> Run<'_, L> {
     #[inline(never)]
     pub(super) fn guest_page_fault(&mut self, linear: u64, error: PfError) -> Result<Next> {
         self.shared.stats.pf_taken.bump();
+        self.note_progress();
         let write = error.has(PfError::W);
         let kind = match (error.has(PfError::I), write) {
             (true, _) => AccessKind::Fetch,
@@ -174,6 +176,15 @@ impl<L: Loaded> Run<'_, L> {
         }
     }
 
+    /// Another instruction faults than the one that a table was let go for, so that one is done.
+    fn note_progress(&mut self) {
+        if let Some(shadow) = &mut self.arch.shadow {
+            if shadow.let_go.is_some_and(|(_, rip)| rip != self.hw.rip()) {
+                shadow.let_go = None;
+            }
+        }
+    }
+
     /// Emulates the instruction that accesses a page.
     fn emulate_access(&mut self, gpa: u64, linear: u64, write: bool) -> Result<Next> {
         self.shared.stats.pf_emulate.bump();
@@ -195,9 +206,14 @@ impl<L: Loaded> Run<'_, L> {
         let used = (1..=LEVELS)
             .filter_map(|level| walk.step(level))
             .any(|step| step.gpa >> 12 == gpa >> 12);
+        let gfn = gpa >> 12;
+        let write = TableWrite { gfn, linear };
+        let rip = self.hw.rip();
         if let Some(shadow) = &mut self.arch.shadow {
-            // The way to the table leads through itself: it would be one again before it is written.
-            shadow.table = (!used).then_some(gpa >> 12);
+            // The way to the table leads through itself, or that to another operand or to the instruction has been seen
+            // to: it would be one again before it is written.
+            let needed = used || shadow.let_go.take() == Some((write, rip));
+            shadow.table = (!needed).then_some(write);
         }
         let next = self.emulate_shadowed(gpa, linear, true);
         if let Some(shadow) = &mut self.arch.shadow {
@@ -216,8 +232,11 @@ impl<L: Loaded> Run<'_, L> {
 
     /// Lets the guest write to the table that it is writing to, if it can be let.
     pub(super) fn unprotect_table(&mut self) -> Option<Next> {
-        let gfn = self.arch.shadow.as_mut()?.table.take()?;
-        self.memory.unprotect_shadow(gfn);
+        let rip = self.hw.rip();
+        let shadow = self.arch.shadow.as_mut()?;
+        let write = shadow.table.take()?;
+        shadow.let_go = Some((write, rip));
+        self.memory.unprotect_shadow(write.gfn);
         Some(Next::Guest)
     }
 

@@ -20,6 +20,7 @@
 use super::super::ept::Level;
 use super::super::Mapping;
 use super::page::Handle;
+use super::prefetch::AtHand;
 use super::role::Format;
 use super::role::Modes;
 use super::role::Regime;
@@ -65,7 +66,8 @@ pub(crate) enum ShadowMapped {
 
 /// The same, with the lock held.
 enum Outcome {
-    Mapped(Level),
+    /// By this entry.
+    Mapped(Level, Handle),
     Stale,
     Table,
     /// A leaf of this level cannot be.
@@ -110,8 +112,8 @@ impl Way<'_> {
 }
 
 impl ShadowMmu {
-    /// Puts a translation in, if all still is what it was: ENOMEM. `mapped` is called once it is, with the lock
-    /// held. Sleeps.
+    /// Puts a translation in, if all still is what it was, and its neighbours: ENOMEM. `mapped` is called once it is,
+    /// with the lock held; `find` finds what backs a guest frame, and does not sleep. Sleeps.
     pub(crate) fn map(
         &self,
         around: &Around<'_>,
@@ -120,6 +122,7 @@ impl ShadowMmu {
         mapping: Mapping,
         want: &ShadowWant<'_>,
         mapped: impl Fn(),
+        find: &dyn Fn(u64) -> Option<AtHand>,
     ) -> Result<ShadowMapped> {
         let Some(root) = vcpu.root() else {
             return Ok(ShadowMapped::Stale);
@@ -145,18 +148,21 @@ impl ShadowMmu {
                 state.recycle();
                 let number = root.page(want.linear);
                 let outcome = state.put(around, number, &way, &mapping, level, &mut spare)?;
-                if let Outcome::Mapped(_) = outcome {
+                if let Outcome::Mapped(level, handle) = outcome {
                     mapped();
                     // Inside the lock: once the host has been told that the page may be dirty, and
                     // not before, may it be told to forget it.
                     if let Some(page) = page.take() {
                         page.put_used(mapping.frame.writable);
                     }
+                    if level == Level::Page4K {
+                        state.prefetch(around, handle, find);
+                    }
                 }
                 Ok(outcome)
             });
             match outcome {
-                Ok(Outcome::Mapped(level)) => return Ok(ShadowMapped::Done(level)),
+                Ok(Outcome::Mapped(level, _)) => return Ok(ShadowMapped::Done(level)),
                 Ok(Outcome::Stale) => return Ok(ShadowMapped::Stale),
                 Ok(Outcome::Table) => return Ok(ShadowMapped::Table),
                 Ok(Outcome::TooLarge) => level = Level::Page4K,
@@ -328,12 +334,12 @@ impl Shadow {
             let old = page.entry(index);
             if old.is_leaf(level) && page.link(index).key == base && !old.is_less_in(new) {
                 page.table.word(index).put(new.bits());
-                return Ok(Outcome::Mapped(level));
+                return Ok(Outcome::Mapped(level, handle));
             }
         }
         self.drop_entry(handle);
         self.set_leaf(handle, base, new);
-        Ok(Outcome::Mapped(level))
+        Ok(Outcome::Mapped(level, handle))
     }
 }
 

@@ -7,17 +7,18 @@
 use super::super::ept::Level;
 use super::page::Handle;
 use super::role::GuestLeaf;
-use super::roots::VcpuShadow;
 use super::spte::Leaf;
 use super::spte::Spte;
 use super::sync::Tracked;
 use super::Around;
 use super::Shadow;
-use super::ShadowMmu;
 use crate::linux::mm::HostFrame;
 
 /// How many entries are looked at, with the one that was wanted. A power of two.
 const GROUP: usize = 8;
+
+/// A guest's entry is there.
+const PRESENT: u64 = 1;
 
 /// A frame of the host's that is at hand.
 pub(crate) struct AtHand {
@@ -26,52 +27,38 @@ pub(crate) struct AtHand {
     pub(crate) logged: bool,
 }
 
-impl ShadowMmu {
-    /// Puts in what is at hand around an address that has just been put in. `find` finds what backs a guest frame, and
-    /// does not sleep.
-    pub(crate) fn prefetch(
-        &self,
-        around: &Around<'_>,
-        vcpu: &VcpuShadow,
-        linear: u64,
-        find: &dyn Fn(u64) -> Option<AtHand>,
-    ) {
-        if let Some(root) = vcpu.root() {
-            let number = root.page(linear);
-            self.with(around, |state| state.prefetch(around, number, linear, find));
-        }
-    }
-}
-
 impl Shadow {
-    fn prefetch(
+    /// Puts in what is at hand around a leaf that has just been put in. `find` finds what backs a guest frame, and
+    /// does not sleep.
+    pub(super) fn prefetch(
         &mut self,
         around: &Around<'_>,
-        root: u32,
-        linear: u64,
+        handle: Handle,
         find: &dyn Fn(u64) -> Option<AtHand>,
     ) {
-        let mut number = root;
-        let (role, gfn) = loop {
-            let Some(page) = self.pages.get(number) else {
-                return;
-            };
-            if page.role.level == Level::Page4K {
-                break (page.role, page.gfn);
-            }
-            let handle = Handle::new(number, page.role.level.index(linear >> 12));
-            match self.child(handle) {
-                Some(child) => number = child,
-                None => return,
-            }
+        self.put_neighbours(around, handle, GROUP, find);
+    }
+
+    /// Puts in what is at hand of a group of `count` entries, at most [`GROUP`], that an entry of the lowest level is in.
+    pub(super) fn put_neighbours(
+        &mut self,
+        around: &Around<'_>,
+        handle: Handle,
+        count: usize,
+        find: &dyn Fn(u64) -> Option<AtHand>,
+    ) {
+        let (number, index) = (handle.page(), handle.index());
+        let Some(page) = self.pages.get(number) else {
+            return;
         };
-        if role.is_direct() {
+        let (role, gfn) = (page.role, page.gfn);
+        if role.is_direct() || role.level != Level::Page4K {
             return;
         }
-        let first = Level::Page4K.index(linear >> 12) & !(GROUP - 1);
+        let first = index & !count.wrapping_sub(1);
         let size = role.entry_size() as usize;
         let mut raw = [0; GROUP * 8];
-        let len = GROUP.wrapping_mul(size).min(raw.len());
+        let len = count.wrapping_mul(size).min(raw.len());
         let Some(group) = raw.get_mut(..len) else {
             return;
         };
@@ -83,12 +70,16 @@ impl Shadow {
             if let Some(part) = word.get_mut(..bytes.len()) {
                 part.copy_from_slice(bytes);
             }
+            let entry = u64::from_le_bytes(word);
+            if entry & PRESENT == 0 {
+                continue;
+            }
             let handle = Handle::new(number, index);
             let absent = self
                 .pages
                 .entry(handle)
                 .is_some_and(|(page, index)| !page.entry(index).is_present());
-            if let Some(leaf) = role.leaf(u64::from_le_bytes(word)).filter(|_| absent) {
+            if let Some(leaf) = role.leaf(entry).filter(|_| absent) {
                 self.put_at_hand(handle, &leaf, find);
             }
         }

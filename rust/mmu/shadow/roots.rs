@@ -10,12 +10,14 @@
 //! Where the guest's CR3 leads outside of memory there is no table, and the root is empty: every access
 //! is a fault, and the guest's.
 
+use super::prefetch::AtHand;
 use super::role::Format;
 use super::role::Regime;
 use super::role::Rights;
 use super::sync::Found;
 use super::Around;
 use super::Lack;
+use super::Shadow;
 use super::ShadowMmu;
 use super::Spare;
 use crate::linux::mm::cond_resched;
@@ -92,8 +94,11 @@ pub(crate) struct VcpuShadow {
     next: Next,
     /// The guest has loaded CR3, or had its translations go: the root is to be loaded before the next entry.
     reload: bool,
-    /// The frame of the table that an instruction writes to which is being emulated.
-    pub(crate) table: Option<u64>,
+    /// What an instruction that is being emulated writes to a table of the guest's that can be let.
+    pub(crate) table: Option<TableWrite>,
+    /// The last table that was let go for an instruction to be executed, and RIP. Should it be a table again when the
+    /// same is executed, the instruction needs it as one.
+    pub(crate) let_go: Option<(TableWrite, u64)>,
     /// How many faults there were, for the oracle.
     pub(crate) faults: u32,
 }
@@ -108,6 +113,15 @@ enum Next {
     Keep,
 }
 
+/// A write to a table of the guest's.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TableWrite {
+    /// The table's frame.
+    pub(crate) gfn: u64,
+    /// Where the guest writes.
+    pub(crate) linear: u64,
+}
+
 impl VcpuShadow {
     /// A vCPU that has not run: ENOMEM.
     pub(crate) fn new() -> Result<Self> {
@@ -117,6 +131,7 @@ impl VcpuShadow {
             next: Next::Flush,
             reload: true,
             table: None,
+            let_go: None,
             faults: 0,
         })
     }
@@ -133,6 +148,7 @@ impl VcpuShadow {
 
     /// The guest loads CR3; `keep`: and wants what it knows of the new one's translations to stay.
     pub(crate) fn loads_cr3(&mut self, keep: bool) {
+        self.let_go = None;
         self.next = if keep { Next::Keep } else { Next::Flush };
         self.reload = true;
     }
@@ -185,27 +201,20 @@ impl ShadowMmu {
         let Some(root) = &mut vcpu.roots[0] else {
             return Err(EINVAL);
         };
-        if !keep || root.stale {
-            root.stale = false;
-            let pages = root.pages;
-            self.sync_below(around, &pages);
+        let sync = !keep || root.stale;
+        root.stale = false;
+        loop {
+            let loaded = self.with(around, |state| {
+                if sync && state.sync_some(around, &root.pages) {
+                    return None;
+                }
+                Some(state.hardware_root(root, &vcpu.fours, nothing))
+            });
+            if let Some(cr3) = loaded {
+                return Ok(cr3);
+            }
+            cond_resched();
         }
-        Ok(self.hardware_root(root, &vcpu.fours, nothing))
-    }
-
-    /// What is to be in CR3.
-    fn hardware_root(&self, root: &Root, fours: &KernelPage, nothing: u64) -> u64 {
-        let state = self.state.lock();
-        let phys = |number: u32| state.pages.get(number).map(|page| page.table.phys());
-        if root.key.regime.format == Format::Long {
-            return phys(root.pages[0]).unwrap_or(nothing);
-        }
-        let offset = root.slot % ROOTS * FOUR;
-        for (number, place) in root.pages.into_iter().zip((offset..).step_by(8)) {
-            // Present, and no other bit: the others are reserved, or say how it is cached.
-            fours.write(place, phys(number).map_or(0, |phys| phys | 1));
-        }
-        fours.phys() | offset as u64
     }
 
     /// Makes a root in the place of the one that was used least lately.
@@ -315,32 +324,46 @@ impl ShadowMmu {
         }
     }
 
-    /// Brings tables below these pages into accord with the guest's.
-    fn sync_below(&self, around: &Around<'_>, pages: &[u32; 4]) {
-        loop {
-            let more = self.with(around, |state| {
-                let mut found = Found::new();
-                for number in pages {
-                    state.find_unsync(*number, &mut found);
-                }
-                if !found.pages().is_empty() {
-                    state.sync(around, found.pages());
-                }
-                found.is_full()
-            });
-            if !more {
-                return;
-            }
-            cond_resched();
-        }
-    }
-
-    /// The guest invalidates an address, in any of its roots.
-    pub(crate) fn invalidate(&self, around: &Around<'_>, vcpu: &VcpuShadow, linear: u64) {
+    /// The guest invalidates an address, in any of its roots. `find` finds what backs a guest frame, and does not sleep.
+    pub(crate) fn invalidate(
+        &self,
+        around: &Around<'_>,
+        vcpu: &VcpuShadow,
+        linear: u64,
+        find: &dyn Fn(u64) -> Option<AtHand>,
+    ) {
         self.with(around, |state| {
             for root in vcpu.roots.iter().flatten() {
-                state.invalidate(root.page(linear), linear);
+                state.invalidate(around, root.page(linear), linear, find);
             }
         });
+    }
+}
+
+impl Shadow {
+    /// What is to be in CR3.
+    fn hardware_root(&self, root: &Root, fours: &KernelPage, nothing: u64) -> u64 {
+        let phys = |number: u32| self.pages.get(number).map(|page| page.table.phys());
+        if root.key.regime.format == Format::Long {
+            return phys(root.pages[0]).unwrap_or(nothing);
+        }
+        let offset = root.slot % ROOTS * FOUR;
+        for (number, place) in root.pages.into_iter().zip((offset..).step_by(8)) {
+            // Present, and no other bit: the others are reserved, or say how it is cached.
+            fours.write(place, phys(number).map_or(0, |phys| phys | 1));
+        }
+        fours.phys() | offset as u64
+    }
+
+    /// Brings some tables below these pages into accord with the guest's; returns if there may be more.
+    fn sync_some(&mut self, around: &Around<'_>, pages: &[u32; 4]) -> bool {
+        let mut found = Found::new();
+        for number in pages {
+            self.find_unsync(*number, &mut found);
+        }
+        if !found.pages().is_empty() {
+            self.sync(around, found.pages());
+        }
+        found.is_full()
     }
 }

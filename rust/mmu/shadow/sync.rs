@@ -6,12 +6,13 @@
 //! what the shadow says of it may be old. The processor's own rules are the licence: a change of
 //! a table counts once the guest has invalidated what was there before. When it loads CR3, all
 //! unsync tables below the new root are brought into accord with the guest's (and are
-//! write-protected again); at INVLPG, the one entry goes.
+//! write-protected again); at INVLPG, the one entry is.
 //!
 //! Tables above the lowest level are never unsync: their entries say which pages are below.
 
 use super::super::ept::Level;
 use super::page::Handle;
+use super::prefetch::AtHand;
 use super::spte::Spte;
 use super::Around;
 use super::Shadow;
@@ -266,16 +267,23 @@ impl Shadow {
         }
     }
 
-    /// The guest invalidates an address, below a root: what is below an unsync table may be old.
-    pub(super) fn invalidate(&mut self, root: u32, linear: u64) {
+    /// The guest invalidates an address, below a root: what is below an unsync table may be old, and is made anew.
+    pub(super) fn invalidate(
+        &mut self,
+        around: &Around<'_>,
+        root: u32,
+        linear: u64,
+        find: &dyn Fn(u64) -> Option<AtHand>,
+    ) {
         let mut number = root;
         while let Some(page) = self.pages.get(number) {
             let handle = Handle::new(number, page.role.level.index(linear >> 12));
             match self.child(handle) {
                 Some(child) => number = child,
                 None => {
-                    if page.unsync {
-                        self.drop_entry(handle);
+                    // What was wanted once will be again.
+                    if page.unsync && self.drop_entry(handle) {
+                        self.put_neighbours(around, handle, 1, find);
                     }
                     return;
                 }
