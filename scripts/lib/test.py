@@ -13,6 +13,7 @@ nothing and powered off. RKVM_NOT_BUILT names what did not build.
 """
 
 import concurrent.futures
+import functools
 import os
 import re
 import secrets
@@ -54,13 +55,24 @@ STRESS_MODULES = ("kvm-intel", "rkvm", "zram")
 SHADOW = ("kvm-intel", "rkvm ept=0")
 # The same with the oracle, at each page fault.
 AUDITED = ("kvm-intel", "rkvm ept=0 mmu_audit=1")
+# Programs whose matter a second CPU changes. The others are about one vCPU, and run on one CPU only.
+SMP_PROGRAMS = {"accounting", "adversary", "apic_timer", "concurrency", "dirty", "dirty_ring", "dirty_writes", "interrupts",
+                "ioeventfd", "ipi", "irqfd", "isolation", "kvmclock", "lifecycle", "memory", "migrate", "msr_filter",
+                "paging_smp", "prefault", "pv", "regions", "robustness", "routing", "signals", "smp", "state", "tsc"}
+# On the debug kernel, which is slow, those of them that make and drop much run on one CPU, with kmemleak.
+SMP_DEBUG = SMP_PROGRAMS - {"accounting", "isolation", "lifecycle", "prefault", "routing", "tsc"}
+# Programs about what the guest's page tables have no part in: not once more without EPT.
+NO_TABLES = {"apic_timer", "coalesced", "cpuid", "ioapic", "ioeventfd", "irqchip", "irqfd", "kvmclock", "lapic",
+             "lapic_order", "mce", "module", "msr_filter", "pic", "pit", "routing", "system", "tsc"}
+# Thousands of programs for the guest: too many for the debug kernel.
+MANY = {"nr_mmu_pages", "paging"}
 # What the oracle looks at; and what is about memory and concurrency, for two CPUs and for the debug kernel.
 SHADOW_AUDIT = {"modes", "paging", "paging_smp"}
 SHADOW_SMP = {"concurrency", "dirty", "dirty_ring", "dirty_writes", "ipi", "memory", "paging_smp", "regions", "smp"}
 SHADOW_DEBUG = {"memory", "modes", "paging_smp", "smoke"}
-SHADOW_ONLY = {"shadow-audit": SHADOW_AUDIT, "shadow-2cpu": SHADOW_SMP, "shadow-debug": SHADOW_DEBUG}
-# Thousands of programs for the guest: too many for the debug kernel.
-MANY = {"nr_mmu_pages", "paging"}
+ONLY = {"shadow-audit": SHADOW_AUDIT, "shadow-2cpu": SHADOW_SMP, "shadow-debug": SHADOW_DEBUG,
+        "plain-2cpu": SMP_PROGRAMS, "debug-2cpu": SMP_DEBUG, "debug-leaks": LEAKS}
+NOT = {"shadow-1cpu": NO_TABLES, "debug-1cpu": SMP_DEBUG | LEAKS | MANY}
 # A processor whose VMX has no EPT, no VPID and no unrestricted guests.
 CORE2 = "core2_penryn_t9600"
 CORE2_PROGRAMS = {"interrupts", "memory", "mmio", "modes", "pio", "smoke", "vcpu", "vm"}
@@ -529,6 +541,15 @@ def testbed_tests(suite):
         suite.report.result(f"testbed/{name}", run.returncode == expected, why=why)
 
 
+def runs_in(program, job):
+    """Whether the job of that name is one for PROGRAM."""
+    if program in POWER or program in NOT.get(job, ()):
+        return False
+    if job in ONLY:
+        return program in ONLY[job]
+    return (program in STRESS) == job.startswith("stress")
+
+
 def jobs(suite, work):
     """All boots, the longest first."""
     programs = selftest_programs(suite)
@@ -540,8 +561,8 @@ def jobs(suite, work):
     both = ["kvm", "rkvm"]
     for name, options, devices, slow in (
             ("debug-2cpu", {"kernel": "debug", "cpus": 2, "timeout": 3600}, ["rkvm"], 10),
-            ("debug-1cpu", {"kernel": "debug", "cpus": 1, "timeout": 2400,
-                            "append": "kmemleak=on"}, ["rkvm"], 20),
+            ("debug-leaks", {"kernel": "debug", "timeout": 2400, "append": "kmemleak=on"}, ["rkvm"], 20),
+            ("debug-1cpu", {"kernel": "debug", "timeout": 2400}, ["rkvm"], 10),
             ("stress-debug", {**stress, "kernel": "debug", "cpus": 2}, ["rkvm"], 10),
             ("stress-2cpu", {**stress, "cpus": 2}, both, 2),
             ("plain-2cpu", {"cpus": 2, "timeout": 2400}, both, 2),
@@ -553,11 +574,7 @@ def jobs(suite, work):
             ("shadow-audit", {"insmod": AUDITED, "timeout": 1200}, ["rkvm"], 10),
             ("shadow-1cpu", {"insmod": SHADOW, "timeout": 2400}, ["rkvm"], 2)):
         job = Job(suite, name, **options)
-        chosen = {program: tests for program, tests in programs.items()
-                  if program not in POWER and (program not in MANY or "debug" not in name)
-                  and (program in SHADOW_ONLY[name] if name in SHADOW_ONLY
-                  else (program in STRESS) == name.startswith("stress")
-                  and ("kmemleak=on" not in options.get("append", "") or program in LEAKS))}
+        chosen = {program: tests for program, tests in programs.items() if runs_in(program, name)}
         selftests(suite, job, chosen, devices, slow)
         life_cycle(job)
         out.append(job)
@@ -593,15 +610,12 @@ def main():
     for what in sorted(suite.not_built - {""}):
         suite.report.result(f"build/{what}", False, why=["does not build; the log is above"])
     python_tests(suite)
-    for crate in CRATES:
-        if os.path.exists(os.path.join(suite.tree, CRATES[crate], "Cargo.toml")):
-            unit_tests(suite, crate)
-        else:
-            suite.report.result(f"host/{crate}", False, why=[f"{CRATES[crate]} is not there"])
     with tempfile.TemporaryDirectory(prefix="rkvm-test-") as work, \
             concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         # A fault of ours in a job must not look like success.
-        work_items = [job.run for job in jobs(suite, work)] + [lambda: testbed_tests(suite)]
+        work_items = [job.run for job in jobs(suite, work)]
+        work_items[1:1] = [functools.partial(unit_tests, suite, crate) for crate in CRATES]
+        work_items.append(functools.partial(testbed_tests, suite))
         for future in [pool.submit(item) for item in work_items]:
             future.result()
     sys.exit(suite.report.finish())
