@@ -29,6 +29,7 @@ use crate::backend::Loaded;
 use crate::bindings::KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS as MWAIT_NEVER_UD;
 use crate::bus::Bus;
 use crate::events;
+use crate::events::Delivery;
 use crate::irq::Irqs;
 use crate::irq::Mode;
 use crate::linux::debug as host_debug;
@@ -257,15 +258,16 @@ impl<L: Loaded> Run<'_, L> {
         self.arch.apic.as_deref_mut()?.ioapic_eoi.take()
     }
 
-    /// Enters the guest, unless something came up: `None` then, or if the exit is dealt with.
-    fn enter_once(&mut self) -> Option<Exit> {
+    /// Sets up the event that the guest is to have next.
+    #[inline]
+    fn deliver_event(&mut self) -> Delivery {
         let wanted = self.vmm_wants_window();
         let arch = &mut *self.arch;
         let mut controllers = Controllers {
             apic: arch.apic.as_deref_mut(),
             irqs: self.irqs,
         };
-        let delivery = events::deliver(
+        events::deliver(
             &mut self.hw,
             &mut arch.events,
             &mut arch.dr6,
@@ -273,8 +275,12 @@ impl<L: Loaded> Run<'_, L> {
             wanted,
             &mut controllers,
             &self.shared.stats,
-        );
+        )
+    }
 
+    /// Enters the guest, unless something came up: `None` then, or if the exit is dealt with.
+    fn enter_once(&mut self) -> Option<Exit> {
+        let delivery = self.deliver_event();
         if delivery.by_software {
             return None;
         }

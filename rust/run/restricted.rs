@@ -43,21 +43,7 @@ impl<L: Loaded> Run<'_, L> {
     #[inline(never)]
     pub(super) fn step_without_hardware(&mut self) -> Result<Next> {
         if self.arch.events.begun().is_none() {
-            let wanted = self.vmm_wants_window();
-            let arch = &mut *self.arch;
-            let mut controllers = Controllers {
-                apic: arch.apic.as_deref_mut(),
-                irqs: self.irqs,
-            };
-            let _ = events::deliver(
-                &mut self.hw,
-                &mut arch.events,
-                &mut arch.dr6,
-                &mut arch.debugger,
-                wanted,
-                &mut controllers,
-                &self.shared.stats,
-            );
+            let _ = self.deliver_event();
         }
         match self.arch.events.begun() {
             Some(injection) => self.deliver_by_software(&injection),

@@ -37,6 +37,32 @@ const CODE32: SegAttr = SegAttr::RESET_CODE.with_db(true);
 const CODE64: SegAttr = SegAttr::RESET_CODE.with_l(true);
 
 #[test]
+fn invpcid_operands() {
+    let (off, on) = (Cr4::PAE, Cr4::PAE | Cr4::PCIDE);
+    let high = 1 << 47;
+    // Bits 63:12 of the first half are reserved for every type.
+    for kind in 0..4 {
+        assert!(invpcid_is_valid(kind, 0, 0, off), "{kind}");
+        assert!(invpcid_is_valid(kind, 0xfff, 0, on), "{kind}");
+        assert!(!invpcid_is_valid(kind, 0x1000, 0, on), "{kind}");
+        assert!(!invpcid_is_valid(kind, 1 << 63, 0, on), "{kind}");
+    }
+    // Without PCIDs there is none but 0, where it counts.
+    assert!(!invpcid_is_valid(0, 1, 0, off));
+    assert!(!invpcid_is_valid(1, 1, 0, off));
+    assert!(invpcid_is_valid(2, 1, 0, off));
+    assert!(invpcid_is_valid(3, 1, 0, off));
+    // Only the first type has an address.
+    assert!(!invpcid_is_valid(0, 0, high, on));
+    assert!(invpcid_is_valid(0, 0, high, on | Cr4::LA57));
+    assert!(invpcid_is_valid(0, 0, high.wrapping_neg(), on));
+    assert!(invpcid_is_valid(1, 0, high, on));
+    for kind in [4, 5, 1 << 32, u64::MAX] {
+        assert!(!invpcid_is_valid(kind, 0, 0, on), "{kind:#x}");
+    }
+}
+
+#[test]
 fn cr0_bits_that_go_together() {
     let check = |bits: u64| check_cr0(Cr0::ET, Cr0::new(bits), Cr4::empty(), Efer::empty(), CODE32);
     for bits in [
