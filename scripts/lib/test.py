@@ -33,6 +33,8 @@ TARGET = "x86_64-unknown-linux-gnu"
 # Unit tests of Python modules beside this one.
 PYTHON = ("test_guests", "test_tap")
 CRATES = {"x86": "rust/x86", "vmm": "samples/rkvm-vmm", "selftests": "selftests"}
+# What of them has unit tests, where most has none: each of the selftests' programs would be built once more.
+TARGETS = {"selftests": ["--lib", "--examples", "--test=harness"]}
 DEVICES = {"kvm": "/dev/kvm", "rkvm": "/dev/rkvm"}
 # Binaries of the selftests that are not tests.
 NOT_TESTS = {"bench"}
@@ -110,7 +112,7 @@ def unit_tests(suite, crate):
     log = os.path.join(suite.logs, f"host-{crate}.log")
     env = dict(os.environ, CARGO_TARGET_DIR=os.path.join(suite.tree, "build/host-" + crate))
     command = ["cargo", "test", "--locked", "--manifest-path",
-               os.path.join(suite.tree, CRATES[crate], "Cargo.toml")]
+               os.path.join(suite.tree, CRATES[crate], "Cargo.toml"), *TARGETS.get(crate, [])]
     listing = subprocess.run([*command, "--", "--list"], env=env, text=True, check=False,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if listing.returncode:

@@ -56,6 +56,10 @@ impl Shadow {
             pr_err!("audit: page {}: in the list: {}\n", number, found);
             right = false;
         }
+        if page.valid && !page.is_direct() && self.frames.tables_near(page.gfn) == 0 {
+            pr_err!("audit: page {}: a table that is not counted\n", number);
+            right = false;
+        }
         let mut present = 0u16;
         for index in 0..ENTRIES {
             let spte = page.entry(index);

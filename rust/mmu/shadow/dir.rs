@@ -21,7 +21,11 @@ const COUNT: usize = 1 << BITS;
 #[derive(Zeroable)]
 struct Leaf([Frame; COUNT]);
 #[derive(Zeroable)]
-struct Lower([Option<KBox<Leaf>>; COUNT]);
+struct Lower {
+    leaves: [Option<KBox<Leaf>>; COUNT],
+    /// For each of them, how many shadow pages stand for tables in its frames.
+    tables: [u32; COUNT],
+}
 #[derive(Zeroable)]
 struct Upper([Option<KBox<Lower>>; COUNT]);
 #[derive(Zeroable)]
@@ -91,7 +95,7 @@ impl Directory {
         let found = || {
             let upper = self.top.0[index(gfn, 3)].as_ref()?;
             let lower = upper.0[index(gfn, 2)].as_ref()?;
-            let leaf = lower.0[index(gfn, 1)].as_ref()?;
+            let leaf = lower.leaves[index(gfn, 1)].as_ref()?;
             Some(leaf.0[index(gfn, 0)])
         };
         if gfn >= Self::LIMIT {
@@ -108,7 +112,7 @@ impl Directory {
         }
         let upper = self.top.0[index(gfn, 3)].as_mut()?;
         let lower = upper.0[index(gfn, 2)].as_mut()?;
-        let leaf = lower.0[index(gfn, 1)].as_mut()?;
+        let leaf = lower.leaves[index(gfn, 1)].as_mut()?;
         Some(&mut leaf.0[index(gfn, 0)])
     }
 
@@ -134,11 +138,38 @@ impl Directory {
             *lower = nodes.lower.take();
         }
         let Some(lower) = lower else { return false };
-        let leaf = &mut lower.0[index(gfn, 1)];
+        let leaf = &mut lower.leaves[index(gfn, 1)];
         if leaf.is_none() {
             *leaf = nodes.leaf.take();
         }
         leaf.is_some()
+    }
+
+    /// How many shadow pages stand for tables in the 2 MiB that a frame is in, if the frame has a place.
+    #[inline]
+    pub(super) fn tables_near(&self, gfn: u64) -> u32 {
+        let found = || {
+            let upper = self.top.0[index(gfn, 3)].as_ref()?;
+            let lower = upper.0[index(gfn, 2)].as_ref()?;
+            Some(lower.tables[index(gfn, 1)])
+        };
+        if gfn >= Self::LIMIT {
+            return 0;
+        }
+        found().unwrap_or_default()
+    }
+
+    /// A shadow page for a table in this frame has come, or has gone.
+    pub(super) fn count_table(&mut self, gfn: u64, come: bool) {
+        let upper = self.top.0[index(gfn, 3)].as_mut();
+        if let Some(lower) = upper.and_then(|upper| upper.0[index(gfn, 2)].as_mut()) {
+            let count = &mut lower.tables[index(gfn, 1)];
+            *count = if come {
+                count.saturating_add(1)
+            } else {
+                count.saturating_sub(1)
+            };
+        }
     }
 
     /// The first frame from `gfn` on, and before `end`, of which anything is known.
@@ -154,7 +185,7 @@ impl Directory {
                 gfn = next(gfn, 2);
                 continue;
             };
-            let Some(leaf) = lower.0[index(gfn, 1)].as_ref() else {
+            let Some(leaf) = lower.leaves[index(gfn, 1)].as_ref() else {
                 gfn = next(gfn, 1);
                 continue;
             };
@@ -179,7 +210,7 @@ impl Directory {
             let slot = self.top.0[index(gfn, 3)]
                 .as_mut()
                 .and_then(|upper| upper.0[index(gfn, 2)].as_mut())
-                .map(|lower| &mut lower.0[index(gfn, 1)]);
+                .map(|lower| &mut lower.leaves[index(gfn, 1)]);
             match slot {
                 None => {
                     // Nothing here at all.

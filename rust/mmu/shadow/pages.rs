@@ -100,6 +100,7 @@ impl Shadow {
         }
         self.counts.made = self.counts.made.wrapping_add(1);
         if !role.is_direct() {
+            self.frames.count_table(gfn, true);
             if role.level > Level::Page4K {
                 self.zap_unsync(gfn);
             }
@@ -139,7 +140,7 @@ impl Shadow {
         page.valid = false;
         page.unsync = false;
         page.unsync_below = [0; ENTRIES / 64];
-        let (gfn, next) = (page.gfn, page.next_same);
+        let (gfn, next, direct) = (page.gfn, page.next_same, page.is_direct());
         page.next_same = 0;
         let mut from = 0;
         while let Some(index) = self
@@ -156,6 +157,9 @@ impl Shadow {
             }
         }
         self.forget(gfn, number, next);
+        if !direct {
+            self.frames.count_table(gfn, false);
+        }
         self.counts.zapped = self.counts.zapped.wrapping_add(1);
         self.bury(number);
     }

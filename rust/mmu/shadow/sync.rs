@@ -81,18 +81,10 @@ impl Shadow {
         tracked
     }
 
-    /// Whether a frame of the 2 MiB from `gfn` on is a table of the guest's.
+    /// Whether a frame of the 2 MiB that `gfn` is in is a table of the guest's. Unsync ones count too: they must be
+    /// able to be write-protected by the small page.
     pub(super) fn any_tracked(&self, gfn: u64) -> bool {
-        let end = gfn.saturating_add(Level::Page2M.pages());
-        let mut at = gfn;
-        while let Some((gfn, frame)) = self.frames.first_from(at, end) {
-            // Unsync ones too: they must be able to be write-protected by the small page.
-            if frame.shadowed_by != 0 && self.any_page(gfn, |_, page| !page.is_direct()) {
-                return true;
-            }
-            at = gfn.wrapping_add(1);
-        }
-        false
+        self.frames.tables_near(gfn) != 0
     }
 
     /// Lets the guest write to a table of the lowest level.
