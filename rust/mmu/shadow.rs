@@ -169,6 +169,8 @@ enum Lack {
     Nodes,
     /// For so many pages.
     Room(usize),
+    /// Others have to get the lock before it goes on.
+    Time,
 }
 
 /// What was allocated for it.
@@ -190,12 +192,13 @@ impl Spare {
         }
     }
 
-    /// Allocates what is lacking: ENOMEM. Sleeps.
+    /// Allocates what is lacking, or waits: ENOMEM. Sleeps.
     fn provide(&mut self, lack: Lack) -> Result {
         match lack {
             Lack::Page => self.page = Some(ShadowPage::new()?),
             Lack::Nodes => self.nodes.fill()?,
             Lack::Room(0) => return Err(ENOMEM),
+            Lack::Time => crate::linux::mm::cond_resched(),
             Lack::Room(count) => self.room = KVVec::with_capacity(count, GFP_KERNEL_ACCOUNT)?,
         }
         Ok(())

@@ -83,11 +83,20 @@ impl ShadowMmu {
     /// Unmaps the frames of a memslot that goes, and forgets the tables that the guest had there. Sleeps.
     pub(crate) fn zap_slot(&self, around: &Around<'_>, gfns: Range<u64>) {
         self.zap(around, core::iter::once(gfns.clone()), true);
-        self.with(around, |state| {
-            state.zap_pages_in(gfns.clone());
-            state.frames.prune(gfns);
-            state.pay(around);
-        });
+        let mut left = gfns.clone();
+        loop {
+            let next = self.with(around, |state| {
+                let next = state.zap_pages_in(&left);
+                state.pay(around);
+                next
+            });
+            match next {
+                Some(next) => left.start = next,
+                None => break,
+            }
+            cond_resched();
+        }
+        self.with(around, |state| state.frames.prune(gfns));
     }
 
     /// Removes the small leaves of the 2 MiB that each of `gfns` is the first frame of, as far as the guest does not

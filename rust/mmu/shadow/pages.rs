@@ -17,6 +17,10 @@ use core::ops::Range;
 /// So many pages go at once when there are too many.
 const RECYCLED: usize = 25;
 
+/// With the lock held, so many pages go for a memslot, and so many frames are looked at.
+const ZAPPED: u64 = 64;
+const FRAMES: usize = 4096;
+
 /// A table above the lowest level that the guest writes to so often without using it is none any more.
 pub(super) const FLOOD: u8 = 3;
 
@@ -54,8 +58,8 @@ impl Shadow {
             // It is about to be reached by addresses that the guest has never used, and need not invalidate.
             if unsync {
                 self.sync(around, &[number]);
-            } else {
-                self.sync_below(around, number);
+            } else if self.sync_some(around, &[number]) {
+                return Err(Lack::Time);
             }
             if let Some(page) = self.pages.get_mut(number) {
                 page.writes = 0;
@@ -225,15 +229,21 @@ impl Shadow {
         }
     }
 
-    /// Zaps all pages whose frames are among these.
-    pub(super) fn zap_pages_in(&mut self, gfns: Range<u64>) {
+    /// Zaps pages whose frames are among these, until there have been some; where to go on, if not all are done.
+    pub(super) fn zap_pages_in(&mut self, gfns: &Range<u64>) -> Option<u64> {
         let mut at = gfns.start;
-        while let Some((gfn, frame)) = self.frames.first_from(at, gfns.end) {
+        let began = self.counts.zapped;
+        for _ in 0..FRAMES {
+            let (gfn, frame) = self.frames.first_from(at, gfns.end)?;
             if frame.shadowed_by != 0 {
                 self.zap_pages_of(gfn);
             }
             at = gfn.wrapping_add(1);
+            if self.counts.zapped.wrapping_sub(began) >= ZAPPED {
+                break;
+            }
         }
+        Some(at)
     }
 
     /// Zaps some pages if there are as many as there may be. Roots stay, and do not count: were they as many, a

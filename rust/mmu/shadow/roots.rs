@@ -14,7 +14,6 @@ use super::prefetch::AtHand;
 use super::role::Format;
 use super::role::Regime;
 use super::role::Rights;
-use super::sync::Found;
 use super::Around;
 use super::Lack;
 use super::Shadow;
@@ -353,17 +352,5 @@ impl Shadow {
             fours.write(place, phys(number).map_or(0, |phys| phys | 1));
         }
         fours.phys() | offset as u64
-    }
-
-    /// Brings some tables below these pages into accord with the guest's; returns if there may be more.
-    fn sync_some(&mut self, around: &Around<'_>, pages: &[u32; 4]) -> bool {
-        let mut found = Found::new();
-        for number in pages {
-            self.find_unsync(*number, &mut found);
-        }
-        if !found.pages().is_empty() {
-            self.sync(around, found.pages());
-        }
-        found.is_full()
     }
 }

@@ -164,16 +164,17 @@ impl Shadow {
             .is_some_and(|page| page.unsync || page.has_unsync_below())
     }
 
-    /// Brings all tables below a page into accord with the guest's.
-    pub(super) fn sync_below(&mut self, around: &Around<'_>, number: u32) {
-        loop {
-            let mut found = Found::new();
-            self.find_unsync(number, &mut found);
-            if found.pages().is_empty() {
-                return;
-            }
+    /// Brings tables below these pages into accord with the guest's; returns if there may be more, for which the lock
+    /// is to be released first.
+    pub(super) fn sync_some(&mut self, around: &Around<'_>, pages: &[u32]) -> bool {
+        let mut found = Found::new();
+        for number in pages {
+            self.find_unsync(*number, &mut found);
+        }
+        if !found.pages().is_empty() {
             self.sync(around, found.pages());
         }
+        found.is_full()
     }
 
     /// Brings tables into accord with the guest's, and has further writes to them noticed.
