@@ -12,7 +12,7 @@ RECORD ?=
 # make selftests EPT=0 and make bench EPT=0: both modules without EPT.
 EPT ?=
 
-.PHONY: all run qemu test guests-full qemu-full selftests bench shell check clean distclean
+.PHONY: all run qemu test test-full guests-full qemu-full selftests bench shell check clean distclean
 
 all:
 	@scripts/build $(KDIR)
@@ -26,6 +26,9 @@ qemu:
 
 test:
 	@scripts/test $(if $(T),'$(T)')
+
+test-full:
+	@RKVM_TEST_FULL=1 scripts/test $(if $(T),'$(T)')
 
 guests-full:
 	@RKVM_GUESTS_FULL=1 scripts/test '$(if $(T),$(T),^smp-)'
