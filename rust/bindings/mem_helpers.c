@@ -95,7 +95,10 @@ int rkvm_user_read_nofault(void *dst, u64 src, u64 len)
 
 	if (!current->mm)
 		return -EFAULT;
-	/* An aligned entry of a page table is read whole; copy_from_user_nofault() does not promise that. */
+	/*
+	 * An aligned entry of a page table is read whole; copy_from_user_nofault()
+	 * does not promise that.
+	 */
 	pagefault_disable();
 	r = rkvm_user_read(dst, src, len);
 	pagefault_enable();

@@ -47,7 +47,7 @@ RKVM_ONLY = {"module"}
 STRESS = {"faults", "stress", "userfault"}
 # Programs to look for leaks behind: those that make and drop what the module allocates. kmemleak
 # doubles the time of everything, and guests' instructions allocate nothing.
-LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle", "memory", "module", "pit",
+LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle", "module", "pit",
          "prefault", "robustness", "routing", "smoke", "stats", "system", "vcpu", "vm"}
 # Programs that put the machine to sleep and take its processors away: in boots of their own too.
 POWER = {"hotplug", "power"}

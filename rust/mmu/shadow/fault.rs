@@ -114,6 +114,7 @@ impl Way<'_> {
 impl ShadowMmu {
     /// Puts a translation in, if all still is what it was, and its neighbours: ENOMEM. `mapped` is called once it is,
     /// with the lock held; `find` finds what backs a guest frame, and does not sleep. Sleeps.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn map(
         &self,
         around: &Around<'_>,
