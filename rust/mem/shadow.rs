@@ -69,6 +69,7 @@ impl GuestMemory {
         let around = Around {
             vcpus: self.vcpus(),
             peek: &peek,
+            find: &|gfn| self.at_hand(&slots, gfn),
         };
         Some(f(shadow, &around, &slots))
     }
@@ -100,8 +101,7 @@ impl GuestMemory {
                 }
             };
             let changes = self.inner.mmu.changes();
-            let find = |gfn: u64| self.at_hand(slots, gfn);
-            let mapped = shadow.map(around, changes, vcpu_shadow, mapping, want, mark, &find)?;
+            let mapped = shadow.map(around, changes, vcpu_shadow, mapping, want, mark)?;
             Ok(match mapped {
                 ShadowMapped::Done(level) => ShadowFault::Fault(Fault::Mapped(level)),
                 ShadowMapped::Stale => ShadowFault::Stale,
@@ -158,10 +158,7 @@ impl GuestMemory {
 
     /// The guest invalidates what its processor knows of an address.
     pub(crate) fn invalidate_shadow(&self, vcpu: &VcpuShadow, linear: u64) {
-        self.with_shadow(|shadow, around, slots| {
-            let find = |gfn: u64| self.at_hand(slots, gfn);
-            shadow.invalidate(around, vcpu, linear, &find);
-        });
+        self.with_shadow(|shadow, around, _| shadow.invalidate(around, vcpu, linear));
     }
 
     /// Forgets the tables that a frame was for the guest.
@@ -174,10 +171,11 @@ impl GuestMemory {
         self.with_shadow(|shadow, around, _| shadow.zap_all(around, true));
     }
 
-    /// To be held from before a write until [`GuestMemory::shadow_written`].
+    /// To be held from before a write until [`GuestMemory::shadow_written`], if the oracle wants to know.
     #[inline]
     pub(super) fn shadow_writing(&self) -> Option<Writing<'_>> {
-        self.inner.mmu.shadow().map(ShadowMmu::writing)
+        let shadow = self.inner.mmu.shadow()?;
+        (crate::parameters::mmu_audit() != 0).then(|| shadow.writing())
     }
 
     /// `len` bytes at `gpa` were written by others than the guest's processors.

@@ -81,6 +81,8 @@ pub(crate) struct Around<'a> {
     pub(crate) vcpus: &'a VcpuSet,
     /// Reads guest memory that is at hand, or says false. Does not sleep.
     pub(crate) peek: &'a dyn Fn(u64, &mut [u8]) -> bool,
+    /// Finds what backs a guest frame, if that is at hand. Does not sleep.
+    pub(crate) find: &'a dyn Fn(u64) -> Option<AtHand>,
 }
 
 impl<'a> Around<'a> {
@@ -89,6 +91,7 @@ impl<'a> Around<'a> {
         Self {
             vcpus,
             peek: &|_, _| false,
+            find: &|_| None,
         }
     }
 }
@@ -210,8 +213,8 @@ impl Spare {
 pub(crate) struct ShadowMmu {
     #[pin]
     state: SpinLock<Shadow>,
-    /// How many write to guest memory for the guest, and have not said so yet ([`ShadowMmu::written`]): what the tables
-    /// hold may differ from the guest's for as long.
+    /// For the oracle: how many write to guest memory for the guest, and have not said so yet ([`ShadowMmu::written`]).
+    /// What the tables hold may differ from the guest's for as long.
     writing: AtomicU32,
 }
 

@@ -159,7 +159,7 @@ impl Directory {
         found().unwrap_or_default()
     }
 
-    /// A shadow page for a table in this frame has come, or has gone.
+    /// A shadow page for a table in this frame, which has a place, has come, or has gone.
     pub(super) fn count_table(&mut self, gfn: u64, come: bool) {
         let upper = self.top.0[index(gfn, 3)].as_mut();
         if let Some(lower) = upper.and_then(|upper| upper.0[index(gfn, 2)].as_mut()) {

@@ -20,7 +20,7 @@
 use super::super::ept::Level;
 use super::super::Mapping;
 use super::page::Handle;
-use super::prefetch::AtHand;
+use super::prefetch::GROUP;
 use super::role::Format;
 use super::role::Modes;
 use super::role::Regime;
@@ -113,8 +113,7 @@ impl Way<'_> {
 
 impl ShadowMmu {
     /// Puts a translation in, if all still is what it was, and its neighbours: ENOMEM. `mapped` is called once it is,
-    /// with the lock held; `find` finds what backs a guest frame, and does not sleep. Sleeps.
-    #[allow(clippy::too_many_arguments)]
+    /// with the lock held. Sleeps.
     pub(crate) fn map(
         &self,
         around: &Around<'_>,
@@ -123,7 +122,6 @@ impl ShadowMmu {
         mapping: Mapping,
         want: &ShadowWant<'_>,
         mapped: impl Fn(),
-        find: &dyn Fn(u64) -> Option<AtHand>,
     ) -> Result<ShadowMapped> {
         let Some(root) = vcpu.root() else {
             return Ok(ShadowMapped::Stale);
@@ -157,7 +155,7 @@ impl ShadowMmu {
                         page.put_used(mapping.frame.writable);
                     }
                     if level == Level::Page4K {
-                        state.prefetch(around, handle, find);
+                        state.prefetch(around, handle, GROUP);
                     }
                 }
                 Ok(outcome)
@@ -167,6 +165,8 @@ impl ShadowMmu {
                 Ok(Outcome::Stale) => return Ok(ShadowMapped::Stale),
                 Ok(Outcome::Table) => return Ok(ShadowMapped::Table),
                 Ok(Outcome::TooLarge) => level = Level::Page4K,
+                // Should there be no end to it, as others write to those tables, the caller can give up.
+                Err(Lack::Time) => return Ok(ShadowMapped::Stale),
                 Err(lack) => spare.provide(lack)?,
             }
         }

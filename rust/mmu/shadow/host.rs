@@ -14,13 +14,24 @@ use core::ops::Range;
 /// How many frames are looked at with the lock held.
 const BATCH: usize = 512;
 
+/// The directory is looked through by 1 GiB, at most, with the lock held.
+const SPAN: u64 = 1 << 18;
+
+/// The first frame that is not in the same span.
+const fn span_end(gfn: u64) -> u64 {
+    (gfn | SPAN.wrapping_sub(1)).saturating_add(1)
+}
+
 impl Shadow {
     /// Calls `f` for the frames of `gfns` that anything is known of, up to a number of them; where to go on,
     /// if not all are done.
     fn some_frames(&mut self, gfns: &Range<u64>, f: &mut dyn FnMut(&mut Self, u64)) -> Option<u64> {
         let mut at = gfns.start;
+        let end = span_end(at).min(gfns.end);
         for _ in 0..BATCH {
-            let (gfn, frame) = self.frames.first_from(at, gfns.end)?;
+            let Some((gfn, frame)) = self.frames.first_from(at, end) else {
+                return (end < gfns.end).then_some(end);
+            };
             if frame.mapped_by != 0 {
                 f(self, gfn);
             }
@@ -83,20 +94,21 @@ impl ShadowMmu {
     /// Unmaps the frames of a memslot that goes, and forgets the tables that the guest had there. Sleeps.
     pub(crate) fn zap_slot(&self, around: &Around<'_>, gfns: Range<u64>) {
         self.zap(around, core::iter::once(gfns.clone()), true);
-        let mut left = gfns.clone();
-        loop {
-            let next = self.with(around, |state| {
-                let next = state.zap_pages_in(&left);
+        let mut at = gfns.start;
+        while at < gfns.end {
+            let end = span_end(at).min(gfns.end);
+            let left = self.with(around, |state| {
+                let left = state.zap_pages_in(at..end);
+                if left.is_none() {
+                    let start = end.wrapping_sub(1) & !SPAN.wrapping_sub(1);
+                    state.frames.prune(start.max(gfns.start)..end);
+                }
                 state.pay(around);
-                next
+                left
             });
-            match next {
-                Some(next) => left.start = next,
-                None => break,
-            }
+            at = left.unwrap_or(end);
             cond_resched();
         }
-        self.with(around, |state| state.frames.prune(gfns));
     }
 
     /// Removes the small leaves of the 2 MiB that each of `gfns` is the first frame of, as far as the guest does not

@@ -17,9 +17,8 @@ use core::ops::Range;
 /// So many pages go at once when there are too many.
 const RECYCLED: usize = 25;
 
-/// With the lock held, so many pages go for a memslot, and so many frames are looked at.
+/// So many pages go with the lock held for a memslot that goes.
 const ZAPPED: u64 = 64;
-const FRAMES: usize = 4096;
 
 /// A table above the lowest level that the guest writes to so often without using it is none any more.
 pub(super) const FLOOD: u8 = 3;
@@ -230,18 +229,15 @@ impl Shadow {
     }
 
     /// Zaps pages whose frames are among these, until there have been some; where to go on, if not all are done.
-    pub(super) fn zap_pages_in(&mut self, gfns: &Range<u64>) -> Option<u64> {
+    pub(super) fn zap_pages_in(&mut self, gfns: Range<u64>) -> Option<u64> {
         let mut at = gfns.start;
         let began = self.counts.zapped;
-        for _ in 0..FRAMES {
+        while self.counts.zapped.wrapping_sub(began) < ZAPPED {
             let (gfn, frame) = self.frames.first_from(at, gfns.end)?;
             if frame.shadowed_by != 0 {
                 self.zap_pages_of(gfn);
             }
             at = gfn.wrapping_add(1);
-            if self.counts.zapped.wrapping_sub(began) >= ZAPPED {
-                break;
-            }
         }
         Some(at)
     }

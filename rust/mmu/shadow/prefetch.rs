@@ -6,6 +6,7 @@
 
 use super::super::ept::Level;
 use super::page::Handle;
+use super::role::guest_entry;
 use super::role::GuestLeaf;
 use super::spte::Leaf;
 use super::spte::Spte;
@@ -15,7 +16,7 @@ use super::Shadow;
 use crate::linux::mm::HostFrame;
 
 /// How many entries are looked at, with the one that was wanted. A power of two.
-const GROUP: usize = 8;
+pub(super) const GROUP: usize = 8;
 
 /// A guest's entry is there.
 const PRESENT: u64 = 1;
@@ -28,25 +29,9 @@ pub(crate) struct AtHand {
 }
 
 impl Shadow {
-    /// Puts in what is at hand around a leaf that has just been put in. `find` finds what backs a guest frame, and
-    /// does not sleep.
-    pub(super) fn prefetch(
-        &mut self,
-        around: &Around<'_>,
-        handle: Handle,
-        find: &dyn Fn(u64) -> Option<AtHand>,
-    ) {
-        self.put_neighbours(around, handle, GROUP, find);
-    }
-
-    /// Puts in what is at hand of a group of `count` entries, at most [`GROUP`], that an entry of the lowest level is in.
-    pub(super) fn put_neighbours(
-        &mut self,
-        around: &Around<'_>,
-        handle: Handle,
-        count: usize,
-        find: &dyn Fn(u64) -> Option<AtHand>,
-    ) {
+    /// Puts in what is at hand of the `count` entries that an entry of the lowest level is among: a power of two, at most
+    /// [`GROUP`].
+    pub(super) fn prefetch(&mut self, around: &Around<'_>, handle: Handle, count: usize) {
         let (number, index) = (handle.page(), handle.index());
         let Some(page) = self.pages.get(number) else {
             return;
@@ -66,11 +51,7 @@ impl Shadow {
             return;
         }
         for (index, bytes) in (first..).zip(group.chunks_exact(size)) {
-            let mut word = [0; 8];
-            if let Some(part) = word.get_mut(..bytes.len()) {
-                part.copy_from_slice(bytes);
-            }
-            let entry = u64::from_le_bytes(word);
+            let entry = guest_entry(bytes);
             if entry & PRESENT == 0 {
                 continue;
             }
@@ -80,23 +61,18 @@ impl Shadow {
                 .entry(handle)
                 .is_some_and(|(page, index)| !page.entry(index).is_present());
             if let Some(leaf) = role.leaf(entry).filter(|_| absent) {
-                self.put_at_hand(handle, &leaf, find);
+                self.put_at_hand(around, handle, &leaf);
             }
         }
     }
 
     /// Puts a leaf of the guest's in, if its frame is at hand.
-    fn put_at_hand(
-        &mut self,
-        handle: Handle,
-        leaf: &GuestLeaf,
-        find: &dyn Fn(u64) -> Option<AtHand>,
-    ) {
+    fn put_at_hand(&mut self, around: &Around<'_>, handle: Handle, leaf: &GuestLeaf) {
         // A place in the directory is not made for it.
         if self.frames.get_mut(leaf.gfn).is_none() {
             return;
         }
-        let Some(found) = find(leaf.gfn) else {
+        let Some(found) = (around.find)(leaf.gfn) else {
             return;
         };
         let writable = leaf.rights.write && found.frame.writable;

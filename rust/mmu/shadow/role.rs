@@ -320,3 +320,13 @@ impl Role {
         }
     }
 }
+
+/// An entry of the guest's, from the bytes of it: four, or eight.
+#[inline]
+pub(super) fn guest_entry(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    if let Some(part) = word.get_mut(..bytes.len()) {
+        part.copy_from_slice(bytes);
+    }
+    u64::from_le_bytes(word)
+}

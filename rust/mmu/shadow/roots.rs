@@ -10,7 +10,6 @@
 //! Where the guest's CR3 leads outside of memory there is no table, and the root is empty: every access
 //! is a fault, and the guest's.
 
-use super::prefetch::AtHand;
 use super::role::Format;
 use super::role::Regime;
 use super::role::Rights;
@@ -93,10 +92,10 @@ pub(crate) struct VcpuShadow {
     next: Next,
     /// The guest has loaded CR3, or had its translations go: the root is to be loaded before the next entry.
     reload: bool,
-    /// What an instruction that is being emulated writes to a table of the guest's that can be let.
+    /// The write to a table of the guest's that is being emulated, if the table can be let go instead.
     pub(crate) table: Option<TableWrite>,
-    /// The last table that was let go for an instruction to be executed, and RIP. Should it be a table again when the
-    /// same is executed, the instruction needs it as one.
+    /// The last write for which a table was let go, so that it could be executed, and RIP. Should the frame be a table
+    /// again when the same comes back, the instruction needs it as one.
     pub(crate) let_go: Option<(TableWrite, u64)>,
     /// How many faults there were, for the oracle.
     pub(crate) faults: u32,
@@ -323,17 +322,11 @@ impl ShadowMmu {
         }
     }
 
-    /// The guest invalidates an address, in any of its roots. `find` finds what backs a guest frame, and does not sleep.
-    pub(crate) fn invalidate(
-        &self,
-        around: &Around<'_>,
-        vcpu: &VcpuShadow,
-        linear: u64,
-        find: &dyn Fn(u64) -> Option<AtHand>,
-    ) {
+    /// The guest invalidates an address, in any of its roots.
+    pub(crate) fn invalidate(&self, around: &Around<'_>, vcpu: &VcpuShadow, linear: u64) {
         self.with(around, |state| {
             for root in vcpu.roots.iter().flatten() {
-                state.invalidate(around, root.page(linear), linear, find);
+                state.invalidate(around, root.page(linear), linear);
             }
         });
     }

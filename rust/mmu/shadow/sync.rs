@@ -12,7 +12,7 @@
 
 use super::super::ept::Level;
 use super::page::Handle;
-use super::prefetch::AtHand;
+use super::role::guest_entry;
 use super::spte::Spte;
 use super::Around;
 use super::Shadow;
@@ -224,11 +224,7 @@ impl Shadow {
                 return;
             }
             for (index, bytes) in here.zip(raw.chunks_exact(size as usize)) {
-                let mut word = [0; 8];
-                if let Some(part) = word.get_mut(..bytes.len()) {
-                    part.copy_from_slice(bytes);
-                }
-                self.refresh_entry(Handle::new(number, index), u64::from_le_bytes(word));
+                self.refresh_entry(Handle::new(number, index), guest_entry(bytes));
             }
         }
     }
@@ -261,13 +257,7 @@ impl Shadow {
     }
 
     /// The guest invalidates an address, below a root: what is below an unsync table may be old, and is made anew.
-    pub(super) fn invalidate(
-        &mut self,
-        around: &Around<'_>,
-        root: u32,
-        linear: u64,
-        find: &dyn Fn(u64) -> Option<AtHand>,
-    ) {
+    pub(super) fn invalidate(&mut self, around: &Around<'_>, root: u32, linear: u64) {
         let mut number = root;
         while let Some(page) = self.pages.get(number) {
             let handle = Handle::new(number, page.role.level.index(linear >> 12));
@@ -276,7 +266,7 @@ impl Shadow {
                 None => {
                     // What was wanted once will be again.
                     if page.unsync && self.drop_entry(handle) {
-                        self.put_neighbours(around, handle, 1, find);
+                        self.prefetch(around, handle, 1);
                     }
                     return;
                 }
