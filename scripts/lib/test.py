@@ -53,6 +53,7 @@ LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle"
 POWER = {"hotplug", "power"}
 # Modules that the first need, and what the kernel is told for them.
 STRESS_MODULES = ("kvm-intel", "rkvm", "zram")
+STRESS_SHADOW = ("kvm-intel", "rkvm ept=0", "zram")
 # rkvm without EPT, with shadow page tables; kvm-intel as it is, beside it.
 SHADOW = ("kvm-intel", "rkvm ept=0")
 # The same with the oracle, at each page fault.
@@ -82,6 +83,9 @@ FULL = bool(os.environ.get("RKVM_TEST_FULL"))
 # A processor whose VMX has no EPT, no VPID and no unrestricted guests.
 CORE2 = "core2_penryn_t9600"
 CORE2_PROGRAMS = {"interrupts", "memory", "mmio", "modes", "pio", "smoke", "vcpu", "vm"}
+# EPT without unrestricted guests: real mode is VM86's, over the identity map.
+RESTRICTED = ("kvm-intel", "rkvm unrestricted_guest=0")
+RESTRICTED_PROGRAMS = {"modes", "smoke"}
 # Seconds from which on a program is named with the time of its job.
 SLOW_STEP = 8
 STRESS_APPEND = "proc_mem.force_override=always"
@@ -361,12 +365,16 @@ def life_cycle(job):
               f"insmod {job.module()} && test -c /dev/rkvm && rmmod rkvm")
 
 
+def only(programs, names):
+    """Those of PROGRAMS that are among NAMES."""
+    return {program: tests for program, tests in programs.items() if program in names}
+
+
 def power_job(suite, programs, name, devices, **options):
     """A boot whose machine sleeps, and at last powers off, under running guests."""
     job = Job(suite, name, cpus=2, insmod=tuple({"kvm": "kvm-intel", "rkvm": "rkvm"}[device]
                                                 for device in devices), **options)
-    chosen = {program: tests for program, tests in programs.items() if program in POWER}
-    selftests(suite, job, chosen, devices, 2 if job.kernel == "plain" else 10)
+    selftests(suite, job, only(programs, POWER), devices, 2 if job.kernel == "plain" else 10)
     for device in devices:
         # It is judged by the machine's end: no complaint comes, and the power goes off.
         job.check(f"{device}/left-running", f"./stress --device {DEVICES[device]} --soak 9 "
@@ -399,6 +407,7 @@ TINY = {
     "shadow": [("i386", "none", 1), ("i386", "split", 2), ("i386pae", "split", 2),
                ("x86_64", "none", 1), ("x86_64", "split", 2)],
     "core2": [("i386", "none", 1), ("i386pae", "split", 2), ("x86_64", "split", 2)],
+    "restricted": [("i386", "none", 1), ("x86_64", "kernel", 2)],
 }
 
 
@@ -426,12 +435,11 @@ def tiny_job(suite, work, name, devices, **options):
     return job
 
 
-def core2_job(suite, work, programs):
-    """A boot of a machine whose processor has VMX, and little else."""
-    job = Job(suite, "core2", cpu=CORE2, timeout=1800)
-    chosen = {program: tests for program, tests in programs.items() if program in CORE2_PROGRAMS}
-    selftests(suite, job, chosen, ["kvm", "rkvm"], 2)
-    tiny_guests(suite, work, job, "core2", ["rkvm"])
+def poorer_job(suite, work, name, programs, devices, **options):
+    """A boot in which VMX has less than it may have: some PROGRAMS, and small guests."""
+    job = Job(suite, name, timeout=1800, **options)
+    selftests(suite, job, programs, devices, 2)
+    tiny_guests(suite, work, job, name, ["rkvm"])
     if job.steps:
         life_cycle(job)
     return job
@@ -590,6 +598,8 @@ def jobs(suite, work):
             # With two CPUs the kernel does not accept that siblings are on two nodes.
             ("stress-1cpu", {**stress, "append": STRESS_APPEND + " numa=fake=2"}, both, 1),
             ("plain-1cpu", {"cpus": 1, "timeout": 2400}, both, 1),
+            ("stress-shadow", {**stress, "insmod": STRESS_SHADOW, "append": STRESS_APPEND + " numa=fake=2"},
+             ["rkvm"], 4),
             ("shadow-debug", {"kernel": "debug", "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 20),
             ("shadow-2cpu", {"cpus": 2, "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 4),
             ("shadow-audit", {"insmod": AUDITED, "timeout": 1200}, ["rkvm"], 10),
@@ -602,7 +612,9 @@ def jobs(suite, work):
     out += [qemu_job(suite, work, "qemu-1cpu", qemu_tests, devices=ours),
             qemu_job(suite, work, "qemu-2cpu", qemu_tests, cpus=2),
             qemu_job(suite, work, "qemu-shadow", qemu_tests, devices=["rkvm"], module="rkvm ept=0"),
-            core2_job(suite, work, programs)]
+            poorer_job(suite, work, "core2", only(programs, CORE2_PROGRAMS), both, cpu=CORE2),
+            poorer_job(suite, work, "restricted", only(programs, RESTRICTED_PROGRAMS), ["rkvm"],
+                       insmod=RESTRICTED)]
     out += [
         kernel_selftests(suite, "kselftests", 1, ("memory", "x86")),
         kernel_selftests(suite, "kselftests-2cpu", 2, ("x86",)),

@@ -411,7 +411,7 @@ fn races(env: &Env) -> Outcome {
     g.cpu(0).load(Op::Until, end, 1)?;
     smp::run(&g, &[0], false, |t| {
         let all = cpus();
-        for round in 0..patient(200) as usize {
+        for round in 0..env.fewer(200) as usize {
             g.vm.set_memory(1, 0, NOWHERE, 0x1000, m.addr() as u64)?;
             t.kick(0);
             if round % 8 == 0 {
