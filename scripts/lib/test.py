@@ -69,6 +69,9 @@ LONG = {"dirty", "dirty_writes", "migrate"}
 # Programs about what the guest's page tables have no part in: not once more without EPT.
 NO_TABLES = {"accounting", "apic_timer", "coalesced", "cpuid", "ioapic", "ioeventfd", "irqchip", "irqfd", "kvmclock", "lapic",
              "lapic_order", "lifecycle", "mce", "module", "msr_filter", "pic", "pit", "routing", "system", "tsc"}
+# Programs that take their time, and are about how the module stands what is done to it: kvm-intel is asked when all
+# is wanted.
+LONG_ON_KVM = STRESS | {"accounting", "adversary", "lifecycle", "migrate", "robustness"}
 # Thousands of programs for the guest: too many for the debug kernel.
 MANY = {"nr_mmu_pages", "paging"}
 # What the oracle looks at; and what is about memory and concurrency, for two CPUs and for the debug kernel.
@@ -77,7 +80,8 @@ SHADOW_SMP = {"concurrency", "dirty", "dirty_ring", "dirty_writes", "ipi", "memo
 SHADOW_DEBUG = {"memory", "modes", "paging_smp", "smoke"}
 ONLY = {"shadow-audit": SHADOW_AUDIT, "shadow-2cpu": SHADOW_SMP, "shadow-debug": SHADOW_DEBUG,
         "plain-2cpu": SMP_PROGRAMS, "debug-2cpu": SMP_DEBUG, "debug-leaks": LEAKS}
-NOT = {"shadow-1cpu": NO_TABLES, "debug-1cpu": SMP_DEBUG | LEAKS | MANY | LONG}
+# Long: the oracle's job has the paging programs, and what migrates is in the dirty logs' programs too.
+NOT = {"shadow-1cpu": NO_TABLES | {"migrate", "paging"}, "debug-1cpu": SMP_DEBUG | LEAKS | MANY | LONG}
 # make test-full; Documentation/testing.rst has what it adds.
 FULL = bool(os.environ.get("RKVM_TEST_FULL"))
 # A processor whose VMX has no EPT, no VPID and no unrestricted guests.
@@ -338,7 +342,7 @@ def selftests(suite, job, programs, devices, slow=1):
     job.data.append(os.path.join(suite.tree, "build/bin/selftests"))
     for program, tests in programs.items():
         for device in devices:
-            if program in RKVM_ONLY and device != "rkvm":
+            if device == "kvm" and (program in RKVM_ONLY or program in LONG_ON_KVM and not FULL):
                 continue
             prefix = f"{job.name}/{device}/{program}"
             wanted = [t for t in tests if suite.wants(f"{prefix}/{t}")]
@@ -598,12 +602,11 @@ def jobs(suite, work):
             # With two CPUs the kernel does not accept that siblings are on two nodes.
             ("stress-1cpu", {**stress, "append": STRESS_APPEND + " numa=fake=2"}, both, 1),
             ("plain-1cpu", {"cpus": 1, "timeout": 2400}, both, 1),
-            ("stress-shadow", {**stress, "insmod": STRESS_SHADOW, "append": STRESS_APPEND + " numa=fake=2"},
-             ["rkvm"], 4),
             ("shadow-debug", {"kernel": "debug", "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 20),
             ("shadow-2cpu", {"cpus": 2, "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 4),
             ("shadow-audit", {"insmod": AUDITED, "timeout": 1200}, ["rkvm"], 10),
-            ("shadow-1cpu", {"insmod": SHADOW, "timeout": 2400}, ["rkvm"], 2)):
+            ("shadow-1cpu", {"insmod": SHADOW, "timeout": 2400}, ["rkvm"], 2),
+            *([("stress-shadow", {**stress, "insmod": STRESS_SHADOW}, ["rkvm"], 4)] if FULL else [])):
         job = Job(suite, name, **options)
         chosen = {program: tests for program, tests in programs.items() if runs_in(program, name)}
         selftests(suite, job, chosen, devices, slow)
@@ -634,6 +637,7 @@ def jobs(suite, work):
             power_job(suite, programs, "power-debug", ["rkvm"], kernel="debug", timeout=1200),
             guest_job(suite, work, "guest/test-kernel-debug", test_kernel, ["rkvm"], kernel="debug",
                       timeout=1200),
+            guest_job(suite, work, "guest/debian-shadow", debian, ["rkvm"], ept=False, timeout=1200),
         ]
     kernels = {"test": test_kernel, "debian": debian}
     out += [smp_job(suite, work, cpus, kernels, ours) for cpus in SMP]
