@@ -131,6 +131,8 @@ struct Shadow {
     limit: usize,
     /// How many pages are roots of vCPUs.
     held: usize,
+    /// How many roots have become invalid while vCPUs had them: who sees no more than before need not look at its own.
+    roots_lost: u64,
     /// Where recycling went on last.
     hand: u32,
     /// Processors may still know entries that have gone.
@@ -236,6 +238,7 @@ impl ShadowMmu {
                 frames: Directory::new()?,
                 limit: MIN_PAGES,
                 held: 0,
+                roots_lost: 0,
                 hand: 0,
                 owed: false,
                 dead: Dead::new(),

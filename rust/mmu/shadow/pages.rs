@@ -141,6 +141,7 @@ impl Shadow {
             return;
         }
         page.valid = false;
+        self.roots_lost = self.roots_lost.wrapping_add((page.roots != 0).into());
         page.unsync = false;
         page.unsync_below = [0; ENTRIES / 64];
         let (gfn, next, direct) = (page.gfn, page.next_same, page.is_direct());

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Neighbours of a translation that was wanted: a guest that touches a page most likely touches those
-//! beside it. What of them is at hand, in the guest's table and in the host's, is put in as well, so
-//! that it need not fault.
+//! beside it. What of them is at hand, in the guest's table (or large page) and in the host's, is put in
+//! as well, so that it need not fault.
 
 use super::super::ept::Level;
 use super::page::Handle;
 use super::role::guest_entry;
 use super::role::GuestLeaf;
+use super::role::Source;
 use super::spte::Leaf;
 use super::spte::Spte;
 use super::sync::Tracked;
@@ -37,10 +38,21 @@ impl Shadow {
             return;
         };
         let (role, gfn) = (page.role, page.gfn);
-        if role.is_direct() || role.level != Level::Page4K {
+        if role.level != Level::Page4K {
             return;
         }
         let first = index & !count.wrapping_sub(1);
+        if let Source::Direct { key } = role.source {
+            for index in first..first.wrapping_add(count) {
+                let leaf = GuestLeaf {
+                    gfn: gfn.wrapping_add(index as u64),
+                    rights: role.rights,
+                    key,
+                };
+                self.put_if_absent(around, Handle::new(number, index), &leaf);
+            }
+            return;
+        }
         let size = role.entry_size() as usize;
         let mut raw = [0; GROUP * 8];
         let len = count.wrapping_mul(size).min(raw.len());
@@ -55,19 +67,18 @@ impl Shadow {
             if entry & PRESENT == 0 {
                 continue;
             }
-            let handle = Handle::new(number, index);
-            let absent = self
-                .pages
-                .entry(handle)
-                .is_some_and(|(page, index)| !page.entry(index).is_present());
-            if let Some(leaf) = role.leaf(entry).filter(|_| absent) {
-                self.put_at_hand(around, handle, &leaf);
+            if let Some(leaf) = role.leaf(entry) {
+                self.put_if_absent(around, Handle::new(number, index), &leaf);
             }
         }
     }
 
-    /// Puts a leaf of the guest's in, if its frame is at hand.
-    fn put_at_hand(&mut self, around: &Around<'_>, handle: Handle, leaf: &GuestLeaf) {
+    /// Puts a leaf of the guest's in where none is, if its frame is at hand.
+    fn put_if_absent(&mut self, around: &Around<'_>, handle: Handle, leaf: &GuestLeaf) {
+        let entry = self.pages.entry(handle);
+        if entry.is_none_or(|(page, index)| page.entry(index).is_present()) {
+            return;
+        }
         // A place in the directory is not made for it.
         if self.frames.get_mut(leaf.gfn).is_none() {
             return;

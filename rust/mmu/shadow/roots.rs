@@ -97,6 +97,8 @@ pub(crate) struct VcpuShadow {
     /// The last write for which a table was let go, so that it could be executed, and RIP. Should the frame be a table
     /// again when the same comes back, the instruction needs it as one.
     pub(crate) let_go: Option<(TableWrite, u64)>,
+    /// How many roots had become invalid when it last looked at its own.
+    roots_lost: u64,
     /// How many faults there were, for the oracle.
     pub(crate) faults: u32,
 }
@@ -130,6 +132,7 @@ impl VcpuShadow {
             reload: true,
             table: None,
             let_go: None,
+            roots_lost: 0,
             faults: 0,
         })
     }
@@ -264,6 +267,7 @@ impl ShadowMmu {
                 if let Some(page) = state.pages.get_mut(number) {
                     state.held = state.held.saturating_add((page.roots == 0).into());
                     page.roots = page.roots.saturating_add(1);
+                    state.roots_lost = state.roots_lost.wrapping_add((!page.valid).into());
                 }
                 Ok::<_, Lack>(number)
             });
@@ -292,6 +296,10 @@ impl ShadowMmu {
         let mut gone = [None; ROOTS];
         {
             let state = self.state.lock();
+            if state.roots_lost == vcpu.roots_lost {
+                return;
+            }
+            vcpu.roots_lost = state.roots_lost;
             let valid = |n: u32| n == 0 || state.pages.get(n).is_some_and(|page| page.valid);
             for (place, gone) in vcpu.roots.iter_mut().zip(&mut gone) {
                 if place.is_some_and(|root| !root.pages.into_iter().all(valid)) {
