@@ -34,7 +34,7 @@ TARGET = "x86_64-unknown-linux-gnu"
 PYTHON = ("test_guests", "test_tap")
 CRATES = {"x86": "rust/x86", "vmm": "samples/rkvm-vmm", "selftests": "selftests"}
 # What of them has unit tests, where most has none: each of the selftests' programs would be built once more.
-TARGETS = {"selftests": ["--lib", "--test=harness"]}
+TARGETS = {"selftests": ["--lib"]}
 DEVICES = {"kvm": "/dev/kvm", "rkvm": "/dev/rkvm"}
 # Binaries of the selftests that are not tests.
 NOT_TESTS = {"bench"}

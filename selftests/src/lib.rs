@@ -14,6 +14,8 @@ pub mod dirty;
 pub mod eventfd;
 pub mod gdb;
 pub mod guest;
+#[cfg(test)]
+mod harness_tests;
 pub mod host;
 pub mod irq;
 pub mod machine;

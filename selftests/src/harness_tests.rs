@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The harness judged: each outcome of a test is reported as what it is.
+//! The harness judged: each outcome of a test is reported as what it is. In the library, as cargo builds all
+//! programs of a package for tests that are beside it.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
