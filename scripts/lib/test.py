@@ -47,7 +47,7 @@ RKVM_ONLY = {"module"}
 STRESS = {"faults", "stress", "userfault"}
 # Programs to look for leaks behind: those that make and drop what the module allocates. kmemleak
 # doubles the time of everything, and guests' instructions allocate nothing.
-LEAKS = {"coalesced", "dirty_ring", "ioeventfd", "irqchip", "irqfd", "lifecycle", "module", "pit",
+LEAKS = {"coalesced", "irqchip", "irqfd", "lifecycle", "module", "pit",
          "prefault", "robustness", "routing", "smoke", "stats", "system", "vcpu", "vm"}
 # Programs that put the machine to sleep and take its processors away: in boots of their own too.
 POWER = {"hotplug", "power"}
@@ -65,7 +65,9 @@ SMP_PROGRAMS = {"accounting", "adversary", "apic_timer", "concurrency", "dirty",
 # On the debug kernel, which is slow: what is about locks. The rest of them, and all others, run there on one CPU.
 SMP_DEBUG = {"concurrency", "dirty_ring", "interrupts", "ipi", "memory", "paging_smp", "signals", "smp"}
 # Programs that take their time on the debug kernel, and are on it only when all is wanted.
-LONG = {"dirty", "dirty_writes", "migrate"}
+LONG = {"accounting", "dirty", "dirty_writes", "migrate"}
+# Programs about what instructions do in a guest, and not about the kernel under it: not on the debug kernel.
+INSTRUCTIONS = {"cpu", "exceptions", "features", "fpu", "mmio_insns", "mmio_system"}
 # Programs about what the guest's page tables have no part in: not once more without EPT.
 NO_TABLES = {"accounting", "apic_timer", "coalesced", "cpuid", "ioapic", "ioeventfd", "irqchip", "irqfd", "kvmclock", "lapic",
              "lapic_order", "lifecycle", "mce", "module", "msr_filter", "pic", "pit", "routing", "system", "tsc"}
@@ -81,7 +83,7 @@ SHADOW_DEBUG = {"memory", "modes", "paging_smp", "smoke"}
 ONLY = {"shadow-audit": SHADOW_AUDIT, "shadow-2cpu": SHADOW_SMP, "shadow-debug": SHADOW_DEBUG,
         "plain-2cpu": SMP_PROGRAMS, "debug-2cpu": SMP_DEBUG, "debug-leaks": LEAKS}
 # Long: the oracle's job has the paging programs, and what migrates is in the dirty logs' programs too.
-NOT = {"shadow-1cpu": NO_TABLES | {"migrate", "paging"}, "debug-1cpu": SMP_DEBUG | LEAKS | MANY | LONG}
+NOT = {"shadow-1cpu": NO_TABLES | {"migrate", "paging"}, "debug-1cpu": SMP_DEBUG | LEAKS | MANY | LONG | INSTRUCTIONS}
 # make test-full; Documentation/testing.rst has what it adds.
 FULL = bool(os.environ.get("RKVM_TEST_FULL"))
 # A processor whose VMX has no EPT, no VPID and no unrestricted guests.
