@@ -153,8 +153,8 @@ macro_rules! boots {
 }
 
 boots! {
-    microvm_kernel_1: "microvm,rtc=on,kernel-irqchip=on", 1, "host", "";
-    microvm_kernel_4: "microvm,rtc=on,kernel-irqchip=on", 4, "host", "";
+    microvm_kernel_1: "microvm,rtc=on,ioapic2=off,kernel-irqchip=on", 1, "host", "";
+    microvm_kernel_4: "microvm,rtc=on,ioapic2=off,kernel-irqchip=on", 4, "host", "";
     microvm_split_1: "microvm,rtc=on,kernel-irqchip=split", 1, "host", "";
     microvm_split_4: "microvm,rtc=on,kernel-irqchip=split", 4, "host", "";
     pc_kernel_1: "pc,kernel-irqchip=on", 1, "host", "-vga std";
