@@ -608,7 +608,8 @@ def jobs(suite, work):
             ("shadow-2cpu", {"cpus": 2, "insmod": SHADOW, "timeout": 2400}, ["rkvm"], 4),
             ("shadow-audit", {"insmod": AUDITED, "timeout": 1200}, ["rkvm"], 10),
             ("shadow-1cpu", {"insmod": SHADOW, "timeout": 2400}, ["rkvm"], 2),
-            *([("stress-shadow", {**stress, "insmod": STRESS_SHADOW}, ["rkvm"], 4)] if FULL else [])):
+            *([("stress-shadow", {**stress, "insmod": STRESS_SHADOW, "append": STRESS_APPEND + " numa=fake=2"},
+                ["rkvm"], 4)] if FULL else [])):
         job = Job(suite, name, **options)
         chosen = {program: tests for program, tests in programs.items() if runs_in(program, name)}
         selftests(suite, job, chosen, devices, slow)
