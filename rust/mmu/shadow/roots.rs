@@ -58,8 +58,6 @@ pub(super) struct Root {
     key: Key,
     /// Shadow pages, held as roots; zero for none.
     pages: [u32; 4],
-    /// Its place in the page of tables of four.
-    slot: usize,
     /// Tables below it may be old, whatever the guest says of its next CR3.
     stale: bool,
 }
@@ -84,9 +82,13 @@ impl Root {
 ///
 /// Whoever drops it has [`ShadowMmu::put_roots`] called before.
 pub(crate) struct VcpuShadow {
-    /// The current one first, and then by when they were last used.
     roots: [Option<Root>; ROOTS],
-    /// The tables of four entries.
+    /// Which of them it runs on.
+    current: usize,
+    /// How many loads there have been, and how many there had been with the last of each.
+    loads: u64,
+    loaded: [u64; ROOTS],
+    /// Each one's table of four entries.
     fours: KernelPage,
     /// What the guest's next CR3 brings.
     next: Next,
@@ -127,6 +129,9 @@ impl VcpuShadow {
     pub(crate) fn new() -> Result<Self> {
         Ok(Self {
             roots: [None; ROOTS],
+            current: 0,
+            loads: 0,
+            loaded: [0; ROOTS],
             fours: KernelPage::new_low()?,
             next: Next::Flush,
             reload: true,
@@ -139,7 +144,7 @@ impl VcpuShadow {
 
     /// The root that it runs on.
     pub(super) fn root(&self) -> Option<&Root> {
-        self.roots[0].as_ref()
+        self.roots.get(self.current)?.as_ref()
     }
 
     /// The next load of a root is none of CR3.
@@ -191,15 +196,16 @@ impl ShadowMmu {
         vcpu.reload = false;
         self.drop_invalid(around, vcpu);
         let same = |root: &Option<Root>| root.as_ref().is_some_and(|root| root.key == key);
-        match vcpu.roots.iter().position(same) {
-            Some(place) => vcpu.roots[..=place.min(ROOTS - 1)].rotate_right(1),
-            None => {
-                let root = self.make(around, vcpu, key)?;
-                vcpu.roots.rotate_right(1);
-                vcpu.roots[0] = Some(root);
-            }
+        let place = match vcpu.roots.iter().position(same) {
+            Some(place) => place,
+            None => self.make(around, vcpu, key)?,
+        };
+        vcpu.current = place;
+        vcpu.loads = vcpu.loads.wrapping_add(1);
+        if let Some(loaded) = vcpu.loaded.get_mut(place) {
+            *loaded = vcpu.loads;
         }
-        let Some(root) = &mut vcpu.roots[0] else {
+        let Some(Some(root)) = vcpu.roots.get_mut(place) else {
             return Err(EINVAL);
         };
         let sync = !keep || root.stale;
@@ -209,7 +215,7 @@ impl ShadowMmu {
                 if sync && state.sync_some(around, &root.pages) {
                     return None;
                 }
-                Some(state.hardware_root(root, &vcpu.fours, nothing))
+                Some(state.hardware_root(root, &vcpu.fours, place, nothing))
             });
             if let Some(cr3) = loaded {
                 return Ok(cr3);
@@ -218,23 +224,21 @@ impl ShadowMmu {
         }
     }
 
-    /// Makes a root in the place of the one that was used least lately.
-    fn make(&self, around: &Around<'_>, vcpu: &mut VcpuShadow, key: Key) -> Result<Root> {
-        let slot = match vcpu.roots[ROOTS - 1].take() {
-            Some(old) => {
-                self.put(around, &old.pages);
-                old.slot
-            }
-            None => {
-                let taken =
-                    |slot: &usize| vcpu.roots.iter().flatten().any(|root| root.slot == *slot);
-                (0..ROOTS).find(|slot| !taken(slot)).unwrap_or(0)
-            }
+    /// Makes a root in the place of the one that was used least lately, and says where: ENOMEM.
+    fn make(&self, around: &Around<'_>, vcpu: &mut VcpuShadow, key: Key) -> Result<usize> {
+        let age = |(_, (root, loaded)): &(usize, (&mut Option<Root>, &u64))| {
+            root.as_ref().map_or(0, |_| **loaded)
         };
+        let places = vcpu.roots.iter_mut().zip(&vcpu.loaded).enumerate();
+        let Some((place, (kept, _))) = places.min_by_key(age) else {
+            return Err(EINVAL);
+        };
+        if let Some(old) = kept.take() {
+            self.put(around, &old.pages);
+        }
         let mut root = Root {
             key,
             pages: [0; 4],
-            slot,
             // It may be one that was kept before, and has missed what was invalidated since.
             stale: true,
         };
@@ -248,7 +252,8 @@ impl ShadowMmu {
                 }
             }
         }
-        Ok(root)
+        *kept = Some(root);
+        Ok(place)
     }
 
     /// Holds the page for one of the guest's tables at the top as a root: ENOMEM.
@@ -307,18 +312,9 @@ impl ShadowMmu {
                 }
             }
         }
-        if gone.iter().all(Option::is_none) {
-            return;
-        }
         for root in gone.into_iter().flatten() {
             self.put(around, &root.pages);
         }
-        // No gaps, and the same order.
-        let mut left = [None; ROOTS];
-        for (place, root) in left.iter_mut().zip(vcpu.roots.iter().flatten()) {
-            *place = Some(*root);
-        }
-        vcpu.roots = left;
     }
 
     /// Gives all roots of a vCPU back.
@@ -341,16 +337,16 @@ impl ShadowMmu {
 }
 
 impl Shadow {
-    /// What is to be in CR3.
-    fn hardware_root(&self, root: &Root, fours: &KernelPage, nothing: u64) -> u64 {
+    /// What is to be in CR3 for the root in a place.
+    fn hardware_root(&self, root: &Root, fours: &KernelPage, place: usize, nothing: u64) -> u64 {
         let phys = |number: u32| self.pages.get(number).map(|page| page.table.phys());
         if root.key.regime.format == Format::Long {
             return phys(root.pages[0]).unwrap_or(nothing);
         }
-        let offset = root.slot % ROOTS * FOUR;
-        for (number, place) in root.pages.into_iter().zip((offset..).step_by(8)) {
+        let offset = place % ROOTS * FOUR;
+        for (number, at) in root.pages.into_iter().zip((offset..).step_by(8)) {
             // Present, and no other bit: the others are reserved, or say how it is cached.
-            fours.write(place, phys(number).map_or(0, |phys| phys | 1));
+            fours.write(at, phys(number).map_or(0, |phys| phys | 1));
         }
         fours.phys() | offset as u64
     }
