@@ -84,24 +84,69 @@ fn get_page_fast_writable(hva: u64) -> Option<HostPage> {
     NonNull::new(page).map(|page| HostPage { page })
 }
 
-/// The frame behind `hva` in the current task's address space, if it is at hand, and writable if `write`. Does not
-/// sleep.
-pub(crate) fn host_frame_at_hand(hva: u64, write: bool) -> Option<HostFrame> {
-    let flags = if write { bindings::FOLL_WRITE } else { 0 };
+/// The frame behind `hva` in the current task's address space, if it is at hand. Does not sleep.
+pub(crate) fn host_frame_at_hand(hva: u64) -> Option<u64> {
     let mut page = core::ptr::null_mut();
     // SAFETY: One page is asked for and there is room for one.
-    let got = unsafe { bindings::get_user_pages_fast_only(hva as usize, 1, flags, &mut page) };
+    let got = unsafe { bindings::get_user_pages_fast_only(hva as usize, 1, 0, &mut page) };
     if got != 1 {
         return None;
     }
     // INVARIANT: A reference was taken, and is now the `HostPage`'s.
     let page = NonNull::new(page).map(|page| HostPage { page })?;
-    Some(HostFrame {
-        pfn: page.pfn(),
-        writable: write,
-        mmio: false,
-        page: Some(page),
-    })
+    Some(page.pfn())
+}
+
+/// Pages of the host's, with a reference held to each, which it gives away one by one.
+///
+/// # Invariants
+///
+/// `pages` from `next` to `len` are valid, and a reference to each is owned.
+pub(crate) struct HostPages<const N: usize> {
+    pages: [*mut bindings::page; N],
+    next: usize,
+    len: usize,
+}
+
+impl<const N: usize> HostPages<N> {
+    /// Those behind consecutive addresses from `hva` on in the current task's address space that may be written: as many
+    /// of the first `count`, which are `N` at most, as are at hand, up to the first that is not. Does not sleep.
+    pub(crate) fn at_hand(hva: u64, count: usize) -> Self {
+        let mut pages = [core::ptr::null_mut(); N];
+        let count = i32::try_from(count.min(N)).unwrap_or(0);
+        let flags = bindings::FOLL_WRITE;
+        // SAFETY: No more pages are asked for than there is room for.
+        let got = unsafe {
+            bindings::get_user_pages_fast_only(hva as usize, count, flags, pages.as_mut_ptr())
+        };
+        // INVARIANT: A reference to each of those was taken.
+        Self {
+            pages,
+            next: 0,
+            len: usize::try_from(got).unwrap_or(0),
+        }
+    }
+}
+
+impl<const N: usize> Iterator for HostPages<N> {
+    type Item = HostPage;
+
+    #[inline]
+    fn next(&mut self) -> Option<HostPage> {
+        if self.next >= self.len {
+            return None;
+        }
+        let page = NonNull::new(*self.pages.get(self.next)?)?;
+        // INVARIANT: The reference is the `HostPage`'s now, and not counted here any more.
+        self.next = self.next.wrapping_add(1);
+        Some(HostPage { page })
+    }
+}
+
+impl<const N: usize> Drop for HostPages<N> {
+    fn drop(&mut self) {
+        self.for_each(drop);
+    }
 }
 
 /// Finds the frame behind `hva` in the current task's address space, faulting it in. Sleeps.

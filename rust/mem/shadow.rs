@@ -9,8 +9,10 @@ use super::fault::Fault;
 use super::slots::Slots;
 use super::GuestMemory;
 use crate::linux::mm;
+use crate::linux::mm::HostPages;
 use crate::linux::shrinker::Shrinker;
 use crate::linux::shrinker::Shrinks;
+use crate::linux::srcu::SrcuGuard;
 use crate::mmu::ept::Access;
 use crate::mmu::page_of;
 use crate::mmu::shadow::Around;
@@ -25,6 +27,7 @@ use crate::tlb::VcpuShared;
 use crate::x86::paging::Paging;
 use core::ops::Deref;
 use core::ops::DerefMut;
+use core::ops::Range;
 use core::sync::atomic::Ordering;
 use kernel::prelude::*;
 use kernel::sync::Arc;
@@ -69,7 +72,7 @@ impl GuestMemory {
         let around = Around {
             vcpus: self.vcpus(),
             peek: &peek,
-            find: &|gfn| self.at_hand(&slots, gfn),
+            find: &|gfns| self.at_hand(&slots, gfns),
         };
         Some(f(shadow, &around, &slots))
     }
@@ -112,18 +115,21 @@ impl GuestMemory {
         attempt.unwrap_or(Ok(ShadowFault::Stale))
     }
 
-    /// What backs a frame, if it is at hand and could be written: one that could not might be about to be replaced by a
-    /// copy. With the lock of the shadow tables held: who takes it away later waits for that, and finds what was made of it.
-    fn at_hand(&self, slots: &Slots, gfn: u64) -> Option<AtHand> {
+    /// What backs consecutive frames, as far as it is at hand and could be written: one that could not might be about to be
+    /// replaced by a copy. With the lock of the shadow tables held: who takes it away later waits for that, and finds
+    /// what was made of it.
+    fn at_hand(&self, slots: &Slots, gfns: Range<u64>) -> Option<AtHand> {
         let slot = slots
-            .find(gfn)
+            .find(gfns.start)
             .filter(|slot| !slot.leaving && !slot.read_only)?;
-        let hva = slot.hva_of(gfn);
-        if self.inner.mmu.changes().in_progress(&page_of(hva)) || !self.inner.is_current() {
+        let count = gfns.end.min(slot.gfns.end).wrapping_sub(gfns.start);
+        let hva = slot.hva_of(gfns.start);
+        let hvas = hva..hva.wrapping_add(count << 12);
+        if self.inner.mmu.changes().in_progress(&hvas) || !self.inner.is_current() {
             return None;
         }
         Some(AtHand {
-            frame: mm::host_frame_at_hand(hva, true)?,
+            pages: HostPages::at_hand(hva, count as usize),
             logged: slot.log.is_some(),
         })
     }
@@ -137,7 +143,7 @@ impl GuestMemory {
                 if self.inner.mmu.changes().in_progress(&page_of(hva)) {
                     return None;
                 }
-                mm::host_frame_at_hand(hva, false).map(|frame| frame.pfn)
+                mm::host_frame_at_hand(hva)
             };
             shadow.audit(around, &host)
         });
@@ -275,15 +281,37 @@ impl Drop for VcpuTables {
     }
 }
 
-/// Guest memory as a walk of the guest's tables sees it, for a vCPU.
+/// Guest memory as a walk of the guest's tables sees it, for a vCPU: with the memslots of one moment, as those that are
+/// changed meanwhile wait for it.
 pub(crate) struct WalkMemory<'a> {
     memory: &'a GuestMemory,
     vcpu: &'a VcpuShared,
+    slots: SrcuGuard<'a, Slots>,
+    /// Guest frames of the memslot that was looked at last, and the user address of the first: most tables are in one.
+    last: (Range<u64>, u64),
 }
 
 impl<'a> WalkMemory<'a> {
     pub(crate) fn new(memory: &'a GuestMemory, vcpu: &'a VcpuShared) -> Self {
-        Self { memory, vcpu }
+        Self {
+            memory,
+            vcpu,
+            slots: memory.inner.slots.read(),
+            last: (0..0, 0),
+        }
+    }
+
+    /// The user address of a guest-physical one, if there is a memslot.
+    #[inline]
+    fn hva(&mut self, gpa: u64) -> Option<u64> {
+        let gfn = gpa >> 12;
+        if !self.last.0.contains(&gfn) {
+            let slot = self.slots.find(gfn).filter(|slot| !slot.leaving)?;
+            self.last = (slot.gfns.clone(), slot.hvas.start);
+        }
+        let (gfns, start) = &self.last;
+        let offset = gfn.wrapping_sub(gfns.start) << 12 | gpa & 0xfff;
+        Some(start.wrapping_add(offset))
     }
 }
 
@@ -302,7 +330,8 @@ impl crate::x86::paging::GuestMemory for WalkMemory<'_> {
 
     #[inline]
     fn read(&mut self, gpa: u64, buf: &mut [u8]) -> Result<(), WalkError> {
-        self.memory.read(gpa, buf).map_err(|e| walk_error(e, gpa))
+        let hva = self.hva(gpa).ok_or(WalkError::Mmio)?;
+        mm::read_user(hva, buf).map_err(|_| WalkError::Host(gpa))
     }
 
     /// Not asked for by walks.

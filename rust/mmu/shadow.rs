@@ -63,6 +63,7 @@ pub(crate) use roots::VcpuShadow;
 use super::caps::ShadowCaps;
 use crate::tlb::Request;
 use crate::tlb::VcpuSet;
+use core::ops::Range;
 use core::sync::atomic::AtomicU32;
 use core::sync::atomic::Ordering;
 use dir::Directory;
@@ -81,8 +82,8 @@ pub(crate) struct Around<'a> {
     pub(crate) vcpus: &'a VcpuSet,
     /// Reads guest memory that is at hand, or says false. Does not sleep.
     pub(crate) peek: &'a dyn Fn(u64, &mut [u8]) -> bool,
-    /// Finds what backs a guest frame, if that is at hand. Does not sleep.
-    pub(crate) find: &'a dyn Fn(u64) -> Option<AtHand>,
+    /// Finds what backs consecutive guest frames, as far as that is at hand. Does not sleep.
+    pub(crate) find: &'a dyn Fn(Range<u64>) -> Option<AtHand>,
 }
 
 impl<'a> Around<'a> {

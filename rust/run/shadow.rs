@@ -109,8 +109,11 @@ impl<L: Loaded> Run<'_, L> {
         };
         let paging = self.guest_paging();
         loop {
-            let mut memory = WalkMemory::new(self.memory, self.shared);
-            let walk = match paging.walk(&mut memory, linear, page_access) {
+            let walked = {
+                let mut memory = WalkMemory::new(self.memory, self.shared);
+                paging.walk(&mut memory, linear, page_access)
+            };
+            let walk = match walked {
                 Ok(walk) => walk,
                 Err(WalkError::Fault(error)) => {
                     self.shared.stats.pf_guest.bump();

@@ -478,15 +478,11 @@ impl Paging {
         gpa: u64,
         size: u8,
     ) -> Result<u64, MemoryError<M::Error>> {
-        if size == 4 {
-            let mut raw = [0; 4];
-            memory.read(gpa, &mut raw)?;
-            Ok(u64::from(u32::from_le_bytes(raw)))
-        } else {
-            let mut raw = [0; 8];
-            memory.read(gpa, &mut raw)?;
-            Ok(u64::from_le_bytes(raw))
+        let mut raw = [0; 8];
+        if let Some(buf) = raw.get_mut(..usize::from(size)) {
+            memory.read(gpa, buf)?;
         }
+        Ok(u64::from_le_bytes(raw))
     }
 
     /// Whether an entry above the last level maps a page itself. Where that does not exist, the bit is ignored (32-bit

@@ -155,7 +155,7 @@ impl ShadowMmu {
                         page.put_used(mapping.frame.writable);
                     }
                     if level == Level::Page4K {
-                        state.prefetch(around, handle, GROUP);
+                        state.prefetch::<GROUP>(around, handle);
                     }
                 }
                 Ok(outcome)

@@ -6,102 +6,128 @@
 
 use super::super::ept::Level;
 use super::page::Handle;
+use super::page::ShadowPage;
 use super::role::guest_entry;
 use super::role::GuestLeaf;
 use super::role::Source;
+use super::role::PRESENT;
 use super::spte::Leaf;
 use super::spte::Spte;
 use super::sync::Tracked;
 use super::Around;
 use super::Shadow;
-use crate::linux::mm::HostFrame;
+use crate::linux::mm::HostPages;
 
 /// How many entries are looked at, with the one that was wanted. A power of two.
 pub(super) const GROUP: usize = 8;
 
-/// A guest's entry is there.
-const PRESENT: u64 = 1;
-
-/// A frame of the host's that is at hand.
+/// Pages of the host's that are at hand, behind consecutive frames of the guest's.
 pub(crate) struct AtHand {
-    pub(crate) frame: HostFrame,
-    /// The guest's writes to it are logged.
+    pub(crate) pages: HostPages<GROUP>,
+    /// The guest's writes to them are logged.
     pub(crate) logged: bool,
 }
 
 impl Shadow {
-    /// Puts in what is at hand of the `count` entries that an entry of the lowest level is among: a power of two, at most
+    /// Puts in what is at hand of the `N` entries that an entry of the lowest level is among: a power of two, at most
     /// [`GROUP`].
-    pub(super) fn prefetch(&mut self, around: &Around<'_>, handle: Handle, count: usize) {
-        let (number, index) = (handle.page(), handle.index());
+    pub(super) fn prefetch<const N: usize>(&mut self, around: &Around<'_>, handle: Handle) {
+        let number = handle.page();
         let Some(page) = self.pages.get(number) else {
             return;
         };
-        let (role, gfn) = (page.role, page.gfn);
-        if role.level != Level::Page4K {
-            return;
-        }
-        let first = index & !count.wrapping_sub(1);
-        if let Source::Direct { key } = role.source {
-            for index in first..first.wrapping_add(count) {
-                let leaf = GuestLeaf {
-                    gfn: gfn.wrapping_add(index as u64),
-                    rights: role.rights,
-                    key,
-                };
-                self.put_if_absent(around, Handle::new(number, index), &leaf);
-            }
-            return;
-        }
-        let size = role.entry_size() as usize;
-        let mut raw = [0; GROUP * 8];
-        let len = count.wrapping_mul(size).min(raw.len());
-        let Some(group) = raw.get_mut(..len) else {
-            return;
-        };
-        if !(around.peek)((gfn << 12).wrapping_add(role.guest_offset(first)), group) {
-            return;
-        }
-        for (index, bytes) in (first..).zip(group.chunks_exact(size)) {
-            let entry = guest_entry(bytes);
-            if entry & PRESENT == 0 {
+        let first = handle.index() & !N.wrapping_sub(1);
+        let mut leaves = [None; N];
+        find_leaves(page, around, first, &mut leaves);
+        let mut rest = leaves.as_slice();
+        while let Some((leaf, others)) = rest.split_first() {
+            let Some(leaf) = leaf else {
+                rest = others;
                 continue;
-            }
-            if let Some(leaf) = role.leaf(entry) {
-                self.put_if_absent(around, Handle::new(number, index), &leaf);
-            }
+            };
+            let follows = |(n, next): &(usize, &Option<GuestLeaf>)| {
+                next.is_some_and(|next| next.gfn.wrapping_sub(leaf.gfn) == *n as u64)
+            };
+            let run = rest.iter().enumerate().take_while(follows).count();
+            let at = first.wrapping_add(N.wrapping_sub(rest.len()));
+            let Some((run, after)) = rest.split_at_checked(run) else {
+                return;
+            };
+            self.put_run(around, Handle::new(number, at), run);
+            rest = after;
         }
     }
 
-    /// Puts a leaf of the guest's in where none is, if its frame is at hand.
-    fn put_if_absent(&mut self, around: &Around<'_>, handle: Handle, leaf: &GuestLeaf) {
-        let entry = self.pages.entry(handle);
-        if entry.is_none_or(|(page, index)| page.entry(index).is_present()) {
-            return;
-        }
-        // A place in the directory is not made for it.
-        if self.frames.get_mut(leaf.gfn).is_none() {
-            return;
-        }
-        let Some(found) = (around.find)(leaf.gfn) else {
+    /// Puts leaves in from an entry on where nothing is, which map consecutive frames: those whose pages are at hand.
+    fn put_run(&mut self, around: &Around<'_>, handle: Handle, run: &[Option<GuestLeaf>]) {
+        let Some(Some(first)) = run.first() else {
             return;
         };
-        let writable = leaf.rights.write && found.frame.writable;
-        let write = writable && !found.logged && self.tracked(leaf.gfn) == Tracked::No;
-        let made = Leaf {
-            pfn: found.frame.pfn,
-            rights: leaf.rights,
-            nx: !leaf.rights.exec,
-            key: leaf.key,
-            writable,
-            write,
-            mmio: found.frame.mmio,
-            accessed: false,
+        let gfns = first.gfn..first.gfn.saturating_add(run.len() as u64);
+        let Some(found) = (around.find)(gfns) else {
+            return;
         };
-        self.set_leaf(handle, leaf.gfn, Spte::leaf(Level::Page4K, &made));
-        self.counts.prefetched = self.counts.prefetched.wrapping_add(1);
-        if let Some(page) = found.frame.page {
+        let leaves = run.iter().flatten();
+        for ((leaf, page), index) in leaves.zip(found.pages).zip(handle.index()..) {
+            // A place in the directory is not made for it.
+            if self.frames.get_mut(leaf.gfn).is_none() {
+                continue;
+            }
+            let writable = leaf.rights.write;
+            let write = writable && !found.logged && self.tracked(leaf.gfn) == Tracked::No;
+            let made = Leaf {
+                pfn: page.pfn(),
+                rights: leaf.rights,
+                nx: !leaf.rights.exec,
+                key: leaf.key,
+                writable,
+                write,
+                mmio: false,
+                accessed: false,
+            };
+            let handle = Handle::new(handle.page(), index);
+            self.set_leaf(handle, leaf.gfn, Spte::leaf(Level::Page4K, &made));
+            self.counts.prefetched = self.counts.prefetched.wrapping_add(1);
             page.put_used(write);
+        }
+    }
+}
+
+/// Finds the leaves that entries from `first` on, as many as `leaves`, could be, of those that are not there.
+fn find_leaves(
+    page: &ShadowPage,
+    around: &Around<'_>,
+    first: usize,
+    leaves: &mut [Option<GuestLeaf>],
+) {
+    let (role, gfn) = (page.role, page.gfn);
+    let is_absent = |index: usize| !page.entry(index).is_present();
+    let indices = first..first.wrapping_add(leaves.len());
+    if role.level != Level::Page4K || !indices.clone().any(is_absent) {
+        return;
+    }
+    if let Source::Direct { key } = role.source {
+        for (leaf, index) in leaves.iter_mut().zip(indices) {
+            *leaf = is_absent(index).then(|| GuestLeaf {
+                gfn: gfn.wrapping_add(index as u64),
+                rights: role.rights,
+                key,
+            });
+        }
+        return;
+    }
+    let size = role.entry_size() as usize;
+    let mut raw = [0; GROUP * 8];
+    let Some(group) = raw.get_mut(..leaves.len().wrapping_mul(size)) else {
+        return;
+    };
+    if !(around.peek)((gfn << 12).wrapping_add(role.guest_offset(first)), group) {
+        return;
+    }
+    let entries = group.chunks_exact(size).map(guest_entry);
+    for ((leaf, entry), index) in leaves.iter_mut().zip(entries).zip(indices) {
+        if entry & PRESENT != 0 && is_absent(index) {
+            *leaf = role.leaf(entry);
         }
     }
 }

@@ -12,7 +12,8 @@ use crate::x86::regs::Cr0;
 use crate::x86::regs::Cr4;
 use crate::x86::regs::Efer;
 
-const P: u64 = 1 << 0;
+/// An entry of the guest's is there.
+pub(super) const PRESENT: u64 = 1 << 0;
 const W: u64 = 1 << 1;
 const U: u64 = 1 << 2;
 const A: u64 = 1 << 5;
@@ -281,7 +282,7 @@ impl Role {
     /// What an entry of the guest's maps that belongs to this page of the lowest level; none if an access
     /// through it would fault, or would mark it accessed first.
     pub(super) fn leaf(self, entry: u64) -> Option<GuestLeaf> {
-        if entry & (P | A) != P | A {
+        if entry & (PRESENT | A) != PRESENT | A {
             return None;
         }
         let mut reserved = 0;
@@ -324,9 +325,11 @@ impl Role {
 /// An entry of the guest's, from the bytes of it: four, or eight.
 #[inline]
 pub(super) fn guest_entry(bytes: &[u8]) -> u64 {
-    let mut word = [0; 8];
-    if let Some(part) = word.get_mut(..bytes.len()) {
-        part.copy_from_slice(bytes);
+    if let Ok(raw) = <[u8; 8]>::try_from(bytes) {
+        u64::from_le_bytes(raw)
+    } else if let Ok(raw) = <[u8; 4]>::try_from(bytes) {
+        u32::from_le_bytes(raw).into()
+    } else {
+        0
     }
-    u64::from_le_bytes(word)
 }

@@ -13,6 +13,7 @@
 use super::super::ept::Level;
 use super::page::Handle;
 use super::role::guest_entry;
+use super::role::PRESENT;
 use super::spte::Spte;
 use super::Around;
 use super::Shadow;
@@ -206,16 +207,20 @@ impl Shadow {
         let (gfn, role) = (page.gfn, page.role);
         let size = role.entry_size();
         let per_chunk = CHUNK.wrapping_div(size as usize).max(1);
+        let mut left = usize::from(page.present);
         let mut first = 0usize;
-        while first < super::page::ENTRIES {
+        while left != 0 && first < super::page::ENTRIES {
             let here = first..first.wrapping_add(per_chunk);
             first = here.end;
             let Some(page) = self.pages.get(number) else {
                 return;
             };
-            if !here.clone().any(|index| page.entry(index).is_present()) {
+            let is_present = |index: &usize| page.entry(*index).is_present();
+            let present = here.clone().filter(is_present).count();
+            if present == 0 {
                 continue;
             }
+            left = left.saturating_sub(present);
             let mut raw = [0; CHUNK];
             let gpa = (gfn << 12).wrapping_add(role.guest_offset(here.start));
             if !(around.peek)(gpa, &mut raw) {
@@ -229,14 +234,15 @@ impl Shadow {
         }
     }
 
-    /// Drops a leaf if it is not what this entry of the guest's says, or takes rights from it.
-    fn refresh_entry(&mut self, handle: Handle, entry: u64) {
+    /// Drops a leaf if it is not what this entry of the guest's says, or takes rights from it. Returns if nothing more is to
+    /// be done for the guest to have what the entry says.
+    fn refresh_entry(&mut self, handle: Handle, entry: u64) -> bool {
         let Some((page, index)) = self.pages.entry(handle) else {
-            return;
+            return true;
         };
         let spte = page.entry(index);
         if !spte.is_present() {
-            return;
+            return true;
         }
         let stays = page.role.leaf(entry).filter(|leaf| {
             leaf.gfn == page.link(index).key
@@ -247,13 +253,35 @@ impl Shadow {
         match stays {
             None => {
                 self.drop_entry(handle);
+                entry & PRESENT == 0
             }
             Some(leaf) if !leaf.rights.write && spte.is_writable() => {
                 page.table.word(index).clear_bits(Spte::ALL_WRITES);
                 self.owed = true;
+                true
             }
-            Some(_) => {}
+            Some(leaf) => !leaf.rights.write || spte.is_written(),
         }
+    }
+
+    /// Makes a leaf what the guest's entry says now, which may be more than it was.
+    fn renew_entry(&mut self, around: &Around<'_>, handle: Handle) {
+        let Some((page, index)) = self.pages.entry(handle) else {
+            return;
+        };
+        if !page.entry(index).is_present() {
+            return;
+        }
+        let gpa = (page.gfn << 12).wrapping_add(page.role.guest_offset(index));
+        let mut raw = [0; 8];
+        let entry = raw.get_mut(..page.role.entry_size() as usize);
+        let peeked = entry.is_some_and(|raw| (around.peek)(gpa, raw));
+        if peeked && self.refresh_entry(handle, u64::from_le_bytes(raw)) {
+            return;
+        }
+        self.drop_entry(handle);
+        // What was wanted once will be again.
+        self.prefetch::<1>(around, handle);
     }
 
     /// The guest invalidates an address, below a root: what is below an unsync table may be old, and is made anew.
@@ -264,9 +292,8 @@ impl Shadow {
             match self.child(handle) {
                 Some(child) => number = child,
                 None => {
-                    // What was wanted once will be again.
-                    if page.unsync && self.drop_entry(handle) {
-                        self.prefetch(around, handle, 1);
+                    if page.unsync {
+                        self.renew_entry(around, handle);
                     }
                     return;
                 }
