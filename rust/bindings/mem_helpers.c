@@ -89,6 +89,25 @@ int rkvm_user_write_nofault(u64 dst, const void *src, u64 len)
 	return copy_to_user_nofault((void __user *)dst, src, len);
 }
 
+static int user_read_words(void *dst, const u64 __user *src, u64 count)
+{
+	u64 i;
+
+	if (!user_read_access_begin(src, count * sizeof(*src)))
+		return -EFAULT;
+	for (i = 0; i < count; i++) {
+		u64 word;
+
+		unsafe_get_user(word, src + i, fault);
+		put_unaligned(word, (u64 *)dst + i);
+	}
+	user_read_access_end();
+	return 0;
+fault:
+	user_read_access_end();
+	return -EFAULT;
+}
+
 int rkvm_user_read_nofault(void *dst, u64 src, u64 len)
 {
 	int r;
@@ -96,11 +115,14 @@ int rkvm_user_read_nofault(void *dst, u64 src, u64 len)
 	if (!current->mm)
 		return -EFAULT;
 	/*
-	 * An aligned entry of a page table is read whole; copy_from_user_nofault()
-	 * does not promise that.
+	 * Aligned entries of a page table are read whole, each of them, as the guest may be
+	 * writing them; copy_from_user_nofault() does not promise that.
 	 */
 	pagefault_disable();
-	r = rkvm_user_read(dst, src, len);
+	if (len > 8 && !((src | len) & 7))
+		r = user_read_words(dst, (const u64 __user *)src, len / 8);
+	else
+		r = rkvm_user_read(dst, src, len);
 	pagefault_enable();
 	return r;
 }

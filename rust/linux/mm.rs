@@ -341,7 +341,8 @@ pub(crate) fn write_user_atomically(addr: u64, data: &[u8]) -> Result {
 }
 
 /// Reads user memory if it is at hand: EFAULT, also if a page would have to be brought. In any context, with the
-/// current task's address space. 1, 2, 4 and 8 bytes, if aligned, are read at once.
+/// current task's address space. 1, 2, 4 and 8 bytes, if aligned, are read at once, and so is each word of 8 of a multiple of
+/// them.
 #[inline]
 pub(crate) fn read_user_atomically(addr: u64, buf: &mut [u8]) -> Result {
     // SAFETY: The buffer has that length; the user side is checked.
