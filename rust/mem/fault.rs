@@ -86,7 +86,7 @@ impl GuestMemory {
         if slot.log.is_some() && access.write && mmu.write_again(gfn, mark) {
             return Ok(Some(Fault::Mapped(Level::Page4K)));
         }
-        let mapping = match self.look_up(slot, gfn, access) {
+        let mapping = match self.look_up(slot, gfn, access, mmu.format().max_leaf) {
             Ok(mapping) => mapping,
             Err(answer) => return Ok(answer),
         };
@@ -97,12 +97,14 @@ impl GuestMemory {
         })
     }
 
-    /// What is to be mapped at a frame of a slot; else the answer to the fault, or none if something is changing.
+    /// What is to be mapped at a frame of a slot, by a leaf that is no larger than `largest`; else the answer to the fault, or
+    /// none if something is changing.
     pub(super) fn look_up(
         &self,
         slot: &Slot,
         gfn: u64,
         access: Access,
+        largest: Level,
     ) -> Result<Mapping, Option<Fault>> {
         let mmu = &self.inner.mmu;
         let hva = slot.hva_of(gfn);
@@ -124,7 +126,7 @@ impl GuestMemory {
         frame.writable &= !slot.read_only;
         Ok(Mapping {
             gfn,
-            level: self.leaf_level(slot, gfn, &frame, access),
+            level: self.leaf_level(slot, gfn, &frame, access, largest),
             frame,
             hva,
             noted,
@@ -207,17 +209,27 @@ impl GuestMemory {
         }
     }
 
-    /// The largest leaf for `gfn` all of whose frames are in the slot and are mapped by the host with
-    /// one entry, in the same place of the leaf.
-    fn leaf_level(&self, slot: &Slot, gfn: u64, frame: &HostFrame, access: Access) -> Level {
-        let format = self.inner.mmu.format();
+    /// The largest leaf for `gfn`, but no larger than `largest`, all of whose frames are in the slot and are mapped by the
+    /// host with one entry, in the same place of the leaf.
+    fn leaf_level(
+        &self,
+        slot: &Slot,
+        gfn: u64,
+        frame: &HostFrame,
+        access: Access,
+        largest: Level,
+    ) -> Level {
         // Writes are logged by the small page.
-        if frame.page.is_none() || slot.log.is_some() || access.exec && format.nx_huge {
+        if largest == Level::Page4K
+            || frame.page.is_none()
+            || slot.log.is_some()
+            || access.exec && self.inner.mmu.format().nx_huge
+        {
             return Level::Page4K;
         }
         let hva = slot.hva_of(gfn);
         let host = Level::from_number(mm::host_mapping_level(self.inner.mm(), hva));
-        let mut level = host.min(format.max_leaf);
+        let mut level = host.min(largest);
         let gfns = &slot.gfns;
         while let Some(below) = level.below() {
             let mask = level.mask();

@@ -94,7 +94,7 @@ impl GuestMemory {
                 Ok(slot) => slot,
                 Err(fault) => return Ok(answer(fault)),
             };
-            let mapping = match self.look_up(slot, gfn, access) {
+            let mapping = match self.look_up(slot, gfn, access, want.largest_leaf()) {
                 Ok(mapping) => mapping,
                 Err(fault) => return Ok(answer(fault)),
             };

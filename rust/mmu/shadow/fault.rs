@@ -51,6 +51,18 @@ pub(crate) struct ShadowWant<'a> {
     pub(crate) user: bool,
 }
 
+impl ShadowWant<'_> {
+    /// The largest leaf that it can have: a small page of the guest's is in a table of small ones.
+    pub(crate) fn largest_leaf(&self) -> Level {
+        let paged = self.walk.entry_size() != 0;
+        if paged && self.walk.translation.page_shift == 12 {
+            Level::Page4K
+        } else {
+            Level::Page2M
+        }
+    }
+}
+
 /// How an attempt to put it in ended.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ShadowMapped {
