@@ -227,7 +227,8 @@ impl GuestMemory {
 
 impl Shrinks for GuestMemory {
     fn count(&self) -> u64 {
-        self.shadow_counts().map_or(0, |counts| counts.pages)
+        let counts = self.shadow_counts();
+        counts.map_or(0, |counts| counts.pages.saturating_add(counts.idle))
     }
 
     fn scan(&self, nr: u64) -> u64 {

@@ -39,7 +39,7 @@
 //! guest invalidates by itself what it must not use any more. But then the host does not find the
 //! entry later. So such flushes are *owed*, and paid with the next one that cannot wait: the next time
 //! the host takes something away, or a table of the guest's is write-protected. Pages that were taken
-//! out are freed then as well.
+//! out can be used again, or freed, then as well.
 
 mod audit;
 mod dir;
@@ -106,6 +106,8 @@ pub(crate) struct ShadowCounts {
     pub(crate) large: u64,
     /// Pages that stand for a table of the guest's, or for none.
     pub(crate) pages: u64,
+    /// Pages that are kept to be used again.
+    pub(crate) idle: u64,
     /// Pages that were not in the cache, and were made.
     pub(crate) made: u64,
     /// Pages that went, for whatever reason.
@@ -140,8 +142,9 @@ struct Shadow {
     owed: bool,
     /// Pages that processors may still know.
     dead: Dead,
-    /// Pages to be freed when the lock has been released.
-    freed: Dead,
+    /// Pages that no processor knows any more. They say nothing: some are kept to be used again, the rest is freed when the
+    /// lock has been released.
+    idle: Dead,
     counts: ShadowCounts,
     /// Large leaves are not executable.
     nx_huge: bool,
@@ -150,13 +153,17 @@ struct Shadow {
 /// So many pages wait for a flush that somebody else needs, at most.
 const MAX_DEAD: usize = 64;
 
+/// So many pages are kept to be used again, at most: what one flush sets free. To clear and to allocate one costs more than
+/// most faults do.
+const MAX_IDLE: usize = MAX_DEAD;
+
 impl Shadow {
     /// Has all vCPUs forget what they know of the tables, before they enter the guest again.
     fn flush(&mut self, around: &Around<'_>) {
         around.vcpus.request_all_and_wait(Request::TlbFlush);
         self.owed = false;
         while let Some(page) = self.dead.pop() {
-            self.freed.push(page);
+            self.idle.push(page);
         }
     }
 
@@ -243,7 +250,7 @@ impl ShadowMmu {
                 hand: 0,
                 owed: false,
                 dead: Dead::new(),
-                freed: Dead::new(),
+                idle: Dead::new(),
                 counts: ShadowCounts::default(),
                 nx_huge: caps.nx_huge,
             };
@@ -267,9 +274,9 @@ impl ShadowMmu {
         if state.dead.count > MAX_DEAD {
             state.flush(around);
         }
-        let freed = state.take_freed();
+        let surplus = state.take_surplus();
         drop(state);
-        drop(freed);
+        drop(surplus);
         result
     }
 
@@ -278,6 +285,7 @@ impl ShadowMmu {
         let state = self.state.lock();
         ShadowCounts {
             pages: state.pages.used() as u64,
+            idle: state.idle.count as u64,
             ..state.counts
         }
     }
@@ -301,19 +309,21 @@ impl ShadowMmu {
 }
 
 impl ShadowMmu {
-    /// Zaps so many pages, or as many as there are but for roots, and frees them; returns how many.
+    /// Frees the pages that are kept to be used again, and so many others, or as many as there are but for roots; returns how
+    /// many.
     pub(crate) fn shrink(&self, around: &Around<'_>, pages: usize) -> u64 {
         let mut left = pages;
         let mut zapped = 0u64;
         while left != 0 {
             let here = left.min(BATCH);
-            let gone = self.with(around, |state| {
+            let (gone, idle) = self.with(around, |state| {
                 let goal = state.pages.used().saturating_sub(here);
                 let gone = state.zap_some(goal);
                 state.pay(around);
-                gone
+                (gone, state.idle.take())
             });
-            zapped = zapped.wrapping_add(gone);
+            // Those that went are among them.
+            zapped = zapped.wrapping_add(gone.max(idle.count as u64));
             if gone == 0 {
                 break;
             }

@@ -90,7 +90,7 @@ pub(super) struct ShadowPage {
     pub(super) unsync_below: [u64; ENTRIES / 64],
     /// How often the guest has written to its table since it was last used.
     pub(super) writes: u8,
-    /// In a list of pages that are to be freed.
+    /// In a list of pages that nobody can find.
     next_dead: Option<KBox<ShadowPage>>,
 }
 
@@ -181,7 +181,7 @@ impl ShadowPage {
     }
 }
 
-/// Pages that are to be freed, once no processor knows of them.
+/// Pages that nobody can find: they have no entries, and no entry leads to them. Processors may still know them.
 pub(super) struct Dead {
     head: Option<KBox<ShadowPage>>,
     pub(super) count: usize,

@@ -12,6 +12,7 @@ use super::Around;
 use super::Lack;
 use super::Shadow;
 use super::Spare;
+use super::MAX_IDLE;
 use core::ops::Range;
 
 /// So many pages go at once when there are too many.
@@ -36,7 +37,7 @@ impl Shadow {
         false
     }
 
-    /// The page that stands for a frame in this role, in accord with the guest's table. It is made out of
+    /// The page that stands for a frame in this role, in accord with the guest's table. It is made out of an idle one or of
     /// `spare` if there is none, and then the guest does not write to the table any more.
     pub(super) fn get_page(
         &mut self,
@@ -83,12 +84,13 @@ impl Shadow {
         if !self.frames.make(gfn, &mut spare.nodes) {
             return Err(Lack::Nodes);
         }
-        let Some(mut page) = spare.page.take() else {
+        let Some(mut page) = spare.page.take().or_else(|| self.idle.pop()) else {
             return Err(Lack::Page);
         };
         page.role = role;
         page.gfn = gfn;
         page.valid = true;
+        page.writes = 0;
         let first = self.frames.get(gfn).shadowed_by;
         page.next_same = first;
         let number = match self.pages.insert(page) {
@@ -299,8 +301,15 @@ impl Shadow {
         }
     }
 
-    /// What has been flushed and can be freed.
-    pub(super) fn take_freed(&mut self) -> Dead {
-        self.freed.take()
+    /// What can be freed, as there are enough to be used again.
+    pub(super) fn take_surplus(&mut self) -> Dead {
+        let mut surplus = Dead::new();
+        while self.idle.count > MAX_IDLE {
+            match self.idle.pop() {
+                Some(page) => surplus.push(page),
+                None => break,
+            }
+        }
+        surplus
     }
 }
