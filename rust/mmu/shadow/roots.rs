@@ -193,7 +193,9 @@ impl ShadowMmu {
             }
         }
         let keep = core::mem::take(&mut vcpu.next) == Next::Keep;
-        vcpu.reload = false;
+        // Should there be no memory for it, the guest is not entered before it is there: the processor's CR3 is still
+        // the old one, of a root that may go now.
+        vcpu.reload = true;
         self.drop_invalid(around, vcpu);
         let same = |root: &Option<Root>| root.as_ref().is_some_and(|root| root.key == key);
         let place = match vcpu.roots.iter().position(same) {
@@ -218,6 +220,7 @@ impl ShadowMmu {
                 Some(state.hardware_root(root, &vcpu.fours, place, nothing))
             });
             if let Some(cr3) = loaded {
+                vcpu.reload = false;
                 return Ok(cr3);
             }
             cond_resched();
