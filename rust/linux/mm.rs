@@ -285,8 +285,8 @@ impl UserPages {
         // SAFETY: Maps anonymous memory where there is none.
         let addr = unsafe { own::rkvm_user_map(size) };
         if addr < 0 {
-            let errno = i32::try_from(addr).unwrap_or(-1);
-            return Err(Error::from_errno(errno));
+            // Whatever it is called: shared memory without an inode is ENOSPC, for instance.
+            return Err(ENOMEM);
         }
         Ok(Self {
             addr: addr as u64,

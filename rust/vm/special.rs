@@ -106,10 +106,8 @@ impl SpecialPages {
         let mut made = self.slots.lock();
         if self.needed.identity_map && made.identity_map.is_none() {
             let addr = self.identity_map.load(Ordering::Relaxed);
-            let slot = self.memory.add_private(Private::IdentityMap, addr, PAGE)?;
-            let written = write_identity_map(&slot);
+            let slot = self.add(Private::IdentityMap, addr, PAGE, write_identity_map)?;
             made.identity_map = Some(slot);
-            written?;
         }
         if self.needed.tss && made.tss.is_none() {
             // A user who has memory there has to say where else it may be, or guests in real mode are emulated.
@@ -122,14 +120,27 @@ impl SpecialPages {
     }
 
     fn make_tss(&self, made: &mut Made, addr: u64) -> Result {
-        let slot = self
-            .memory
-            .add_private(Private::TaskState, addr, TSS_SIZE)?;
-        let written = write_tss(&slot);
-        made.tss = Some(slot);
-        written?;
+        made.tss = Some(self.add(Private::TaskState, addr, TSS_SIZE, write_tss)?);
         self.tss.store(addr, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// A slot with what `write` writes to it. If that fails there is none.
+    fn add(
+        &self,
+        private: Private,
+        addr: u64,
+        size: u64,
+        write: fn(&PrivateSlot) -> Result,
+    ) -> Result<PrivateSlot> {
+        let slot = self.memory.add_private(private, addr, size)?;
+        match write(&slot) {
+            Ok(()) => Ok(slot),
+            Err(e) => {
+                self.memory.remove_private(slot);
+                Err(e)
+            }
+        }
     }
 
     /// Where the task-state segment is, if there is one.
