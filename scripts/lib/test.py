@@ -76,6 +76,8 @@ NO_TABLES = {"accounting", "apic_timer", "coalesced", "cpuid", "ioapic", "ioeven
 LONG_ON_KVM = STRESS | {"accounting", "adversary", "lifecycle", "migrate", "robustness"}
 # Thousands of programs for the guest: too many for the debug kernel.
 MANY = {"nr_mmu_pages", "paging"}
+# Allocations that fail: on the debug kernel, which has fault injection.
+INJECTED = {"enomem"}
 # What the oracle looks at; and what is about memory and concurrency, for two CPUs and for the debug kernel.
 SHADOW_AUDIT = {"modes", "paging", "paging_smp"}
 SHADOW_SMP = {"concurrency", "dirty", "dirty_ring", "dirty_writes", "ipi", "memory", "paging_smp", "regions", "smp"}
@@ -574,6 +576,8 @@ def runs_in(program, job):
     """Whether the job of that name is one for PROGRAM."""
     if program in POWER:
         return False
+    if program in INJECTED:
+        return job in ("debug-1cpu", "shadow-debug")
     if FULL and job in ("debug-1cpu", "debug-2cpu", "plain-2cpu", "shadow-1cpu"):
         return program not in STRESS and not (program in MANY and job.startswith("debug"))
     if program in NOT.get(job, ()):
