@@ -11,7 +11,7 @@ use selftests::eventfd::EventFd;
 use selftests::guest::{at, pte, usize_of};
 use selftests::irq::{create, Chips};
 use selftests::machine::{Exit, Machine, Mode};
-use selftests::mem::{Mapping, PAGE};
+use selftests::mem::Mapping;
 use selftests::sys::{self, errno_name, Error};
 use selftests::vm::{Fd, Kvm, Vm};
 use selftests::{ensure, ensure_eq, fail, guest_code, skip, tests, Env, Outcome, Verdict};
@@ -243,24 +243,29 @@ guest_code!(
     FIRST = FIRST, PAGES = PAGES,
 );
 
-/// The roots that the guest goes around, twice: more than a vCPU keeps.
+/// The tables of the address spaces that the guest goes around, twice: more than a vCPU keeps.
 const ROOTS: u64 = 0x10_0000;
 const SPACES: u64 = 6;
+/// Bytes from one to the next: four pages of tables, and the page that the guest counts in.
+const STEP: u64 = 0x5000;
+/// Where each space has its page.
+const DATA: u64 = 0x80_0000_0000;
 
 guest_code!(
     around,
     ".code64",
+    "mov rbp, {DATA}",
     "mov ecx, 2",
     "2: mov rsi, {ROOTS}",
     "mov edi, {SPACES}",
     "3: mov cr3, rsi",
-    "inc dword ptr [{FIRST}]",
-    "add rsi, 0x1000",
+    "inc dword ptr [rbp]",
+    "add rsi, {STEP}",
     "dec edi",
     "jnz 3b",
     "loop 2b",
     "hlt";
-    ROOTS = ROOTS, SPACES = SPACES, FIRST = FIRST,
+    DATA = DATA, ROOTS = ROOTS, SPACES = SPACES, STEP = STEP,
 );
 
 /// A guest on small pages that are there.
@@ -271,23 +276,27 @@ fn guest(env: &Env, mode: Mode, code: &[u8]) -> Result<Machine, Verdict> {
     let m = Machine::with_memory(env, mem)?;
     m.vcpu.set_cpuid(&*m.kvm.supported_cpuid()?)?;
     m.start(mode, code)?;
-    for space in 0..SPACES {
-        m.mem.write(
-            usize_of(ROOTS + space * 0x1000),
-            at::PDPT | pte::P | pte::W | pte::U,
-        );
+    for root in (0..SPACES).map(|space| ROOTS + space * STEP) {
+        let flags = pte::P | pte::W | pte::U;
+        m.mem.write(usize_of(root), at::PDPT | flags);
+        // The second entry of the root, and the first of the other tables.
+        let slots = [root + 8, root + 0x1000, root + 0x2000, root + 0x3000];
+        for (i, slot) in (1u64..).zip(slots) {
+            m.mem.write(usize_of(slot), (root + 0x1000 * i) | flags);
+        }
     }
     Ok(m)
 }
 
-/// KVM_RUN to the guest's HLT. A page that the host cannot bring may be EFAULT, as in KVM.
-fn run(env: &Env, mode: Mode, code: &[u8], counts: &[u32]) -> Outcome {
+/// KVM_RUN to the guest's HLT, after which it has counted to `count` in each of `places`. A page that the host cannot bring
+/// may be EFAULT, as in KVM.
+fn run(env: &Env, mode: Mode, code: &[u8], places: &[u64], count: u32) -> Outcome {
     let check = |m: &Machine| {
         let exit = selftests::machine::decode(&m.vcpu);
         ensure!(matches!(exit, Exit::Hlt), "exit {exit:x?}");
-        for (page, count) in (0usize..).zip(counts) {
-            let found: u32 = m.mem.read(usize_of(FIRST) + page * PAGE);
-            ensure_eq!(found, *count, "what page {page} was counted to");
+        for place in places {
+            let found: u32 = m.mem.read(usize_of(*place));
+            ensure_eq!(found, count, "what the guest counted to at {place:#x}");
         }
         Ok(())
     };
@@ -300,11 +309,16 @@ fn run(env: &Env, mode: Mode, code: &[u8], counts: &[u32]) -> Outcome {
 }
 
 fn pages(env: &Env) -> Outcome {
-    run(env, Mode::Protected, touch(), &[1; PAGES as usize])
+    let places: Vec<u64> = (0..PAGES).map(|page| FIRST + page * 0x1000).collect();
+    run(env, Mode::Protected, touch(), &places, 1)
 }
 
+/// The guest is nowhere but in the address space that it has loaded.
 fn roots(env: &Env) -> Outcome {
-    run(env, Mode::Long, around(), &[2 * SPACES as u32])
+    let places: Vec<u64> = (0..SPACES)
+        .map(|space| ROOTS + space * STEP + 0x4000)
+        .collect();
+    run(env, Mode::Long, around(), &places, 2)
 }
 
 fn main() -> ExitCode {
