@@ -153,8 +153,7 @@ struct Shadow {
 /// So many pages wait for a flush that somebody else needs, at most.
 const MAX_DEAD: usize = 64;
 
-/// So many pages are kept to be used again, at most: what one flush sets free. To clear and to allocate one costs more than
-/// most faults do.
+/// So many pages are kept to be used again, at most: what one flush sets free. They are clear, and need not be allocated.
 const MAX_IDLE: usize = MAX_DEAD;
 
 impl Shadow {

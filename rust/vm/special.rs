@@ -70,7 +70,8 @@ impl SpecialPages {
         }? Error)
     }
 
-    /// KVM_SET_TSS_ADDR, with an address that has been checked: EEXIST the second time, or if a memslot is there; ENOMEM.
+    /// KVM_SET_TSS_ADDR, with an address that has been checked: EEXIST the second time, or if a memslot is there; ENOMEM;
+    /// EFAULT if it cannot be written.
     pub(super) fn set_tss(&self, addr: u64) -> Result {
         if !self.needed.tss {
             return Ok(());
@@ -98,7 +99,8 @@ impl SpecialPages {
         self.identity_map.store(addr, Ordering::Relaxed);
     }
 
-    /// Before a vCPU is made: EEXIST if a memslot is where the table is to be, EINVAL if it cannot be there; ENOMEM.
+    /// Before a vCPU is made: EEXIST if a memslot is where the table is to be, EINVAL if it cannot be there; ENOMEM;
+    /// EFAULT if one of the pages cannot be written.
     pub(super) fn make(&self) -> Result {
         if !self.needed.tss && !self.needed.identity_map {
             return Ok(());
@@ -125,7 +127,7 @@ impl SpecialPages {
         Ok(())
     }
 
-    /// A slot with what `write` writes to it. If that fails there is none.
+    /// A slot with what `write` writes to it. If that fails there is none: EEXIST, EINVAL, ENOMEM, EFAULT.
     fn add(
         &self,
         private: Private,
